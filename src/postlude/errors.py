@@ -1,0 +1,99 @@
+"""Every error that Postlude raises on purpose.
+
+    PostludeError
+    |-- InputError                  something the caller gave cannot be used; the command line exits with 2
+    |   |-- CheckpointError         not a checkpoint, a damaged one, or one in a refused format
+    |   |   `-- NonFiniteError      a tensor holds NaN or infinity
+    |   |-- ArchitectureError       no anatomy describes this model
+    |   |-- SettingsError           a hyper-parameter, or a combination of them, that a method cannot do
+    |   |-- UnknownNameError        a name that is not registered; carries the nearest ones
+    |   |-- DataError               text or data that is empty, too short or malformed
+    |   |-- OutputExistsError       the output is already there and overwriting was not asked for
+    |   `-- RunDirectoryError       a run directory that belongs to another model, method or data
+    `-- MissingDependencyError      an optional library is needed; names the extra to install
+
+A message says what was found, what was expected, and what to do next.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+__all__ = [
+    "ArchitectureError",
+    "CheckpointError",
+    "DataError",
+    "InputError",
+    "MissingDependencyError",
+    "NonFiniteError",
+    "OutputExistsError",
+    "PostludeError",
+    "RunDirectoryError",
+    "SettingsError",
+    "UnknownNameError",
+]
+
+
+class PostludeError(Exception):
+    """Base of every error raised on purpose."""
+
+    exit_code = 1
+
+
+class InputError(PostludeError, ValueError):
+    """Something the caller gave cannot be used."""
+
+    exit_code = 2
+
+
+class CheckpointError(InputError):
+    """A path that is not a usable checkpoint."""
+
+
+class NonFiniteError(CheckpointError):
+    """A tensor of a checkpoint holds NaN or infinity."""
+
+
+class ArchitectureError(InputError):
+    """A model that no registered anatomy describes."""
+
+
+class SettingsError(InputError):
+    """Hyper-parameters that a method cannot do."""
+
+
+class DataError(InputError):
+    """Text or data that is empty, too short or malformed."""
+
+
+class OutputExistsError(InputError):
+    """An output that already exists."""
+
+
+class RunDirectoryError(InputError):
+    """A run directory that belongs to another run."""
+
+
+class MissingDependencyError(PostludeError, ImportError):
+    """An optional library that is not installed."""
+
+    exit_code = 2
+
+
+class UnknownNameError(InputError):
+    """A name that is not known, with the nearest known ones.
+
+    Args:
+        kind: what was looked up, for example ``"quantize method"``.
+        name: the name that was not found.
+        known: every name that would have been accepted.
+        advice: how to see all names.
+    """
+
+    def __init__(self, kind: str, name: str, known: Iterable[str], advice: str = "") -> None:
+        names = sorted(known)
+        self.nearest = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
+        hint = f" Did you mean {' or '.join(map(repr, self.nearest))}?" if self.nearest else ""
+        listing = "" if self.nearest and advice else f" Known: {', '.join(names) or 'none'}."
+        super().__init__(f"No {kind} named {name!r}.{hint}{listing}{' ' + advice if advice else ''}")
