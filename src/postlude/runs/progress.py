@@ -1,0 +1,138 @@
+"""Progress bars with the time left, on the standard error.
+
+A bar is drawn where a person looks on (a terminal); a log file or a pipe gets nothing unless
+asked, and then plain lines. Results never go through here: the standard output stays free for
+them.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterable, Iterator, Sized
+from types import TracebackType
+from typing import TYPE_CHECKING, Self, TextIO, TypeVar
+
+if TYPE_CHECKING:
+    from rich.progress import Progress as RichProgress
+    from rich.progress import TaskID
+
+__all__ = ["Progress", "Task"]
+
+Item = TypeVar("Item")
+
+_SECONDS_BETWEEN_LINES = 5.0
+
+
+class Task:
+    """One counted piece of work inside a :class:`Progress`; made by :meth:`Progress.task`."""
+
+    def __init__(self, progress: Progress, description: str, total: int | None) -> None:
+        self.description = description
+        self.total = total
+        self.done = 0
+        self._progress = progress
+        self._started = self._said = time.monotonic()
+        self._bar: TaskID | None = None
+        if progress._rich is not None:
+            self._bar = progress._rich.add_task(description, total=total)
+
+    def advance(self, steps: int = 1) -> None:
+        """Count ``steps`` more as done."""
+        self.done += steps
+        if self._bar is not None and self._progress._rich is not None:
+            self._progress._rich.advance(self._bar, steps)
+        elif self._progress.shown:
+            now = time.monotonic()
+            if now - self._said >= _SECONDS_BETWEEN_LINES or self.done == self.total:
+                self._said = now
+                self._progress.log(self._line(now))
+
+    def close(self) -> None:
+        """Take the bar away."""
+        if self._bar is not None and self._progress._rich is not None:
+            self._progress._rich.remove_task(self._bar)
+            self._bar = None
+
+    def _line(self, now: float) -> str:
+        passed = now - self._started
+        if self.total is None:
+            return f"{self.description}: {self.done} in {passed:.0f} s"
+        left = passed / max(self.done, 1) * (self.total - self.done)
+        return f"{self.description}: {self.done}/{self.total} in {passed:.0f} s, {left:.0f} s left"
+
+
+class Progress:
+    """A display of running work, used as a context; nested work adds tasks to the same one.
+
+    Args:
+        show: True draws bars (plain lines where ``stream`` is no terminal), False shows nothing,
+            None shows bars exactly where ``stream`` is a terminal.
+        stream: where to draw; the standard error by default.
+    """
+
+    def __init__(self, show: bool | None = None, stream: TextIO | None = None) -> None:
+        self._stream = sys.stderr if stream is None else stream
+        self._terminal = self._stream.isatty()
+        self.shown = self._terminal if show is None else show
+        self._rich: RichProgress | None = None
+
+    def __enter__(self) -> Self:
+        if self.shown and self._terminal:
+            from rich.console import Console
+            from rich.progress import (
+                BarColumn,
+                MofNCompleteColumn,
+                TextColumn,
+                TimeElapsedColumn,
+                TimeRemainingColumn,
+            )
+            from rich.progress import Progress as RichProgress
+
+            self._rich = RichProgress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeElapsedColumn(),
+                TextColumn("left"),
+                TimeRemainingColumn(),
+                console=Console(file=self._stream),
+                transient=True,
+            )
+            self._rich.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._rich is not None:
+            self._rich.stop()
+            self._rich = None
+
+    def task(self, description: str, total: int | None = None) -> Task:
+        """Start counting a piece of work; ``total`` steps, or None if unknown."""
+        return Task(self, description, total)
+
+    def iterate(
+        self, items: Iterable[Item], description: str, total: int | None = None
+    ) -> Iterator[Item]:
+        """Yield ``items`` while a bar counts them, of ``len(items)`` if ``total`` is not given."""
+        if total is None and isinstance(items, Sized):
+            total = len(items)
+        task = self.task(description, total)
+        try:
+            for item in items:
+                yield item
+                task.advance()
+        finally:
+            task.close()
+
+    def log(self, message: str) -> None:
+        """Say one line, above the bars; nothing when not shown."""
+        if self._rich is not None:
+            self._rich.console.print(message, markup=False, highlight=False, soft_wrap=True)
+        elif self.shown:
+            print(message, file=self._stream, flush=True)

@@ -1,0 +1,43 @@
+from __future__ import annotations
+
+import io
+
+from postlude.runs.progress import Progress
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_pipe_gets_nothing_unless_asked() -> None:
+    stream = io.StringIO()
+    with Progress(stream=stream) as progress:
+        assert list(progress.iterate([1, 2, 3], "work")) == [1, 2, 3]
+        progress.log("hello")
+    assert stream.getvalue() == ""
+
+
+def test_a_pipe_gets_plain_lines_when_asked() -> None:
+    stream = io.StringIO()
+    with Progress(show=True, stream=stream) as progress:
+        assert list(progress.iterate(iter("abc"), "work", total=3)) == ["a", "b", "c"]
+        progress.log("hello [red]")
+    assert stream.getvalue().splitlines() == ["work: 3/3 in 0 s, 0 s left", "hello [red]"]
+
+
+def test_a_terminal_gets_bars_and_nested_tasks() -> None:
+    stream = Terminal()
+    with Progress(stream=stream) as progress:
+        for _ in progress.iterate(range(2), "outer"):
+            for _ in progress.iterate(range(2), "inner"):
+                progress.log("a line")
+    assert "outer" in stream.getvalue()
+    assert stream.getvalue().count("a line") == 4
+
+
+def test_a_terminal_can_be_kept_quiet() -> None:
+    stream = Terminal()
+    with Progress(show=False, stream=stream) as progress:
+        assert list(progress.iterate(range(3), "work")) == [0, 1, 2]
+    assert stream.getvalue() == ""
