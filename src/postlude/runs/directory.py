@@ -1,0 +1,209 @@
+"""A run directory: every finished unit of work is on disk, so a killed run resumes where it stopped.
+
+    manifest.json                   what the run is: model, method, settings, data, seed
+    units/NAME@SHA256.safetensors   one finished unit, under the hash of its bytes
+
+A unit's file appears by a rename after it was flushed to the disk, so it is there whole or not at
+all; its hash is checked when it is used again. What :meth:`RunDirectory.unit` returns always comes
+from the file, so a resumed run computes with the same bits as one that was never stopped.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from postlude.errors import RunDirectoryError
+from postlude.runs.atomic import atomic_write, is_partial, sync_directory
+from postlude.runs.weights import weight_files
+
+__all__ = ["RunDirectory", "fingerprint"]
+
+_MANIFEST = "manifest.json"
+_UNITS = "units"
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,127}")
+
+_log = logging.getLogger(__name__)
+
+
+class RunDirectory:
+    """The directory of one run, made if absent and checked against ``manifest`` if present.
+
+    Args:
+        path: the directory.
+        manifest: everything that decides the result, as plain JSON values that a person can read:
+            the model's :func:`fingerprint`, method, settings, hash of the calibration data, seed,
+            version.
+        overwrite: start afresh where the directory belongs to another run. Only what a run
+            directory consists of is removed.
+
+    Raises:
+        RunDirectoryError: the directory belongs to another run (every differing key is named), or
+            holds something that is no run.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        manifest: Mapping[str, Any],
+        overwrite: bool = False,
+    ) -> None:
+        self.path = Path(os.path.realpath(path))
+        # Through JSON and back, so that a tuple equals the list that a later run reads.
+        self.manifest: dict[str, Any] = json.loads(json.dumps(manifest, allow_nan=False))
+        self._units = self.path / _UNITS
+        file = self.path / _MANIFEST
+        if self.path.exists() and not self.path.is_dir():
+            raise RunDirectoryError(f"{self.path} is a file; expected a run directory.")
+        if file.is_file():
+            self._check(file, overwrite)
+        elif self.path.is_dir() and any(not is_partial(p) for p in self.path.iterdir()):
+            raise RunDirectoryError(
+                f"{self.path} is not empty and holds no {_MANIFEST}, so it is not a run directory. "
+                "Choose another output (-o)."
+            )
+        self._units.mkdir(parents=True, exist_ok=True)
+        if not file.is_file():
+            self._write_manifest(file)
+
+    def unit(self, name: str, compute: Callable[[], Mapping[str, Tensor]]) -> dict[str, Tensor]:
+        """The tensors of a unit of work: read if it is finished, else computed and stored.
+
+        Args:
+            name: letters, digits and ``. _ + -``; unique in the run.
+            compute: makes the tensors; called at most once, and not at all when the unit is there.
+
+        Returns:
+            The stored tensors, on the CPU and contiguous, with exactly the bits of the file.
+        """
+        if not _NAME.fullmatch(name):
+            raise ValueError(f"unit name {name!r}: expected letters, digits and . _ + -")
+        finished = self._finished(name)
+        if finished is not None:
+            return load_file(finished)
+        tensors = _separate(compute())
+        with atomic_write(self._units / f"{name}.new") as temporary:
+            save_file(tensors, temporary)
+        fresh = self._units / f"{name}.new"
+        stored = self._units / f"{name}@{_hash_file(fresh)}.safetensors"
+        os.replace(fresh, stored)
+        sync_directory(self._units)
+        return load_file(stored)
+
+    def is_finished(self, name: str) -> bool:
+        """Whether a whole and undamaged unit of that name is stored."""
+        return self._finished(name) is not None
+
+    def finished(self) -> list[str]:
+        """The names of the stored units, sorted; their checksums are not verified here."""
+        return sorted({f.name.rpartition("@")[0] for f in self._units.glob("*@*.safetensors")})
+
+    def _finished(self, name: str) -> Path | None:
+        for file in sorted(self._units.glob(f"{name}@*.safetensors")):
+            expected = file.stem.rpartition("@")[2]
+            found = _hash_file(file)
+            if found == expected:
+                return file
+            _log.warning(
+                "%s is damaged (SHA-256 %s..., expected %s...): it is computed again.",
+                file,
+                found[:12],
+                expected[:12],
+            )
+            file.unlink()
+        return None
+
+    def _check(self, file: Path, overwrite: bool) -> None:
+        try:
+            found = json.loads(file.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise RunDirectoryError(
+                f"{file} is not valid JSON ({error}): the run directory is damaged. "
+                "Remove it, or choose another output (-o)."
+            ) from error
+        differences = _differences(found, self.manifest)
+        if not differences:
+            return
+        if not overwrite:
+            raise RunDirectoryError(
+                f"{self.path} belongs to another run:\n"
+                + "\n".join(f"  {line}" for line in differences)
+                + "\nStart it afresh with --overwrite (overwrite=True), or choose another "
+                "output (-o)."
+            )
+        # The units go before the manifest changes: a kill in between leaves an older run of which
+        # some units are missing, which is still a run directory.
+        shutil.rmtree(self._units, ignore_errors=True)
+        sync_directory(self.path)
+        self._write_manifest(file)
+
+    def _write_manifest(self, file: Path) -> None:
+        with atomic_write(file) as temporary:
+            text = json.dumps(self.manifest, indent=2, sort_keys=True, ensure_ascii=False)
+            temporary.write_text(text + "\n", encoding="utf-8")
+
+
+def fingerprint(path: str | os.PathLike[str]) -> str:
+    """A SHA-256 over the configuration and the weights of a checkpoint directory, in hexadecimal.
+
+    Two directories have the same fingerprint exactly if those files have the same names and bytes.
+
+    Raises:
+        CheckpointError: the weights are absent, incomplete or damaged.
+    """
+    directory = Path(path)
+    digest = hashlib.sha256()
+    for file in [directory / "config.json", *weight_files(directory)]:
+        digest.update(f"{file.name} {_hash_file(file)}\n".encode())
+    return digest.hexdigest()
+
+
+def _separate(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Contiguous CPU tensors of which no two share memory, as the file format requires."""
+    result: dict[str, Tensor] = {}
+    storages: set[int] = set()
+    for name, tensor in tensors.items():
+        plain = tensor.detach().cpu().contiguous()
+        storage = plain.untyped_storage().data_ptr()
+        if storage in storages:
+            plain = plain.clone()
+        storages.add(plain.untyped_storage().data_ptr())
+        result[name] = plain
+    return result
+
+
+def _hash_file(file: Path) -> str:
+    with open(file, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(value, dict) or not value:
+        return {prefix: value}
+    flat: dict[str, Any] = {}
+    for key, inner in value.items():
+        flat.update(_flatten(inner, f"{prefix}.{key}" if prefix else str(key)))
+    return flat
+
+
+def _differences(found: Any, expected: Any) -> list[str]:
+    here, wanted = _flatten(found), _flatten(expected)
+    return [
+        f"{key}: found {_show(here, key)}, expected {_show(wanted, key)}"
+        for key in sorted(here.keys() | wanted.keys())
+        if (key in here) != (key in wanted) or here.get(key) != wanted.get(key)
+    ]
+
+
+def _show(values: dict[str, Any], key: str) -> str:
+    return json.dumps(values[key], ensure_ascii=False) if key in values else "nothing"

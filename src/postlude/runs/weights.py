@@ -1,0 +1,227 @@
+"""The weight files of a checkpoint: which they are, whether they are whole, whether they are finite.
+
+Everything here reads the files and builds no model, so that a broken checkpoint is refused with the
+name of what is broken before any library has spent minutes on it. One tensor is in memory at a
+time, and of a large one a slice.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from postlude.errors import CheckpointError, NonFiniteError
+
+__all__ = ["check_finite", "read_header", "read_json", "weight_files"]
+
+INDEX_NAME = "model.safetensors.index.json"
+SINGLE_NAME = "model.safetensors"
+
+_PICKLE_ENDINGS = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+_OTHER_ENDINGS = (".gguf", ".h5", ".msgpack", ".onnx")
+_FLOAT_DTYPES = frozenset({"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"})
+# A safetensors header beyond this is refused by the format's own library as well.
+_LARGEST_HEADER = 100_000_000
+_ELEMENTS_AT_ONCE = 1 << 24
+
+
+def weight_files(path: str | os.PathLike[str]) -> list[Path]:
+    """The safetensors files of a checkpoint directory, each one whole, in the order of their names.
+
+    Raises:
+        CheckpointError: there are none, some are missing, one is truncated or no safetensors file,
+            or the weights exist only in a format that can run code when it is loaded.
+    """
+    directory = Path(path)
+    index = directory / INDEX_NAME
+    if (directory / SINGLE_NAME).is_file():
+        files = [directory / SINGLE_NAME]
+    elif index.is_file():
+        files = _shards(directory, index)
+    else:
+        raise CheckpointError(_no_weights(directory))
+    for file in files:
+        read_header(file)
+    return files
+
+
+def read_header(file: str | os.PathLike[str]) -> dict[str, dict[str, Any]]:
+    """The tensors of a safetensors file: name to dtype, shape and offsets.
+
+    Raises:
+        CheckpointError: the file is not safetensors, or is shorter or longer than its header says.
+    """
+    path = Path(file)
+    found = path.stat().st_size
+    with open(path, "rb") as stream:
+        start = stream.read(8)
+        length = struct.unpack("<Q", start)[0] if len(start) == 8 else None
+        if length is None or length > _LARGEST_HEADER:
+            raise CheckpointError(
+                f"{path} is not a safetensors file: it has {found} bytes and no readable header. "
+                "Copy or download it again."
+            )
+        raw = stream.read(length)
+    if len(raw) < length:
+        raise CheckpointError(_truncated(path, 8 + length, found, "for its header alone"))
+    try:
+        header: dict[str, dict[str, Any]] = json.loads(raw)
+        tensors = {name: entry for name, entry in header.items() if name != "__metadata__"}
+        ends = [int(entry["data_offsets"][1]) for entry in tensors.values()]
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
+        raise CheckpointError(
+            f"{path} is not a safetensors file: its header does not parse ({error}). "
+            "Copy or download it again."
+        ) from error
+    expected = 8 + length + max(ends, default=0)
+    if found < expected:
+        raise CheckpointError(_truncated(path, expected, found, "by its header"))
+    if found > expected:
+        raise CheckpointError(
+            f"{path} is damaged: expected {expected} bytes by its header, found {found}. "
+            "Copy or download it again."
+        )
+    return tensors
+
+
+def check_finite(files: list[Path]) -> None:
+    """Read every floating-point tensor once and refuse the first that holds NaN or infinity.
+
+    Codes and other integers are not read. Time is one read of the files; memory is one slice of
+    16 M elements.
+
+    Raises:
+        NonFiniteError: names the tensor, the file, and how many of its entries are not finite.
+    """
+    for file in files:
+        floats = [n for n, entry in read_header(file).items() if entry["dtype"] in _FLOAT_DTYPES]
+        with safe_open(file, framework="pt") as store:
+            for name in floats:
+                if all(_is_finite(part) for part in _slices(store, name)):
+                    continue
+                bad = total = 0
+                for part in _slices(store, name):
+                    bad += int((~torch.isfinite(part)).sum())
+                    total += part.numel()
+                raise NonFiniteError(
+                    f"Tensor {name!r} in {file} holds {bad} NaN or infinite values of {total}. "
+                    "Expected finite weights: the training or the conversion that wrote this "
+                    "checkpoint failed. Use an earlier checkpoint or convert it again."
+                )
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+        CheckpointError: it does not parse, or is not an object.
+    """
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{file} is not valid JSON: {error}.") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(
+            f"{file} holds a JSON {type(content).__name__}; expected an object with the settings."
+        )
+    return content
+
+
+def _shards(directory: Path, index: Path) -> list[Path]:
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(
+            f"{index} has no weight_map: expected an object from tensor names to files."
+        )
+    names = sorted({str(name) for name in weight_map.values()})
+    for name in names:
+        if name in ("", ".", "..") or Path(name).name != name or "\\" in name:
+            raise CheckpointError(
+                f"{index} names the file {name!r}, which is not inside the checkpoint directory. "
+                "Refused: shards are plain file names."
+            )
+    missing = [name for name in names if not (directory / name).is_file()]
+    if missing:
+        raise CheckpointError(
+            f"{directory} lacks {len(missing)} of the {len(names)} weight files its index names: "
+            f"{_listing(missing)}. Copy or download them."
+        )
+    files = [directory / name for name in names]
+    held = {(tensor, file.name) for file in files for tensor in read_header(file)}
+    absent = sorted(t for t, name in weight_map.items() if (t, str(name)) not in held)
+    if absent:
+        raise CheckpointError(
+            f"{index} names {len(absent)} tensors that their files do not hold: "
+            f"{_listing(absent)}. The index and the shards are not of the same checkpoint."
+        )
+    return files
+
+
+def _no_weights(directory: Path) -> str:
+    names = sorted(os.listdir(directory))
+    pickled = [n for n in names if n.endswith(_PICKLE_ENDINGS) and n != "training_args.bin"]
+    expected = f"expected {SINGLE_NAME}, or {INDEX_NAME} with its shards"
+    if pickled:
+        return (
+            f"{directory} holds its weights only as pickle files ({_listing(pickled)}); {expected}. "
+            "Loading a pickle can run any code, so Postlude refuses it. If you trust where it "
+            "comes from, convert it once:\n"
+            '  python -c "from transformers import AutoModelForCausalLM as M; '
+            f"M.from_pretrained({str(directory)!r}, use_safetensors=False, dtype='auto')"
+            f'.save_pretrained({str(directory) + "-safetensors"!r})"\n'
+            "and copy the tokenizer files beside the result."
+        )
+    other = [n for n in names if n.endswith(_OTHER_ENDINGS)]
+    if "adapter_config.json" in names:
+        return (
+            f"{directory} holds an adapter, not a whole model; {expected}. Merge it into its base "
+            "model first (merge_and_unload of the peft library) and save the result."
+        )
+    if other:
+        return f"{directory} holds weights as {_listing(other)}; {expected}."
+    stray = [n for n in names if n.endswith(".safetensors")]
+    if stray:
+        return f"{directory} holds {_listing(stray)}, but {expected}."
+    return f"{directory} holds no weights; {expected}."
+
+
+def _truncated(path: Path, expected: int, found: int, source: str) -> str:
+    return (
+        f"{path} is truncated: expected {expected} bytes {source}, found {found}. "
+        "Copy or download it again."
+    )
+
+
+def _listing(names: list[str], limit: int = 5) -> str:
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more
+
+
+def _slices(store: Any, name: str) -> Iterator[Tensor]:
+    view = store.get_slice(name)
+    shape = view.get_shape()
+    if math.prod(shape) <= _ELEMENTS_AT_ONCE or not shape:
+        yield store.get_tensor(name)
+        return
+    rows = max(1, _ELEMENTS_AT_ONCE // math.prod(shape[1:]))
+    for start in range(0, shape[0], rows):
+        yield view[start : start + rows]
+
+
+def _is_finite(part: Tensor) -> bool:
+    if part.numel() == 0:
+        return True
+    if part.element_size() == 1:
+        part = part.float()  # the 8-bit formats have no ordering of their own
+    # One pass without a mask the size of the tensor: NaN and infinity both reach an extreme.
+    low, high = torch.aminmax(part)
+    return math.isfinite(low.item()) and math.isfinite(high.item())

@@ -1,0 +1,153 @@
+from __future__ import annotations
+
+import json
+import struct
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from postlude.errors import CheckpointError, NonFiniteError
+from postlude.runs import weights
+from postlude.runs.weights import check_finite, read_header, weight_files
+
+
+@pytest.fixture
+def sharded(tmp_path: Path) -> Path:
+    save_file({"a": torch.ones(3, 4)}, tmp_path / "model-00001-of-00002.safetensors")
+    save_file({"b": torch.ones(5)}, tmp_path / "model-00002-of-00002.safetensors")
+    write_index(
+        tmp_path,
+        {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"},
+    )
+    return tmp_path
+
+
+def write_index(directory: Path, weight_map: object) -> None:
+    file = directory / "model.safetensors.index.json"
+    file.write_text(json.dumps({"weight_map": weight_map}))
+
+
+def test_files_are_found(sharded: Path) -> None:
+    names = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
+    assert [f.name for f in weight_files(sharded)] == names
+    # As transformers does, a single file goes before an index.
+    save_file({"a": torch.ones(2)}, sharded / "model.safetensors")
+    assert [f.name for f in weight_files(sharded)] == ["model.safetensors"]
+
+
+def test_a_header_names_the_tensors(sharded: Path) -> None:
+    header = read_header(sharded / "model-00001-of-00002.safetensors")
+    assert header["a"]["shape"] == [3, 4] and header["a"]["dtype"] == "F32"
+
+
+@pytest.mark.parametrize("cut", [4, 40, 1])
+def test_a_truncated_file_is_named_with_both_sizes(sharded: Path, cut: int) -> None:
+    file = sharded / "model-00002-of-00002.safetensors"
+    whole = file.read_bytes()
+    # Inside the length, inside the header, inside the data.
+    keep = {4: 4, 40: 40, 1: len(whole) - 1}[cut]
+    file.write_bytes(whole[:keep])
+    with pytest.raises(CheckpointError) as caught:
+        weight_files(sharded)
+    assert str(file) in str(caught.value) and f"{keep}" in str(caught.value)
+    if cut == 1:
+        assert f"expected {len(whole)} bytes by its header, found {keep}" in str(caught.value)
+
+
+def test_what_is_no_safetensors_file_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "model.safetensors"
+    header = json.dumps({"a": {"dtype": "F32"}}).encode()
+    for content in (
+        b"version https://git-lfs.github.com/spec/v1",
+        struct.pack("<Q", 5) + b"{nope",
+        struct.pack("<Q", len(header)) + header,
+        b"",
+    ):
+        file.write_bytes(content)
+        with pytest.raises(CheckpointError, match="not a safetensors file"):
+            weight_files(tmp_path)
+
+
+def test_bytes_beyond_the_header_are_refused(tmp_path: Path) -> None:
+    file = tmp_path / "model.safetensors"
+    save_file({"a": torch.ones(3)}, file)
+    file.write_bytes(file.read_bytes() + b"x")
+    with pytest.raises(CheckpointError, match="damaged"):
+        weight_files(tmp_path)
+
+
+def test_pickle_only_weights_are_refused_with_the_conversion(tmp_path: Path) -> None:
+    (tmp_path / "pytorch_model.bin").write_bytes(b"\x80\x04")
+    with pytest.raises(CheckpointError) as caught:
+        weight_files(tmp_path)
+    message = str(caught.value)
+    assert "pytorch_model.bin" in message and "run any code" in message
+    assert "use_safetensors=False" in message and "save_pretrained" in message
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("adapter_config.json", "adapter"),
+        ("model.gguf", "model.gguf"),
+        ("other.safetensors", "other.safetensors"),
+        ("README.md", "holds no weights"),
+    ],
+)
+def test_other_directories_are_named(tmp_path: Path, name: str, said: str) -> None:
+    (tmp_path / name).write_text("{}")
+    with pytest.raises(CheckpointError, match=said):
+        weight_files(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["../secret.safetensors", "/etc/x.safetensors", "..", "a\\b", ""])
+def test_an_index_cannot_point_outside(sharded: Path, name: str) -> None:
+    write_index(sharded, {"a": name})
+    with pytest.raises(CheckpointError, match="not inside the checkpoint"):
+        weight_files(sharded)
+
+
+def test_missing_shards_and_tensors_are_named(sharded: Path) -> None:
+    first = "model-00001-of-00002.safetensors"
+    write_index(sharded, {"a": first, "c": "model-00003.safetensors"})
+    with pytest.raises(CheckpointError, match=r"lacks 1 of the 2 .* model-00003\.safetensors"):
+        weight_files(sharded)
+    write_index(sharded, {"a": first, "c": first})
+    with pytest.raises(CheckpointError, match="do not hold: c"):
+        weight_files(sharded)
+    write_index(sharded, [])
+    with pytest.raises(CheckpointError, match="no weight_map"):
+        weight_files(sharded)
+
+
+@pytest.mark.parametrize(
+    "dtype",
+    [torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.float8_e5m2],
+)
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_a_tensor_that_is_not_finite_is_named(
+    tmp_path: Path, dtype: torch.dtype, value: float
+) -> None:
+    bad = torch.ones(6, 4)
+    bad[3, 2] = value
+    file = tmp_path / "model.safetensors"
+    save_file(
+        {"fine": torch.ones(3), "codes": torch.arange(4), "layer.weight": bad.to(dtype)}, file
+    )
+    with pytest.raises(NonFiniteError, match=r"'layer\.weight'.* holds 1 NaN or infinite .* of 24"):
+        check_finite([file])
+
+
+def test_large_tensors_are_read_in_slices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(weights, "_ELEMENTS_AT_ONCE", 10)
+    tensor = torch.arange(7 * 4.0).reshape(7, 4)
+    scalar = torch.tensor(1.0)
+    file = tmp_path / "model.safetensors"
+    save_file({"t": tensor, "s": scalar, "empty": torch.zeros(0, 3)}, file)
+    check_finite([file])
+    tensor[6, 3] = float("nan")
+    save_file({"t": tensor}, file)
+    with pytest.raises(NonFiniteError, match="1 NaN or infinite values of 28"):
+        check_finite([file])
