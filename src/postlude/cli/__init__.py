@@ -1,1 +1,119 @@
-"""cli."""
+"""The command line: arguments in, a call of the front door, the result printed. No logic.
+
+Every command returns a :class:`~postlude.cli._output.Result` and prints nothing itself. With ``--json``
+the standard output carries exactly one JSON object, also when the command fails on its input:
+``{"error": {"type": ..., "message": ...}}``. Exit codes: 0, 2 for anything wrong with the input, 130 when
+interrupted; an unexpected exception keeps its traceback and ends with 1.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Sequence
+
+import typer
+import typer.main
+
+from postlude.cli import demo, evaluate, inspect, methods, quantize
+from postlude.cli._group import OrderedGroup
+from postlude.cli._output import Result, to_json
+from postlude.errors import PostludeError
+
+__all__ = ["app", "main", "run"]
+
+app = typer.Typer(
+    name="postlude",
+    cls=OrderedGroup,
+    help="Everything that happens to a model after pretraining.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from postlude import __version__
+
+        typer.echo(f"postlude {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: bool = typer.Option(
+        False, "--version", help="Print the version.", is_eager=True, callback=_print_version
+    ),
+) -> None:
+    """Everything that happens to a model after pretraining."""
+
+
+app.add_typer(inspect.app, name="inspect")
+app.command("quantize")(quantize.quantize)
+app.command("evaluate")(evaluate.evaluate)
+app.command("methods")(methods.methods)
+app.command("demo")(demo.demo)
+
+
+def main() -> None:
+    """Entry point of the command ``postlude``."""
+    try:
+        code = run(sys.argv[1:])
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # The reader has gone (`postlude methods | head`); keep the interpreter from complaining at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 1
+    sys.exit(code)
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run one command line and return its exit code."""
+    as_json = "--json" in arguments
+    stdout = sys.stdout
+    # A library that prints must not get between the reader and the one JSON object.
+    quiet = contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext()
+    try:
+        with quiet:
+            outcome = typer.main.get_command(app)(
+                list(arguments), prog_name="postlude", standalone_mode=False
+            )
+    except PostludeError as error:
+        return _fail(type(error).__name__, str(error), error.exit_code, as_json)
+    except typer.TyperException as error:
+        if as_json:
+            return _fail("UsageError", error.format_message(), error.exit_code, as_json)
+        _show_usage(error)
+        return error.exit_code
+    except typer.Abort:
+        return _fail("Abort", "Aborted.", 1, as_json)
+    if isinstance(outcome, Result):
+        if as_json:
+            print(to_json(outcome.value), file=stdout)
+        else:
+            from rich.console import Console
+
+            outcome.show(Console(file=stdout, highlight=False, soft_wrap=not stdout.isatty()))
+        return 0
+    if outcome == 130:
+        print("Interrupted.", file=sys.stderr)
+    return outcome if isinstance(outcome, int) else 0
+
+
+def _fail(kind: str, message: str, code: int, as_json: bool) -> int:
+    print(f"postlude: {message}", file=sys.stderr)
+    if as_json:
+        print(to_json({"error": {"type": kind, "message": message}}))
+    return code
+
+
+def _show_usage(error: typer.TyperException) -> None:
+    """Usage, hint and message of a command line that could not be parsed."""
+    show = getattr(error, "show", None)
+    if show is not None:
+        show()
+    else:
+        print(f"postlude: {error.format_message()}", file=sys.stderr)

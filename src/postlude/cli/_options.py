@@ -1,0 +1,63 @@
+"""The options that several commands share, each written once."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+__all__ = [
+    "Checkpoint",
+    "Checkpoints",
+    "Device",
+    "Dtype",
+    "Json",
+    "NewDirectory",
+    "NewFile",
+    "Overwrite",
+    "Seed",
+]
+
+Checkpoint = Annotated[
+    str,
+    typer.Argument(
+        help="A Hugging Face model directory (safetensors), or the built-in `zoo:tiny-lm`.",
+        show_default=False,
+    ),
+]
+Checkpoints = Annotated[
+    list[str],
+    typer.Argument(help="Two or more checkpoints.", show_default=False),
+]
+Json = Annotated[
+    bool,
+    typer.Option(
+        "--json", help="Print one JSON object on the standard output; all else goes to stderr."
+    ),
+]
+Seed = Annotated[int, typer.Option("--seed", metavar="N", help="Same seed, same result.")]
+Dtype = Annotated[
+    str,
+    typer.Option(
+        "--dtype",
+        metavar="TYPE",
+        help="Type to compute in: auto (the checkpoint's), float32, bfloat16, float16.",
+    ),
+]
+Device = Annotated[
+    str | None,
+    typer.Option(
+        "--device", help="Device to compute on, for example cpu or cuda:0.", metavar="DEVICE"
+    ),
+]
+Overwrite = Annotated[
+    bool, typer.Option("--overwrite", help="Replace an output that is already there.")
+]
+NewDirectory = Annotated[
+    str,
+    typer.Option("--output", "-o", metavar="DIRECTORY", help="Where to write.", show_default=False),
+]
+NewFile = Annotated[
+    str | None,
+    typer.Option("--output", "-o", metavar="FILE", help="Also write the result here, as JSON."),
+]

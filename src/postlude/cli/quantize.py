@@ -1,0 +1,113 @@
+"""``postlude quantize``: a smaller checkpoint by one of the registered methods."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from postlude.cli import _options as options
+from postlude.cli._output import Result
+
+__all__ = ["quantize"]
+
+
+def quantize(
+    checkpoint: options.Checkpoint,
+    output: options.NewDirectory,
+    method: Annotated[
+        str, typer.Option("--method", "-m", help="`postlude methods` lists them.", metavar="NAME")
+    ] = "rtn",
+    bits: Annotated[
+        str | None,
+        typer.Option(
+            "--bits",
+            metavar="w4a4kv4",
+            help="Bits of weights, activations and KV cache; 16 leaves a part alone. "
+            "The method's own default otherwise.",
+        ),
+    ] = None,
+    group: Annotated[
+        str | None,
+        typer.Option(
+            "--group",
+            metavar="channel|tensor|N",
+            help="Weights that share a scale: an output channel, the tensor, or N inputs of a channel.",
+        ),
+    ] = None,
+    activation_group: Annotated[
+        str | None,
+        typer.Option(
+            "--activation-group",
+            metavar="token|tensor|N",
+            help="Activations that share a scale: a token, the tensor, or N channels of a token.",
+        ),
+    ] = None,
+    calibration: Annotated[
+        str | None,
+        typer.Option(
+            "--calibration",
+            metavar="FILE",
+            help="Text to calibrate on: .txt, .jsonl with a `text` field, or a directory of them.",
+        ),
+    ] = None,
+    samples: Annotated[
+        int, typer.Option("--samples", min=1, help="Calibration sequences to draw from the text.")
+    ] = 128,
+    length: Annotated[
+        int | None,
+        typer.Option(
+            "--length", min=1, help="Tokens per calibration sequence; fits the model otherwise."
+        ),
+    ] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="KEY=VALUE",
+            help="A setting of the method; repeat for more. `postlude methods NAME` lists them.",
+        ),
+    ] = None,
+    run: Annotated[
+        str | None,
+        typer.Option(
+            "--run",
+            metavar="DIRECTORY",
+            help="Keep finished blocks here; the same command started again resumes from them.",
+        ),
+    ] = None,
+    dtype: options.Dtype = "auto",
+    device: options.Device = None,
+    overwrite: options.Overwrite = False,
+    seed: options.Seed = 0,
+    json: options.Json = False,
+) -> Result:
+    """Quantize a checkpoint into a directory that transformers loads after `import postlude`."""
+    from postlude import registry
+    from postlude.cli._settings import make_settings, parse_bits, parse_granularity
+
+    given: dict[str, object] = {}
+    if bits is not None:
+        given |= parse_bits(bits)
+    if group is not None:
+        given["group"] = parse_granularity("--group", group, ("channel", "tensor"))
+    if activation_group is not None:
+        words = ("token", "tensor")
+        given["activation_group"] = parse_granularity("--activation-group", activation_group, words)
+    settings = make_settings(registry.find("quantize", method), given, set_ or [])
+
+    from postlude import _front_door
+
+    model = _front_door.load(checkpoint, dtype=dtype, device=device)
+    _front_door.quantize(
+        model,
+        settings,
+        calibration=calibration,
+        samples=samples,
+        length=length,
+        seed=seed,
+        out=output,
+        overwrite=overwrite,
+        run=run,
+    )
+    return Result({"output": output, "method": method, "settings": settings, "seed": seed})
