@@ -21,13 +21,14 @@ __all__ = [
 Checkpoint = Annotated[
     str,
     typer.Argument(
+        metavar="CHECKPOINT",
         help="A Hugging Face model directory (safetensors), or the built-in `zoo:tiny-lm`.",
         show_default=False,
     ),
 ]
 Checkpoints = Annotated[
     list[str],
-    typer.Argument(help="Two or more checkpoints.", show_default=False),
+    typer.Argument(metavar="CHECKPOINT CHECKPOINT...", help="Two or more.", show_default=False),
 ]
 Json = Annotated[
     bool,

@@ -1,0 +1,54 @@
+# make demo and make test set everything up themselves, in $(VENV).
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: help demo test check claims bench docs clean install
+
+help:
+	@echo "make demo     inspect and quantize the built-in model by every method, write runs/demo/report.html"
+	@echo "make test     the tests (slow and GPU ones: $(BIN)/pytest -m slow, -m gpu)"
+	@echo "make check    format, lint, types, import contracts"
+	@echo "make claims   measure again what each paper claims"
+	@echo "make bench    wall time and memory"
+	@echo "make docs     write the generated pages of docs/"
+	@echo "make clean    remove $(VENV) and every cache"
+
+install: $(INSTALLED)
+
+# torch goes first and alone: it is the one large download, and any build of it that is already there is kept.
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version.split()[0]; sys.exit(0 if sys.version_info >= (3, 11) else "Postlude needs Python 3.11 or newer, and $(PYTHON) is " + v + ": make PYTHON=python3.12 ...")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -c constraints.txt torch
+	$(BIN)/python -m pip install -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: install
+	$(BIN)/postlude demo -o runs/demo --overwrite
+	@echo "Report: $(CURDIR)/runs/demo/report.html"
+
+test: install
+	$(BIN)/python -m pytest
+
+check: install
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+claims: install
+	for file in claims/[a-z]*.py; do echo "== $$file"; $(BIN)/python "$$file" || exit 1; done
+
+bench: install
+	for file in benchmarks/[a-z]*.py; do echo "== $$file"; $(BIN)/python "$$file" || exit 1; done
+
+docs: install
+	$(BIN)/python -m postlude.cli.catalogue > docs/methods.md.new
+	mv docs/methods.md.new docs/methods.md
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .hypothesis
+	find . -path ./.git -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
