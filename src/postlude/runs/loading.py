@@ -1,0 +1,222 @@
+"""Load a checkpoint directory, after looking at it.
+
+transformers loads what it can and says what went wrong in the words of its own internals, sometimes
+only in a log line (a missing weight is drawn at random). So everything a directory can be refused
+for is looked at first, in the order of cost: its files, its configuration, the headers of its
+weights, and at last every weight once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from postlude.errors import CheckpointError, SettingsError, UnknownNameError
+from postlude.runs.checkpoint import Checkpoint
+from postlude.runs.weights import check_finite, read_json, weight_files
+from postlude.surgery.anatomy import anatomy_of, check_supported
+
+__all__ = ["load", "resolve"]
+
+_ZOO = "zoo:"
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "vocab.json",
+    "spiece.model",
+)
+_DTYPES = ("float64", "float32", "float16", "bfloat16")
+
+
+def load(
+    path: str | os.PathLike[str],
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device | None = None,
+) -> Checkpoint:
+    """Load a language model from a Hugging Face directory; never from the network.
+
+    Float checkpoints and those that Postlude quantized load alike. Reads the weights twice: once to
+    see that they are finite, once to build the model.
+
+    Args:
+        path: the directory, or ``zoo:NAME`` for a model that comes with Postlude.
+        dtype: ``"auto"`` for the checkpoint's own, or float64, float32, float16, bfloat16.
+        device: where to put the model; None for the accelerator if there is one, else the CPU.
+
+    Raises:
+        CheckpointError: not a checkpoint, a damaged one, or one in a refused format.
+        NonFiniteError: a tensor holds NaN or infinity.
+        ArchitectureError: no anatomy describes the model.
+        SettingsError: an unknown dtype or device.
+    """
+    target_dtype = _dtype(dtype)
+    target_device = _device(device)
+    directory = resolve(path)
+    config = _config(directory)
+    check_supported(config["model_type"])
+    check_finite(weight_files(directory))
+    model = _model(directory, target_dtype)
+    model.eval()
+    model.to(target_device)
+    return Checkpoint(
+        model=model,
+        tokenizer=_tokenizer(directory),
+        anatomy=anatomy_of(model),
+        path=directory,
+    )
+
+
+def resolve(path: str | os.PathLike[str]) -> Path:
+    """The directory that a path or ``zoo:NAME`` stands for.
+
+    Raises:
+        CheckpointError: there is no such directory.
+        UnknownNameError: the zoo has no model of that name.
+    """
+    name = os.fspath(path)
+    if name.startswith(_ZOO):
+        return _zoo(name.removeprefix(_ZOO))
+    directory = Path(name)
+    if directory.is_file():
+        raise CheckpointError(
+            f"{directory} is a file; expected a checkpoint directory with config.json and "
+            f"safetensors weights. Give the directory: {directory.parent}"
+        )
+    if not directory.is_dir():
+        raise CheckpointError(
+            f"There is no directory {directory}; expected a checkpoint directory with config.json "
+            "and safetensors weights. Postlude downloads nothing: fetch a model from the Hugging "
+            "Face hub first (hf download NAME --local-dir DIRECTORY)."
+        )
+    return directory.resolve()
+
+
+def _zoo(name: str) -> Path:
+    folder = Path(__file__).resolve().parent.parent / "zoo" / "checkpoints"
+    known = [d.name for d in folder.iterdir() if d.is_dir()] if folder.is_dir() else []
+    if name not in known:
+        raise UnknownNameError("zoo model", name, known)
+    return folder / name
+
+
+def _config(directory: Path) -> dict[str, Any]:
+    file = directory / "config.json"
+    if not file.is_file():
+        if (directory / "model_index.json").is_file():
+            raise CheckpointError(
+                f"{directory} is a diffusers pipeline (model_index.json); expected a language "
+                "model with config.json."
+            )
+        if (directory / "adapter_config.json").is_file():
+            raise CheckpointError(
+                f"{directory} holds an adapter, not a whole model: merge it into its base model "
+                "first (merge_and_unload of the peft library) and save the result."
+            )
+        raise CheckpointError(
+            f"{directory} is not a checkpoint: it has no config.json. Expected a Hugging Face "
+            "model directory with config.json and safetensors weights."
+        )
+    config = read_json(file)
+    if not isinstance(config.get("model_type"), str):
+        raise CheckpointError(
+            f'{file} names no "model_type"; expected the configuration of a transformers model.'
+        )
+    quantization = config.get("quantization_config")
+    if quantization is not None:
+        scheme = quantization.get("quant_method") if isinstance(quantization, dict) else None
+        if scheme != "postlude":
+            raise CheckpointError(
+                f"{directory} is already quantized by {scheme!r}; expected float weights, or a "
+                "checkpoint that Postlude quantized. Start from the float model it was made from."
+            )
+    return config
+
+
+def _model(directory: Path, dtype: torch.dtype | str) -> Any:
+    # Not at the top: importing it takes seconds, and a refused directory should be refused at once.
+    transformers = importlib.import_module("transformers")
+    with _quiet(transformers):
+        try:
+            model, info = transformers.AutoModelForCausalLM.from_pretrained(
+                directory,
+                dtype=dtype,
+                local_files_only=True,
+                use_safetensors=True,
+                trust_remote_code=False,
+                output_loading_info=True,
+            )
+        except (ValueError, KeyError, OSError, RuntimeError, TypeError, AttributeError) as error:
+            raise CheckpointError(
+                f"transformers {transformers.__version__} cannot load {directory}: "
+                f"{type(error).__name__}: {error}"
+            ) from error
+    missing = sorted(info.get("missing_keys", ()))
+    if missing:
+        raise CheckpointError(
+            f"{directory} lacks {len(missing)} weights of a {type(model).__name__}: "
+            f"{', '.join(missing[:5])}{' ...' if len(missing) > 5 else ''}. Expected all of them; "
+            "they would be drawn at random. Is it a complete causal language model?"
+        )
+    return model
+
+
+def _tokenizer(directory: Path) -> Any:
+    if not any((directory / name).is_file() for name in _TOKENIZER_FILES):
+        return None
+    transformers = importlib.import_module("transformers")
+    with _quiet(transformers):
+        try:
+            return transformers.AutoTokenizer.from_pretrained(
+                directory, local_files_only=True, trust_remote_code=False
+            )
+        except (ValueError, KeyError, OSError, RuntimeError, TypeError, ImportError) as error:
+            raise CheckpointError(
+                f"transformers {transformers.__version__} cannot load the tokenizer of "
+                f"{directory}: {type(error).__name__}: {error}"
+            ) from error
+
+
+@contextlib.contextmanager
+def _quiet(transformers: Any) -> Iterator[None]:
+    """Keep transformers' bars and its table of loaded keys off the screen; errors still raise."""
+    logging = transformers.utils.logging
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def _dtype(dtype: str | torch.dtype) -> torch.dtype | str:
+    name = str(dtype).removeprefix("torch.")
+    if name == "auto":
+        return name
+    if name not in _DTYPES:
+        raise SettingsError(f"dtype is {name!r}; expected auto, {', '.join(_DTYPES)}")
+    chosen: torch.dtype = getattr(torch, name)
+    return chosen
+
+
+def _device(device: str | torch.device | None) -> torch.device:
+    if device is None:
+        accelerator = torch.accelerator.current_accelerator(check_available=True)
+        return torch.device("cpu") if accelerator is None else accelerator
+    try:
+        chosen = torch.device(device)
+        torch.empty(0, device=chosen)
+    except (RuntimeError, AssertionError) as error:
+        raise SettingsError(
+            f"device {str(device)!r} cannot be used here: {str(error).splitlines()[0]}"
+        ) from error
+    return chosen
