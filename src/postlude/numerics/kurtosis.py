@@ -1,0 +1,104 @@
+"""Streaming kurtosis: how heavy the tails of a tensor's entries are.
+
+Kurtosis is Pearson's ``E[(x - mean)^4] / E[(x - mean)^2]^2``: 3 for a Gaussian, 1.8 for a uniform, and up to the
+number of entries when a single one carries everything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from postlude.errors import DataError
+
+__all__ = ["ChannelKurtosis", "row_kurtosis"]
+
+
+def row_kurtosis(x: Tensor) -> Tensor:
+    """Kurtosis along the last axis of ``x`` ``[..., width]``, float64 ``[...]``; NaN where a row is constant."""
+    x = x.double()
+    # Scaling leaves the kurtosis as it is and keeps fourth powers in range.
+    centred = x - x.mean(-1, keepdim=True)
+    centred = centred / centred.abs().amax(-1, keepdim=True)
+    square = centred.square()
+    return square.square().mean(-1) / square.mean(-1).square()
+
+
+class ChannelKurtosis:
+    """Kurtosis of every channel over all rows seen, from central moments merged by Pebay's formulas.
+
+    Args:
+        width: number of channels.
+        device: where the sums live.
+    """
+
+    def __init__(self, width: int, device: torch.device | str | None = None) -> None:
+        self.count = 0
+        self._moments = torch.zeros(
+            4, width, dtype=torch.float64, device=device
+        )  # mean, M2, M3, M4
+
+    @property
+    def width(self) -> int:
+        """Number of channels."""
+        return self._moments.shape[1]
+
+    def update(self, x: Tensor) -> None:
+        """Take in ``x`` ``[..., width]``."""
+        if x.shape[-1] != self.width:
+            raise DataError(f"Expected {self.width} channels, got a tensor {tuple(x.shape)}.")
+        rows = x.reshape(-1, self.width).double()
+        if not len(rows):
+            return
+        mean = rows.mean(0)
+        centred = rows - mean
+        square = centred.square()
+        moments = torch.stack(
+            [mean, square.sum(0), (square * centred).sum(0), square.square().sum(0)]
+        )
+        self._merge(len(rows), moments)
+
+    def merge(self, other: Self) -> None:
+        """Take in everything ``other`` has seen."""
+        if other.width != self.width:
+            raise DataError(f"Cannot merge statistics of {other.width} channels into {self.width}.")
+        self._merge(other.count, other._moments)
+
+    def _merge(self, count: int, moments: Tensor) -> None:
+        if not count:
+            return
+        a, b, n = self.count, count, self.count + count
+        mean_a, m2_a, m3_a, m4_a = self._moments
+        mean_b, m2_b, m3_b, m4_b = moments
+        d = mean_b - mean_a
+        m4 = (
+            m4_a
+            + m4_b
+            + d**4 * (a * b * (a * a - a * b + b * b) / n**3)
+            + 6 * d**2 * (a * a * m2_b + b * b * m2_a) / n**2
+            + 4 * d * (a * m3_b - b * m3_a) / n
+        )
+        m3 = m3_a + m3_b + d**3 * (a * b * (a - b) / n**2) + 3 * d * (a * m2_b - b * m2_a) / n
+        m2 = m2_a + m2_b + d**2 * (a * b / n)
+        self._moments = torch.stack([mean_a + d * (b / n), m2, m3, m4])
+        self.count = n
+
+    def value(self) -> Tensor:
+        """Kurtosis ``[width]``, float64; NaN for channels that are constant."""
+        fourth, second = self._moments[3], self._moments[1]
+        return fourth.mul(self.count).div(second.square())
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything needed to continue, as tensors."""
+        return {"count": torch.tensor(self.count), "moments": self._moments}
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Tensor]) -> Self:
+        """Continue from :meth:`state`."""
+        made = cls(state["moments"].shape[1], state["moments"].device)
+        made._moments = state["moments"].clone()
+        made.count = int(state["count"])
+        return made
