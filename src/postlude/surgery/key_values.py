@@ -1,0 +1,343 @@
+"""Quantized keys and values, in a single forward pass and in the cache of ``generate``.
+
+A :class:`KeyValueQuantizer` sits inside an attention module as ``key_values``. A hook gives the attention
+module a view of whatever cache it was called with; the view rotates the keys (after the rotary embedding),
+quantizes keys and values, and keeps the codes packed in the cache. Without a cache the tensors make the same
+round trip, so both ways give the same numbers. The queries are rotated by the attention function
+``"postlude"``, which is transformers' ``sdpa`` otherwise; a module whose keys are rotated refuses to run under
+another attention function, because its logits would be silently wrong.
+
+Layout: ``[batch, heads, tokens, head_size]``; the rotation acts on the last axis.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from postlude.errors import SettingsError
+from postlude.numerics.formats import Encoded, Scheme
+from postlude.numerics.packing import pack, unpack
+from postlude.surgery.layers import BlockHadamard
+
+__all__ = [
+    "ATTENTION",
+    "HeadRotation",
+    "KeyValueQuantizer",
+    "attach",
+    "detach",
+    "register_attention",
+    "use_rotating_attention",
+]
+
+ATTENTION = "postlude"
+
+
+class HeadRotation(nn.Module):
+    """One orthogonal matrix per key/value head, shared by the query heads it serves: ``x -> x R[head]``.
+
+    Args:
+        heads: key/value heads.
+        size: entries of a head.
+    """
+
+    matrices: Tensor
+
+    def __init__(self, heads: int, size: int, dtype: torch.dtype, device: Any = None) -> None:
+        super().__init__()
+        self.register_buffer("matrices", torch.zeros(heads, size, size, dtype=dtype, device=device))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[batch, heads, tokens, size]``, with as many heads or a multiple of it."""
+        matrices = self.matrices.to(x.dtype).repeat_interleave(x.shape[1] // len(self.matrices), 0)
+        return x @ matrices
+
+    def spec(self) -> dict[str, Any]:
+        return {"kind": "heads", "heads": len(self.matrices), "size": self.matrices.shape[1]}
+
+
+class KeyValueQuantizer(nn.Module):
+    """How the keys and values of one attention module are transformed and quantized.
+
+    Args:
+        key, value: schemes per token, groups along the head; None leaves them in float.
+        rotation: orthogonal transform of post-rotary queries and keys.
+
+    Attributes:
+        quantize: switched off while statistics of the float model are wanted.
+    """
+
+    def __init__(
+        self,
+        key: Scheme | None = None,
+        value: Scheme | None = None,
+        rotation: BlockHadamard | HeadRotation | None = None,
+    ) -> None:
+        super().__init__()
+        self.key, self.value = key, value
+        self.rotation = rotation
+        self.quantize = True
+
+    def rotate(self, x: Tensor) -> Tensor:
+        return x if self.rotation is None else cast(Tensor, self.rotation(x))
+
+    def schemes(self) -> tuple[Scheme | None, Scheme | None]:
+        """Schemes in force."""
+        return (self.key, self.value) if self.quantize else (None, None)
+
+    def spec(self) -> dict[str, Any]:
+        return {
+            "key": self.key.to_dict() if self.key else None,
+            "value": self.value.to_dict() if self.value else None,
+            "rotation": self.rotation.spec() if self.rotation is not None else None,
+        }
+
+    @classmethod
+    def from_spec(cls, spec: dict[str, Any], dtype: torch.dtype, device: Any = None) -> KeyValueQuantizer:
+        """An empty one from its description."""
+        made: BlockHadamard | HeadRotation | None = None
+        rotation = spec["rotation"]
+        if rotation and rotation["kind"] == "heads":
+            made = HeadRotation(rotation["heads"], rotation["size"], dtype, device)
+        elif rotation:
+            made = BlockHadamard(rotation["width"], rotation["block"], rotation["inner"], device)
+        return cls(
+            Scheme.from_dict(spec["key"]) if spec["key"] else None,
+            Scheme.from_dict(spec["value"]) if spec["value"] else None,
+            made,
+        )
+
+
+class _Packed:
+    """One growing tensor ``[batch, heads, tokens, size]``, kept as packed codes, scales and zero points."""
+
+    def __init__(self, scheme: Scheme) -> None:
+        self.scheme = scheme
+        self.parts: list[Tensor] = []
+        self.size = 0
+
+    def append(self, x: Tensor) -> None:
+        encoded = self.scheme.encode(x)
+        parts = [pack(encoded.codes, self.scheme.format.code_bits), encoded.scale]
+        if encoded.zero_point is not None:
+            parts.append(encoded.zero_point)
+        self.size = x.shape[-1]
+        if self.parts:
+            parts = [torch.cat([old, new], dim=-2) for old, new in zip(self.parts, parts, strict=True)]
+        self.parts = parts
+
+    def values(self, dtype: torch.dtype) -> Tensor:
+        codes = unpack(self.parts[0], self.scheme.format.code_bits, self.size)
+        zero = self.parts[2] if len(self.parts) > 2 else None
+        return Encoded(codes, self.parts[1], zero, self.scheme).decode().to(dtype)
+
+
+class _Plain:
+    """The same interface for a tensor that is not quantized."""
+
+    def __init__(self) -> None:
+        self.parts: list[Tensor] = []
+
+    def append(self, x: Tensor) -> None:
+        self.parts = [torch.cat([*self.parts, x], dim=-2)]
+
+    def values(self, dtype: torch.dtype) -> Tensor:
+        return self.parts[0].to(dtype)
+
+
+def _store(scheme: Scheme | None) -> _Packed | _Plain:
+    return _Plain() if scheme is None else _Packed(scheme)
+
+
+def _packed_layer_class() -> type:
+    """The cache layer; made when transformers is there, so that importing this module does not import it."""
+    from transformers.cache_utils import DynamicLayer
+
+    class PackedLayer(DynamicLayer):  # type: ignore[misc]
+        """A cache layer that keeps codes; ``update`` returns what attention reads."""
+
+        def __init__(self, schemes: tuple[Scheme | None, Scheme | None], window: int | None) -> None:
+            super().__init__()
+            self._stores = (_store(schemes[0]), _store(schemes[1]))
+            self._window = window
+            self._seen = 0
+            self.is_sliding = window is not None
+
+        def _tensors(self) -> Iterator[tuple[_Packed | _Plain, int]]:
+            for store in self._stores:
+                for index in range(len(store.parts)):
+                    yield store, index
+
+        def _map(self, change: Callable[[Tensor], Tensor]) -> None:
+            for store, index in self._tensors():
+                store.parts[index] = change(store.parts[index])
+
+        def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+            self.dtype, self.device = key_states.dtype, key_states.device
+            self.is_initialized = True
+
+        def update(
+            self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+        ) -> tuple[Tensor, Tensor]:
+            if not self.is_initialized:
+                self.lazy_initialization(key_states, value_states)
+            self._seen += key_states.shape[-2]
+            for store, new in zip(self._stores, (key_states, value_states), strict=True):
+                store.append(new)
+            out = (self._stores[0].values(self.dtype), self._stores[1].values(self.dtype))
+            if self._window is not None:
+                kept = self._window - 1
+                self._map(lambda part: part[..., -kept:, :])
+            return out
+
+        def get_seq_length(self) -> int:
+            return self._seen
+
+        def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+            if self._window is None:
+                return self._seen + query_length, 0
+            kept = min(self._seen, self._window - 1)
+            return kept + query_length, max(self._seen - self._window + 1, 0)
+
+        def stored_bytes(self) -> int:
+            """Bytes of everything the layer keeps."""
+            parts = [store.parts[index] for store, index in self._tensors()]
+            return sum(part.numel() * part.element_size() for part in parts)
+
+        def reset(self) -> None:
+            for store in self._stores:
+                store.parts = []
+            self._seen, self.is_initialized = 0, False
+
+        def reorder_cache(self, beam_idx: Tensor) -> None:
+            self._map(lambda part: part.index_select(0, beam_idx.to(part.device)))
+
+        def crop(self, tokens_to_remove: int) -> None:
+            if tokens_to_remove > 0:
+                raise ValueError(f"crop takes minus the tokens to remove, got {tokens_to_remove}")
+            if tokens_to_remove and self.is_initialized:
+                self._map(lambda part: part[..., :tokens_to_remove, :])
+                self._seen += tokens_to_remove
+
+        def batch_repeat_interleave(self, repeats: int) -> None:
+            self._map(lambda part: part.repeat_interleave(repeats, dim=0))
+
+        def batch_select_indices(self, indices: Tensor) -> None:
+            self._map(lambda part: part[indices, ...])
+
+        def offload(self) -> None:
+            self._map(lambda part: part.to("cpu", non_blocking=True))
+
+        def prefetch(self) -> None:
+            if self.is_initialized:
+                self._map(lambda part: part.to(self.device, non_blocking=True))
+
+    return PackedLayer
+
+
+class _CacheView:
+    """What an attention module sees instead of its cache."""
+
+    def __init__(self, owner: KeyValueQuantizer, cache: Any) -> None:
+        self._owner, self._cache = owner, cache
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._cache, name)
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        owner, cache = self._owner, self._cache
+        key_states = owner.rotate(key_states)
+        schemes = owner.schemes()
+        if cache is None:
+            keys, values = (
+                x if scheme is None else scheme.round_trip(x)
+                for x, scheme in zip((key_states, value_states), schemes, strict=True)
+            )
+            return keys, values
+        if schemes != (None, None):
+            _ensure_packed(cache, layer_idx, schemes)
+        result = cache.update(key_states, value_states, layer_idx, *args, **kwargs)
+        return cast(tuple[Tensor, Tensor], result)
+
+
+def _ensure_packed(cache: Any, index: int, schemes: tuple[Scheme | None, Scheme | None]) -> None:
+    """Put a packed layer in the place of an empty dynamic one."""
+    from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+    global _PACKED_LAYER
+    if _PACKED_LAYER is None:
+        _PACKED_LAYER = _packed_layer_class()
+    layers = cache.layers
+    while len(layers) <= index and cache.layer_class_to_replicate is not None:
+        layers.append(cache.layer_class_to_replicate())
+    layer = layers[index]
+    if isinstance(layer, _PACKED_LAYER):
+        return
+    sliding = type(layer) is DynamicSlidingWindowLayer
+    if (type(layer) is not DynamicLayer and not sliding) or layer.is_initialized:
+        state = "already filled" if layer.is_initialized else "not a dynamic one"
+        raise SettingsError(
+            f"the keys and values of this model are quantized, but cache layer {index} is a "
+            f"{type(layer).__name__} that is {state}. Pass no cache, or an empty DynamicCache."
+        )
+    layers[index] = _PACKED_LAYER(schemes, layer.sliding_window if sliding else None)
+
+
+_PACKED_LAYER: type | None = None
+
+
+def _hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    owner = cast(KeyValueQuantizer, module.key_values)
+    used = getattr(module.config, "_attn_implementation", None)
+    if owner.rotation is not None and used != ATTENTION:
+        raise SettingsError(
+            f"this model rotates its keys and needs attn_implementation={ATTENTION!r}, but runs with "
+            f"{used!r}. Load it without attn_implementation, or call "
+            f"model.set_attn_implementation({ATTENTION!r})."
+        )
+    return args, {**kwargs, "past_key_values": _CacheView(owner, kwargs.get("past_key_values"))}
+
+
+def attach(model: nn.Module, attention: str, quantizer: KeyValueQuantizer) -> None:
+    """Give the attention module at this path its quantizer, replacing an earlier one."""
+    detach(model, attention)
+    module = model.get_submodule(attention)
+    module.key_values = quantizer
+    handle = module.register_forward_pre_hook(_hook, with_kwargs=True)
+    module._key_values_handle = handle  # type: ignore[assignment]
+
+
+def detach(model: nn.Module, attention: str) -> None:
+    """Undo :func:`attach`; nothing happens where nothing is attached."""
+    module = model.get_submodule(attention)
+    if hasattr(module, "key_values"):
+        cast(Any, module)._key_values_handle.remove()
+        del module._key_values_handle
+        del module.key_values
+
+
+def register_attention() -> None:
+    """Make ``attn_implementation="postlude"`` known to transformers; calling it again changes nothing."""
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    def attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
+        quantizer = getattr(module, "key_values", None)
+        if isinstance(quantizer, KeyValueQuantizer):
+            query = quantizer.rotate(query)
+        return sdpa_attention_forward(module, query, key, value, *args, **kwargs)
+
+    ALL_ATTENTION_FUNCTIONS.register(ATTENTION, attention)
+    ALL_MASK_ATTENTION_FUNCTIONS.register(ATTENTION, sdpa_mask)
+
+
+def use_rotating_attention(model: nn.Module) -> None:
+    """Run every attention module of a transformers model through the attention function ``"postlude"``."""
+    register_attention()
+    cast(Any, model).set_attn_implementation(ATTENTION)

@@ -1,0 +1,256 @@
+"""Layers that a rewritten or quantized model is made of.
+
+:class:`QuantizedLinear` holds what is stored: packed codes, scales, an optional online transform of its input
+and an optional quantizer of its input. It can be described by a small dictionary and rebuilt, empty, from that
+description, which is how a saved model is loaded.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from postlude.errors import CheckpointError
+from postlude.numerics.formats import Encoded, Scheme
+from postlude.numerics.packing import pack, packed_width, unpack
+from postlude.numerics.rotation import (
+    constant_first_row,
+    fast_hadamard,
+    group_sizes,
+    is_hadamard_order,
+)
+
+__all__ = ["BlockHadamard", "QuantizedLinear", "build_transform"]
+
+
+class BlockHadamard(nn.Module):
+    """``x -> (x * signs) H`` with ``H`` block-diagonal: an orthogonal transform along the last axis.
+
+    Blocks are Hadamard matrices over ``sqrt(order)`` with a constant first row; signs multiply rows of ``H``,
+    so flipping any row but the first of a block keeps that row constant. A last block whose size is no
+    Hadamard order is an orthonormal matrix with a constant first row (DCT-II).
+
+    With ``inner > 1`` the axis is read as ``[outer, block, inner]`` and the transform mixes the middle one:
+    ``kron(I_outer, H_block, I_inner)``, for example across heads.
+
+    Args:
+        width: entries of the axis.
+        block: order of a block; the whole ``width`` for one full transform.
+        inner: stride of the mixed axis.
+    """
+
+    signs: Tensor
+
+    def __init__(self, width: int, block: int, inner: int = 1, device: Any = None) -> None:
+        super().__init__()
+        self.width, self.block, self.inner = width, block, inner
+        self.sizes = group_sizes(width // inner, block)
+        if width % inner or (inner > 1 and len(set(self.sizes)) > 1):
+            raise ValueError(f"width {width} does not divide into blocks of {block} x {inner}")
+        self.register_buffer("signs", torch.ones(width, dtype=torch.int8, device=device))
+
+    def randomize(self, generator: torch.Generator, *, keep_first: bool) -> BlockHadamard:
+        """Draw the signs; ``keep_first`` leaves the first row of every block as it is."""
+        signs = torch.randint(0, 2, (self.width,), generator=generator, dtype=torch.int8) * 2 - 1
+        if keep_first:
+            starts = torch.tensor([sum(self.sizes[:i]) for i in range(len(self.sizes))])
+            signs[starts] = 1
+        self.signs.copy_(signs)
+        return self
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[..., width]`` to the same shape; also how it is fused into weights."""
+        x = x * self.signs.to(x.dtype)
+        if self.inner > 1:
+            x = x.unflatten(-1, (-1, self.block, self.inner)).transpose(-1, -2)
+            return _mix(x, self.block).transpose(-1, -2).flatten(-3)
+        whole = sum(size for size in self.sizes if size == self.block)
+        head = x[..., :whole].unflatten(-1, (-1, self.block))
+        mixed = _mix(head, self.block).flatten(-2)
+        if whole == self.width:
+            return mixed
+        return torch.cat([mixed, _mix(x[..., whole:], self.sizes[-1])], dim=-1)
+
+    def spec(self) -> dict[str, Any]:
+        """What :func:`build_transform` needs to make an empty one."""
+        return {"kind": "hadamard", "width": self.width, "block": self.block, "inner": self.inner}
+
+    def extra_repr(self) -> str:
+        return f"width={self.width}, block={self.block}, inner={self.inner}"
+
+
+def _mix(x: Tensor, order: int) -> Tensor:
+    """``x @ H`` along the last axis, ``H`` orthonormal of this order with a constant first row."""
+    if is_hadamard_order(order):
+        return fast_hadamard(x, order, normalize=True)
+    return x @ constant_first_row(order, None).to(x.device, x.dtype)
+
+
+def build_transform(spec: dict[str, Any] | None, device: Any = None) -> nn.Module | None:
+    """An empty online transform from its description."""
+    if spec is None:
+        return None
+    if spec.get("kind") != "hadamard":
+        raise CheckpointError(
+            f"online transform {spec.get('kind')!r} is not known to this version of Postlude; "
+            "load the checkpoint with the version that wrote it"
+        )
+    return BlockHadamard(spec["width"], spec["block"], spec["inner"], device=device)
+
+
+class QuantizedLinear(nn.Module):
+    """``y = Q_in(T(x)) W_q^T + bias``.
+
+    Args:
+        in_features, out_features: of the linear it replaces.
+        bias: whether it has one.
+        weight: how the weight is quantized; None keeps it in ``dtype``.
+        input: how the input is quantized at run time; None leaves it alone.
+        transform: online transform of the input, before quantizing it.
+        dtype: of the bias, an unquantized weight, and the arithmetic.
+
+    Attributes:
+        codes: ``uint8 [out_features, packed bytes]``.
+        scale: ``[out_features, groups]`` (``[1]`` per tensor), in the scheme's scale type.
+        zero_point: shape of ``scale``, or None.
+        quantize_input: switched off while statistics of the float input are wanted.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        bias: bool,
+        weight: Scheme | None = None,
+        input: Scheme | None = None,
+        transform: nn.Module | None = None,
+        dtype: torch.dtype = torch.float32,
+        device: Any = None,
+    ) -> None:
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.weight_scheme, self.input_scheme = weight, input
+        self.transform = transform
+        self.dtype = dtype
+        self.quantize_input = True
+        self.zero_point: Tensor | None
+        empty: dict[str, Any] = {"device": device}
+        if weight is None:
+            self.weight = nn.Parameter(
+                torch.empty(out_features, in_features, dtype=dtype, **empty), requires_grad=False
+            )
+        else:
+            bytes_per_row = packed_width(in_features, weight.format.code_bits)
+            shape = (
+                (1,)
+                if weight.granularity.kind == "tensor"
+                else (out_features, weight.granularity.groups(in_features))
+            )
+            codes = torch.zeros(out_features, bytes_per_row, dtype=torch.uint8, **empty)
+            scale = torch.ones(shape, dtype=getattr(torch, weight.scale_dtype), **empty)
+            zero = torch.zeros(shape, dtype=weight.zero_point_dtype, **empty)
+            self.register_buffer("codes", codes)
+            self.register_buffer("scale", scale)
+            self.register_buffer("zero_point", zero if weight.format.zero_point_bits else None)
+        self.bias = (
+            nn.Parameter(torch.zeros(out_features, dtype=dtype, **empty), requires_grad=False)
+            if bias
+            else None
+        )
+
+    @classmethod
+    def like(
+        cls,
+        module: nn.Module,
+        *,
+        weight: Scheme | None = None,
+        input: Scheme | None = None,
+        transform: nn.Module | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> QuantizedLinear:
+        """An empty layer with the shape, bias and device of a linear (or transposed ``Conv1D``)."""
+        matrix = module.weight
+        if not isinstance(matrix, Tensor):
+            raise TypeError(f"{type(module).__name__} has no weight to be shaped like")
+        shape = matrix.T.shape if type(module).__name__ == "Conv1D" else matrix.shape
+        bias = getattr(module, "bias", None)
+        layer = cls(
+            shape[1],
+            shape[0],
+            bias=bias is not None,
+            weight=weight,
+            input=input,
+            transform=transform,
+            dtype=dtype or matrix.dtype,
+            device=matrix.device,
+        )
+        if isinstance(bias, Tensor) and layer.bias is not None:
+            layer.bias.data.copy_(bias.data)
+        return layer
+
+    def store(self, encoded: Encoded) -> None:
+        """Take the codes and scales of ``[out_features, in_features]``."""
+        self.codes = pack(encoded.codes, encoded.scheme.format.code_bits)
+        self.scale = encoded.scale
+        self.zero_point = encoded.zero_point
+
+    def dense_weight(self) -> Tensor:
+        """``[out_features, in_features]`` in the layer's dtype: the reference every kernel is held to."""
+        if self.weight_scheme is None:
+            return self.weight.data
+        codes = unpack(self.codes, self.weight_scheme.format.code_bits, self.in_features)
+        return self.weight_scheme.decode(codes, self.scale, self.zero_point).to(self.dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[..., in_features]`` to ``[..., out_features]``."""
+        if self.transform is not None:
+            x = self.transform(x)
+        if self.input_scheme is not None and self.quantize_input:
+            x = self.input_scheme.round_trip(x)
+        return nn.functional.linear(x, self.dense_weight().to(x.dtype), self.bias)
+
+    def stored_bits(self) -> int:
+        """Bits on disk of everything that stands for the weight: codes, scales, zero points, signs."""
+        parts = [self.weight] if self.weight_scheme is None else [self.codes, self.scale]
+        if self.zero_point is not None and self.weight_scheme is not None:
+            parts.append(self.zero_point)
+        if self.transform is not None:
+            parts += list(self.transform.buffers())
+        return sum(part.numel() * part.element_size() * 8 for part in parts)
+
+    def spec(self) -> dict[str, Any]:
+        """What :meth:`from_spec` needs to make an empty one."""
+        return {
+            "in_features": self.in_features,
+            "out_features": self.out_features,
+            "bias": self.bias is not None,
+            "weight": self.weight_scheme.to_dict() if self.weight_scheme else None,
+            "input": self.input_scheme.to_dict() if self.input_scheme else None,
+            "transform": self.transform.spec() if isinstance(self.transform, BlockHadamard) else None,
+        }
+
+    @classmethod
+    def from_spec(cls, spec: dict[str, Any], dtype: torch.dtype, device: Any = None) -> QuantizedLinear:
+        """An empty layer from its description."""
+        return cls(
+            spec["in_features"],
+            spec["out_features"],
+            bias=spec["bias"],
+            weight=Scheme.from_dict(spec["weight"]) if spec["weight"] else None,
+            input=Scheme.from_dict(spec["input"]) if spec["input"] else None,
+            transform=build_transform(spec["transform"], device),
+            dtype=dtype,
+            device=device,
+        )
+
+    def extra_repr(self) -> str:
+        def show(scheme: Scheme | None) -> str:
+            return "float" if scheme is None else f"{scheme.format} per {scheme.granularity}"
+
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"weight={show(self.weight_scheme)}, input={show(self.input_scheme)}"
+        )
