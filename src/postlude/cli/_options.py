@@ -42,7 +42,7 @@ Dtype = Annotated[
     typer.Option(
         "--dtype",
         metavar="TYPE",
-        help="Type to compute in: auto (the checkpoint's), float32, bfloat16, float16.",
+        help="Type to compute in: auto (the checkpoint's), float32, bfloat16, float16, float64.",
     ),
 ]
 Device = Annotated[
