@@ -405,17 +405,26 @@ class Encoded:
 
 @dataclasses.dataclass(frozen=True)
 class Scheme:
-    """How one tensor is quantized: a format, which entries share a scale, and the type scales are stored in."""
+    """How one tensor is quantized.
+
+    Attributes:
+        format: what a code means.
+        granularity: which entries share a scale.
+        scale_dtype: type that scales are stored in.
+        clip: factor on every range; below 1, the largest entries saturate and the rest is finer.
+    """
 
     format: Format = Integer()
     granularity: Granularity = Granularity()
     scale_dtype: Literal["float16", "bfloat16", "float32"] = "float16"
+    clip: float = 1.0
 
     def to_dict(self) -> dict[str, Any]:
         return {
             "format": self.format.to_dict(),
             "granularity": str(self.granularity),
             "scale_dtype": self.scale_dtype,
+            "clip": self.clip,
         }
 
     @classmethod
@@ -424,6 +433,7 @@ class Scheme:
             Format.from_dict(data["format"]),
             Granularity.parse(data["granularity"]),
             data["scale_dtype"],
+            data["clip"],
         )
 
     def parameters(
@@ -440,6 +450,8 @@ class Scheme:
         """
         grouped = self.granularity.split(_working(x))
         low, high = grouped.amin(-1) * shrink, grouped.amax(-1) * shrink
+        if self.clip != 1:
+            low, high = low * self.clip, high * self.clip
         kept = getattr(torch, self.scale_dtype)
         scale = self.format.scale(low, high)
         # A group of zeros has no range; any positive scale encodes it exactly.

@@ -1,1 +1,1 @@
-"""quantization."""
+"""One file per system; what they share is in ``engine``."""

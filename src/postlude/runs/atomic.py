@@ -20,7 +20,13 @@ from pathlib import Path
 
 from postlude.errors import OutputExistsError
 
-__all__ = ["atomic_directory", "atomic_write", "is_partial", "sync_directory"]
+__all__ = [
+    "atomic_directory",
+    "atomic_write",
+    "check_replaceable",
+    "is_partial",
+    "sync_directory",
+]
 
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
@@ -63,7 +69,7 @@ def atomic_directory(
             block, if it appeared meanwhile.
     """
     final = Path(os.path.realpath(target))
-    _check_replaceable(final, overwrite, marker)
+    check_replaceable(final, overwrite, marker)
     final.parent.mkdir(parents=True, exist_ok=True)
     _remove_stale(final)
     temporary = _partial(final)
@@ -71,7 +77,7 @@ def atomic_directory(
     try:
         yield temporary
         _sync_tree(temporary)
-        _check_replaceable(final, overwrite, marker)
+        check_replaceable(final, overwrite, marker)
         _put_in_place(temporary, final)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -137,7 +143,7 @@ def _is_alive(process: int) -> bool:
     return True
 
 
-def _check_replaceable(target: Path, overwrite: bool, marker: str | None) -> None:
+def check_replaceable(target: Path, overwrite: bool, marker: str | None) -> None:
     if not target.exists():
         return
     if not target.is_dir():

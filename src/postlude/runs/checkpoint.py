@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from postlude.runs.atomic import atomic_directory
 from postlude.surgery.anatomy import Anatomy
 
 __all__ = ["Checkpoint"]
@@ -32,3 +37,31 @@ class Checkpoint:
     def context(self) -> int:
         """The longest sequence, in tokens, that the model was made for."""
         return self.anatomy.context
+
+    def save(self, out: str | os.PathLike[str], overwrite: bool = False) -> Path:
+        """Write a Hugging Face directory that transformers loads after ``import postlude``.
+
+        The directory appears by a rename once everything in it is on the disk: a kill leaves the old one, or
+        none. A quantized model keeps its packed codes.
+
+        Args:
+            out: the directory.
+            overwrite: replace a checkpoint that is already there.
+
+        Raises:
+            OutputExistsError: ``out`` exists and ``overwrite`` is False, or ``out`` is no checkpoint.
+        """
+        with atomic_directory(out, overwrite, marker="config.json") as directory:
+            self.model.save_pretrained(directory)
+            if self.tokenizer is not None:
+                self.tokenizer.save_pretrained(directory)
+        self.path = Path(out).resolve()
+        return self.path
+
+    def fingerprint(self) -> str:
+        """SHA-256 over the names, types, shapes and bytes of the model's parameters and buffers."""
+        digest = hashlib.sha256()
+        for name, tensor in sorted(self.model.state_dict().items()):
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        return digest.hexdigest()

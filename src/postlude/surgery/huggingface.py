@@ -1,9 +1,157 @@
-"""Postlude's checkpoint format in the tables of transformers."""
+"""Postlude's checkpoint format in the tables of transformers.
+
+``config.json`` carries, under ``quantization_config``, what every replaced module looks like; the weights file
+carries codes, scales and the rest under the names of those modules. Loading builds the empty modules from the
+description and lets transformers fill them, so ``AutoModelForCausalLM.from_pretrained`` works after
+``import postlude``.
+"""
 
 from __future__ import annotations
 
-__all__ = ["register"]
+from typing import Any, cast
+
+import torch
+from torch import nn
+from transformers.quantizers.auto import (
+    AUTO_QUANTIZATION_CONFIG_MAPPING,
+    register_quantization_config,
+    register_quantizer,
+)
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from postlude.errors import CheckpointError
+from postlude.surgery.key_values import ATTENTION, KeyValueQuantizer, attach, register_attention
+from postlude.surgery.layers import QuantizedLinear
+from postlude.surgery.rewrite import replace_module
+
+__all__ = ["FORMAT_VERSION", "METHOD", "PostludeConfig", "PostludeQuantizer", "describe", "mark", "register"]
+
+METHOD = "postlude"
+FORMAT_VERSION = 1
+
+
+def describe(model: nn.Module) -> dict[str, Any]:
+    """Every module that is not what the architecture's own class would build.
+
+    Equal descriptions are stored once: ``modules`` maps a path to an index into ``kinds``.
+    """
+    kinds: list[dict[str, Any]] = []
+    modules: dict[str, int] = {}
+    for path, module in model.named_modules():
+        if isinstance(module, QuantizedLinear):
+            spec: dict[str, Any] = {"module": "linear", **module.spec()}
+        elif isinstance(module, KeyValueQuantizer):
+            spec = {"module": "key_values", **module.spec()}
+        elif type(module) is nn.RMSNorm:
+            size, eps = module.normalized_shape[0], module.eps
+            spec = {"module": "rms_norm", "size": size, "eps": eps}
+        else:
+            continue
+        if spec not in kinds:
+            kinds.append(spec)
+        modules[path] = kinds.index(spec)
+    return {"kinds": kinds, "modules": modules}
+
+
+def _build(model: nn.Module, description: dict[str, Any], dtype: torch.dtype) -> None:
+    """Put empty modules of that description into a model on the meta device."""
+    for path, index in description["modules"].items():
+        spec = dict(description["kinds"][index])
+        kind = spec.pop("module")
+        if kind == "linear":
+            replace_module(model, path, QuantizedLinear.from_spec(spec, dtype, "meta"))
+        elif kind == "key_values":
+            attach(model, path.rpartition(".")[0], KeyValueQuantizer.from_spec(spec, "meta"))
+        elif kind == "rms_norm":
+            norm = nn.RMSNorm(spec["size"], eps=spec["eps"], elementwise_affine=False)
+            replace_module(model, path, norm)
+        else:
+            raise CheckpointError(
+                f"{path} is described as {kind!r}, which this version of Postlude does not know; "
+                "load the checkpoint with the version that wrote it"
+            )
+
+
+class PostludeConfig(QuantizationConfigMixin):  # type: ignore[misc]
+    """The ``quantization_config`` of a checkpoint that Postlude wrote.
+
+    Args:
+        format_version: of this layout; another one is refused.
+        description: see :func:`describe`.
+        made_by: method, settings, seed and version that made the checkpoint.
+    """
+
+    def __init__(
+        self,
+        format_version: int = FORMAT_VERSION,
+        description: dict[str, Any] | None = None,
+        made_by: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if format_version != FORMAT_VERSION:
+            raise CheckpointError(
+                f"the checkpoint has Postlude format version {format_version}, this installation reads "
+                f"version {FORMAT_VERSION}; install a matching version, or quantize again"
+            )
+        self.quant_method = METHOD
+        self.format_version = format_version
+        self.description = description or {"kinds": [], "modules": {}}
+        self.made_by = made_by or {}
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "quant_method": METHOD,
+            "format_version": self.format_version,
+            "made_by": self.made_by,
+            "description": self.description,
+        }
+
+    @property
+    def rotates_keys(self) -> bool:
+        """Whether attention must run through the function that rotates queries."""
+        return any(kind.get("rotation") for kind in self.description["kinds"])
+
+
+class PostludeQuantizer(HfQuantizer):  # type: ignore[misc]
+    """Builds the modules that a Postlude checkpoint fills."""
+
+    requires_calibration = True
+    quantization_config: PostludeConfig
+
+    def update_attn_implementation(self, config: Any) -> Any:
+        if self.quantization_config.rotates_keys:
+            register_attention()
+            config._attn_implementation = ATTENTION
+        return config
+
+    def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
+        # Scales and rotations stay in the type they were stored in.
+        return None
+
+    def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
+        config = cast(Any, model.config)
+        _build(model, self.quantization_config.description, config.dtype or torch.float32)
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return False
+
+
+def mark(model: nn.Module, made_by: dict[str, Any]) -> None:
+    """Tell transformers that this model is in Postlude's format, so that it saves itself as such."""
+    config = PostludeConfig(description=describe(model), made_by=made_by)
+    owner = cast(Any, model)
+    owner.config.quantization_config = config
+    owner.hf_quantizer = PostludeQuantizer(config)
+    owner.is_quantized = True
 
 
 def register() -> None:
     """Add the format to transformers' quantizer tables; calling it again changes nothing."""
+    if METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:
+        register_quantization_config(METHOD)(PostludeConfig)
+        register_quantizer(METHOD)(PostludeQuantizer)

@@ -46,14 +46,16 @@ class HeadRotation(nn.Module):
 
     matrices: Tensor
 
-    def __init__(self, heads: int, size: int, dtype: torch.dtype, device: Any = None) -> None:
+    def __init__(
+        self, heads: int, size: int, dtype: torch.dtype = torch.float32, device: Any = None
+    ) -> None:
         super().__init__()
         self.register_buffer("matrices", torch.zeros(heads, size, size, dtype=dtype, device=device))
 
     def forward(self, x: Tensor) -> Tensor:
         """``[batch, heads, tokens, size]``, with as many heads or a multiple of it."""
-        matrices = self.matrices.to(x.dtype).repeat_interleave(x.shape[1] // len(self.matrices), 0)
-        return x @ matrices
+        matrices = self.matrices.repeat_interleave(x.shape[1] // len(self.matrices), 0)
+        return (x.to(matrices.dtype) @ matrices).to(x.dtype)
 
     def spec(self) -> dict[str, Any]:
         return {"kind": "heads", "heads": len(self.matrices), "size": self.matrices.shape[1]}
@@ -68,6 +70,8 @@ class KeyValueQuantizer(nn.Module):
 
     Attributes:
         quantize: switched off while statistics of the float model are wanted.
+        observer: called with the post-rotary keys ``[batch, heads, tokens, head_size]`` before they are
+            rotated; None most of the time.
     """
 
     def __init__(
@@ -80,6 +84,7 @@ class KeyValueQuantizer(nn.Module):
         self.key, self.value = key, value
         self.rotation = rotation
         self.quantize = True
+        self.observer: Callable[[Tensor], None] | None = None
 
     def rotate(self, x: Tensor) -> Tensor:
         return x if self.rotation is None else cast(Tensor, self.rotation(x))
@@ -96,12 +101,12 @@ class KeyValueQuantizer(nn.Module):
         }
 
     @classmethod
-    def from_spec(cls, spec: dict[str, Any], dtype: torch.dtype, device: Any = None) -> KeyValueQuantizer:
+    def from_spec(cls, spec: dict[str, Any], device: Any = None) -> KeyValueQuantizer:
         """An empty one from its description."""
         made: BlockHadamard | HeadRotation | None = None
         rotation = spec["rotation"]
         if rotation and rotation["kind"] == "heads":
-            made = HeadRotation(rotation["heads"], rotation["size"], dtype, device)
+            made = HeadRotation(rotation["heads"], rotation["size"], device=device)
         elif rotation:
             made = BlockHadamard(rotation["width"], rotation["block"], rotation["inner"], device)
         return cls(
@@ -251,6 +256,8 @@ class _CacheView:
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         owner, cache = self._owner, self._cache
+        if owner.observer is not None:
+            owner.observer(key_states)
         key_states = owner.rotate(key_states)
         schemes = owner.schemes()
         if cache is None:

@@ -45,8 +45,8 @@ class BlockHadamard(nn.Module):
 
     def __init__(self, width: int, block: int, inner: int = 1, device: Any = None) -> None:
         super().__init__()
-        self.width, self.block, self.inner = width, block, inner
-        self.sizes = group_sizes(width // inner, block)
+        self.width, self.block, self.inner = width, min(block, width // inner), inner
+        self.sizes = group_sizes(width // inner, self.block)
         if width % inner or (inner > 1 and len(set(self.sizes)) > 1):
             raise ValueError(f"width {width} does not divide into blocks of {block} x {inner}")
         self.register_buffer("signs", torch.ones(width, dtype=torch.int8, device=device))
@@ -109,7 +109,7 @@ class QuantizedLinear(nn.Module):
         weight: how the weight is quantized; None keeps it in ``dtype``.
         input: how the input is quantized at run time; None leaves it alone.
         transform: online transform of the input, before quantizing it.
-        dtype: of the bias, an unquantized weight, and the arithmetic.
+        dtype: of the bias and of an unquantized weight; the arithmetic is in the type of the input.
 
     Attributes:
         codes: ``uint8 [out_features, packed bytes]``.
@@ -134,7 +134,6 @@ class QuantizedLinear(nn.Module):
         self.in_features, self.out_features = in_features, out_features
         self.weight_scheme, self.input_scheme = weight, input
         self.transform = transform
-        self.dtype = dtype
         self.quantize_input = True
         self.zero_point: Tensor | None
         empty: dict[str, Any] = {"device": device}
@@ -198,11 +197,11 @@ class QuantizedLinear(nn.Module):
         self.zero_point = encoded.zero_point
 
     def dense_weight(self) -> Tensor:
-        """``[out_features, in_features]`` in the layer's dtype: the reference every kernel is held to."""
+        """``[out_features, in_features]``, fp32 where it is decoded: the reference for every kernel."""
         if self.weight_scheme is None:
             return self.weight.data
         codes = unpack(self.codes, self.weight_scheme.format.code_bits, self.in_features)
-        return self.weight_scheme.decode(codes, self.scale, self.zero_point).to(self.dtype)
+        return self.weight_scheme.decode(codes, self.scale, self.zero_point)
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., in_features]`` to ``[..., out_features]``."""
@@ -211,6 +210,14 @@ class QuantizedLinear(nn.Module):
         if self.input_scheme is not None and self.quantize_input:
             x = self.input_scheme.round_trip(x)
         return nn.functional.linear(x, self.dense_weight().to(x.dtype), self.bias)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> QuantizedLinear:
+        """Move with the model, but keep scales in the type they are stored in."""
+        scale = getattr(self, "scale", None)
+        super()._apply(fn, recurse)
+        if scale is not None and self.scale.dtype != scale.dtype:
+            self.scale = scale.to(self.scale.device)
+        return self
 
     def stored_bits(self) -> int:
         """Bits on disk of everything that stands for the weight: codes, scales, zero points, signs."""

@@ -216,7 +216,7 @@ def rotate_keys(model: nn.Module, block: Block, quantizer: KeyValueQuantizer) ->
     undo = Undo()
     config = cast(Any, model.config)
     before = config._attn_implementation
-    attach(model, block.attention, quantizer)
+    attach(model, block.attention, quantizer.to(block.linear("key").weight(model).device))
     undo.add(lambda: detach(model, block.attention))
     if quantizer.rotation is not None:
         use_rotating_attention(model)
@@ -232,6 +232,7 @@ def permute_product(model: nn.Module, block: Block, index: Tensor) -> Undo:
     """
     undo = Undo()
     site = block.site("down_in")
+    index = index.to(site.readers[0].weight(model).device)
     for writer in site.writers:
         bias = writer.bias(model)
         _put_linear(undo, model, writer, writer.weight(model)[index], None if bias is None else bias[index])
@@ -250,7 +251,7 @@ def transform_input(model: nn.Module, site: Site, transform: BlockHadamard) -> U
         reader = LinearRef(path, site.readers[0].role)
         old = model.get_submodule(path)
         weight = reader.weight(model)
-        layer = QuantizedLinear.like(old, transform=transform)
+        layer = QuantizedLinear.like(old, transform=transform.to(weight.device))
         layer.weight.data.copy_(transform(weight.double()))
         undo.extend(replace_module(model, path, layer))
     return undo

@@ -1,0 +1,257 @@
+"""The verbs. Each loads what it is given, calls one noun, and hands the result back."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import hashlib
+import os
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+import postlude
+from postlude import registry
+from postlude.errors import DataError, SettingsError
+from postlude.evaluation.perplexity import evaluate as _evaluate
+from postlude.quantization.engine import Quantizer
+from postlude.quantization.engine import quantize as _quantize
+from postlude.runs.atomic import check_replaceable
+from postlude.runs.checkpoint import Checkpoint
+from postlude.runs.directory import RunDirectory
+from postlude.runs.documents import calibration_windows, read_documents
+from postlude.runs.loading import load
+from postlude.runs.progress import Progress
+
+__all__ = ["calibration_tokens", "compare", "evaluate", "inspect", "load", "quantize"]
+
+# Sequence length where the caller does not say; a model with a shorter context gets its context.
+_INSPECT_LENGTH, _INSPECT_SAMPLES = 256, 32
+_CALIBRATION_LENGTH, _CALIBRATION_SAMPLES = 512, 128
+
+Path_ = str | os.PathLike[str]
+Text = Path_ | Sequence[str]
+
+
+def _open(checkpoint: Path_ | Checkpoint) -> Checkpoint:
+    return checkpoint if isinstance(checkpoint, Checkpoint) else load(checkpoint)
+
+
+def _documents(text: Text) -> list[str]:
+    if isinstance(text, str | os.PathLike):
+        return read_documents(text)
+    return list(text)
+
+
+def built_in_text() -> list[str]:
+    """The English help texts that every Python carries (PSF licence)."""
+    from pydoc_data.topics import topics
+
+    return [topics[name] for name in sorted(topics)]
+
+
+def calibration_tokens(
+    checkpoint: Checkpoint,
+    text: Text,
+    samples: int = _CALIBRATION_SAMPLES,
+    length: int | None = None,
+    seed: int = 0,
+) -> Tensor:
+    """Random crops of a text, ``[samples, length]``; every second one starts as the tokenizer starts a text.
+
+    Raises:
+        DataError: no text, too little of it, or a checkpoint without tokenizer.
+        SettingsError: a length beyond the model's context.
+    """
+    if checkpoint.tokenizer is None:
+        raise DataError(
+            f"{checkpoint.path or 'this checkpoint'} has no tokenizer, so text cannot be read with it; "
+            "put its tokenizer files beside the weights"
+        )
+    chosen = min(_CALIBRATION_LENGTH, checkpoint.context) if length is None else length
+    return calibration_windows(
+        checkpoint.tokenizer, _documents(text), samples, chosen, seed, checkpoint.context
+    )
+
+
+def inspect(
+    checkpoint: Path_ | Checkpoint,
+    methods: Sequence[str | object] | None = None,
+    *,
+    text: Text | None = None,
+    samples: int = _INSPECT_SAMPLES,
+    length: int | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Look inside a checkpoint.
+
+    Args:
+        checkpoint: loaded, or a path.
+        methods: names or settings objects; every inspection when None.
+        text: what to run through the model; the help texts of Python otherwise.
+        samples, length: sequences and tokens of each (256, or the context if shorter).
+        seed: of every random choice.
+        progress: where to show it.
+
+    Returns:
+        One report per method, by name.
+    """
+    chosen = [
+        registry.find("inspect", one).settings() if isinstance(one, str) else one
+        for one in ([info.name for info in registry.available("inspect")] if methods is None else methods)
+    ]
+    opened = _open(checkpoint)
+    tokens = _inspection_tokens(opened, text, samples, length, seed)
+    return {
+        registry.info_of(settings).name: settings.inspect(opened, tokens, seed, progress)  # type: ignore[attr-defined]
+        for settings in chosen
+    }
+
+
+def _inspection_tokens(
+    checkpoint: Checkpoint, text: Text | None, samples: int, length: int | None, seed: int
+) -> Tensor:
+    chosen = min(_INSPECT_LENGTH, checkpoint.context) if length is None else length
+    return calibration_tokens(checkpoint, built_in_text() if text is None else text, samples, chosen, seed)
+
+
+def compare(
+    checkpoints: Sequence[Path_ | Checkpoint], *, text: Text | None = None, seed: int = 0
+) -> Any:
+    """Tell how checkpoints are related, by the angles between their signatures (arXiv:2502.07004).
+
+    Raises:
+        SettingsError: fewer than two checkpoints, or models of different hidden size.
+    """
+    from postlude.inspection.signature import Signature, compare_signatures
+
+    if len(checkpoints) < 2:
+        raise SettingsError(f"a comparison takes two or more checkpoints, got {len(checkpoints)}")
+    reports = {}
+    for given in checkpoints:
+        opened = _open(given)
+        tokens = _inspection_tokens(opened, text, _INSPECT_SAMPLES, None, seed)
+        name = str(opened.path or f"model {len(reports)}")
+        reports[name if name not in reports else f"{name} ({len(reports)})"] = Signature().inspect(
+            opened, tokens, seed
+        )
+    return compare_signatures(reports)
+
+
+def quantize(
+    checkpoint: Path_ | Checkpoint,
+    method: str | Quantizer,
+    *,
+    calibration: Text | None = None,
+    samples: int = _CALIBRATION_SAMPLES,
+    length: int | None = None,
+    seed: int = 0,
+    out: Path_ | None = None,
+    overwrite: bool = False,
+    run: Path_ | None = None,
+    inplace: bool = False,
+    progress: Progress | None = None,
+) -> Checkpoint:
+    """Make a smaller checkpoint.
+
+    Args:
+        checkpoint: loaded, or a path.
+        method: a settings object such as ``OffQ(weights=4)``, or a name for its defaults.
+        calibration: text for methods that learn from some: a path, or documents.
+        samples, length: calibration sequences, and tokens of each (512, or the context if shorter).
+        seed: of every random choice.
+        out: where to save the result. Finished blocks are kept beside it (``.NAME.run``) until it is saved: the
+            same call after a kill resumes from them and ends with the same bits.
+        overwrite: replace ``out``, and start a run of something else afresh.
+        run: keep finished blocks in this directory instead, also afterwards.
+        inplace: rewrite the given model rather than a copy of it.
+        progress: where to show it.
+
+    Returns:
+        The quantized checkpoint; ``save`` writes it where ``out`` was not given.
+
+    Raises:
+        SettingsError: settings that the method, or this model, cannot do.
+        DataError: no calibration text, or too little.
+        OutputExistsError: ``out`` exists.
+        RunDirectoryError: the run directory belongs to another model, method or text.
+    """
+    settings = registry.find("quantize", method).settings() if isinstance(method, str) else method
+    if not isinstance(settings, Quantizer):
+        raise SettingsError(
+            f"quantize takes the name or the settings of a quantize method, got {type(method).__name__}"
+        )
+    if out is not None:
+        check_replaceable(Path(os.path.realpath(out)), overwrite, "config.json")
+    opened = _open(checkpoint)
+    tokens = None
+    if settings.needs_calibration and calibration is not None:
+        tokens = calibration_tokens(opened, calibration, samples, length, seed)
+    unit: dict[str, Callable[[str, Callable[[], Mapping[str, Tensor]]], dict[str, Tensor]]] = {}
+    directory = run if run is not None else _run_beside(out)
+    if directory is not None:
+        unit["unit"] = RunDirectory(
+            directory, _manifest(opened, settings, tokens, seed), overwrite=overwrite
+        ).unit
+    work = opened if inplace or opened is not checkpoint else _copy(opened)
+    small = _quantize(work, settings, tokens, seed=seed, progress=progress, **unit)
+    if out is not None:
+        small.save(out, overwrite=overwrite)
+        if run is None and directory is not None:
+            shutil.rmtree(directory)
+    return small
+
+
+def _run_beside(out: Path_ | None) -> Path | None:
+    if out is None:
+        return None
+    final = Path(os.path.realpath(out))
+    return final.with_name(f".{final.name}.run")
+
+
+def _manifest(
+    checkpoint: Checkpoint, settings: Quantizer, tokens: Tensor | None, seed: int
+) -> dict[str, Any]:
+    """Everything that decides the result."""
+    return {
+        "postlude": postlude.__version__,
+        "verb": "quantize",
+        "method": registry.info_of(settings).name,
+        "settings": dataclasses.asdict(settings),
+        "model": checkpoint.fingerprint(),
+        "device": checkpoint.model.device.type,
+        "calibration": None if tokens is None else hashlib.sha256(tokens.numpy().tobytes()).hexdigest(),
+        "seed": seed,
+    }
+
+
+def _copy(checkpoint: Checkpoint) -> Checkpoint:
+    return dataclasses.replace(checkpoint, model=copy.deepcopy(checkpoint.model))
+
+
+def evaluate(
+    checkpoint: Path_ | Checkpoint,
+    text: Text,
+    *,
+    reference: Path_ | Checkpoint | None = None,
+    max_length: int | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Measure loss and perplexity on a text, and the distance to a reference model.
+
+    A .txt file is cut into windows that do not overlap; every line of a .jsonl file is a document of its own.
+    Nothing here is random: ``seed`` is taken for uniformity.
+
+    Returns:
+        See :func:`postlude.evaluation.perplexity.evaluate`; ``seconds`` is added.
+    """
+    base = None if reference is None else _open(reference)
+    started = time.perf_counter()
+    result = _evaluate(_open(checkpoint), text, reference=base, max_length=max_length, progress=progress)
+    return {**result, "seconds": time.perf_counter() - started}

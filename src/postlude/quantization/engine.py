@@ -1,0 +1,330 @@
+"""What every quantizer of a language model shares.
+
+A system is a settings class with up to five parts, all optional but the schemes::
+
+    fold         rewrites that need no data (untie the head, fold norms)
+    statistics   tensors learned from calibration text on the folded float model
+    rewrite      function-preserving rewrites made from those tensors
+    schemes      how weights, inputs, keys and values are quantized
+    rounding     nearest, or GPTQ (arXiv:2210.17323) block by block
+
+:func:`quantize` runs them in that order. Statistics and every finished block are units of a run directory, so
+a killed run resumes and ends with the same bits. Input and key/value quantizers are switched on last: Hessians
+see full-precision activations through already quantized earlier layers, with online transforms active.
+
+A model in 16 bits is raised to fp32 for the rewrites and cast back once at the end.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import zlib
+from abc import ABC
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from postlude import registry
+from postlude.errors import DataError, SettingsError, UnknownNameError
+from postlude.numerics.formats import Encoded, Granularity, Integer, Scheme
+from postlude.numerics.moments import SecondMoment
+from postlude.numerics.rounding import gptq, nearest
+from postlude.runs.checkpoint import Checkpoint
+from postlude.runs.progress import Progress
+from postlude.surgery.anatomy import Block, LinearRef, Site
+from postlude.surgery.capture import BlockWalk
+from postlude.surgery.huggingface import mark
+from postlude.surgery.key_values import KeyValueQuantizer, attach, use_rotating_attention
+from postlude.surgery.layers import QuantizedLinear
+from postlude.surgery.rewrite import replace_module
+
+__all__ = ["FLOAT", "Quantizer", "generator", "quantize"]
+
+# Bits that mean "leave it in floating point".
+FLOAT = 16
+
+Unit = Callable[[str, Callable[[], Mapping[str, Tensor]]], dict[str, Tensor]]
+
+
+def _compute(name: str, compute: Callable[[], Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """The unit function of a run that keeps nothing."""
+    return dict(compute())
+
+
+def generator(seed: int, name: str) -> torch.Generator:
+    """A CPU generator for one named random choice, independent of the order in which choices are made."""
+    return torch.Generator().manual_seed(seed * 2**32 + zlib.crc32(name.encode()))
+
+
+@dataclasses.dataclass(frozen=True)
+class Quantizer(ABC):
+    """Base of the settings of every quantizer.
+
+    Attributes:
+        weights, activations, kv: bits of linear weights, their inputs, and the KV cache; 16 leaves a part in
+            floating point. Embeddings and head always stay.
+        group: weights that share a scale: ``channel`` (one output), ``tensor`` or a number of inputs.
+        activation_group: activations that share a scale: ``token``, ``tensor`` or a number of channels.
+        rounding: ``nearest`` or ``gptq``.
+        damping: GPTQ, fraction of the mean diagonal of the Hessian.
+        act_order: GPTQ, visit inputs by falling second moment.
+        clip: search the range of every weight group (``sum |q - w|^2.4``).
+    """
+
+    weights: int = 4
+    activations: int = 4
+    kv: int = 4
+    group: str | int = "channel"
+    activation_group: str | int = "token"
+    rounding: Literal["nearest", "gptq"] = "nearest"
+    damping: float = 0.01
+    act_order: bool = False
+    clip: bool = False
+
+    def __post_init__(self) -> None:
+        for part in ("weights", "activations", "kv"):
+            bits = getattr(self, part)
+            if bits != FLOAT and not 2 <= bits <= 8:
+                raise SettingsError(
+                    f"{self._name} quantizes {part} to 2-8 bits, or leaves them at 16; got {bits}"
+                )
+        if self.rounding not in _ROUNDINGS:
+            raise UnknownNameError("rounding", self.rounding, _ROUNDINGS)
+        if Granularity.parse(self.group).kind == "token":
+            raise SettingsError("weights have no tokens: group is channel, tensor or a number")
+        if Granularity.parse(self.activation_group).kind == "channel":
+            raise SettingsError("activation_group is token, tensor or a number of channels")
+        if self.damping <= 0:
+            raise SettingsError(f"damping is a positive fraction, got {self.damping}")
+
+    @property
+    def _name(self) -> str:
+        return registry.info_of(self).name
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether calibration text is needed: declared by the method, or by GPTQ for rounding weights."""
+        declared = "calibration" in registry.info_of(self).needs
+        return declared or (self.rounding == "gptq" and self.weights < FLOAT)
+
+    def fold(self, checkpoint: Checkpoint) -> None:
+        """Rewrites that need no data."""
+
+    def statistics(self, checkpoint: Checkpoint, tokens: Tensor | None, seed: int) -> Mapping[str, Tensor]:
+        """Tensors learned from ``tokens [samples, length]``; whatever ``rewrite`` and ``skips`` need."""
+        return {}
+
+    def rewrite(self, checkpoint: Checkpoint, statistics: Mapping[str, Tensor], seed: int) -> None:
+        """Function-preserving rewrites."""
+
+    def skips(self, block: Block, site: Site, statistics: Mapping[str, Tensor]) -> bool:
+        """Whether the readers of this site stay in floating point."""
+        return False
+
+    def weight_scheme(self, site: Site) -> Scheme | None:
+        """Symmetric integers."""
+        if self.weights == FLOAT:
+            return None
+        return Scheme(Integer(self.weights), Granularity.parse(self.group))
+
+    def input_scheme(self, site: Site) -> Scheme | None:
+        """Symmetric integers, scaled at run time."""
+        if self.activations == FLOAT:
+            return None
+        return Scheme(Integer(self.activations), Granularity.parse(self.activation_group))
+
+    def key_value_schemes(self, block: Block) -> tuple[Scheme | None, Scheme | None]:
+        """Asymmetric integers whose range holds 0, per token and head."""
+        if self.kv == FLOAT:
+            return None, None
+        scheme = Scheme(Integer(self.kv, symmetric=False, range="zero"), Granularity("token"))
+        return scheme, scheme
+
+
+def _nearest(weight: Tensor, hessian: Tensor | None, scheme: Scheme, settings: Quantizer) -> Encoded:
+    return nearest(weight, scheme, clip=settings.clip)
+
+
+def _gptq(weight: Tensor, hessian: Tensor | None, scheme: Scheme, settings: Quantizer) -> Encoded:
+    if hessian is None:
+        raise ValueError("gptq needs a Hessian")
+    return gptq(
+        weight,
+        hessian,
+        scheme,
+        damping=settings.damping,
+        act_order=settings.act_order,
+        clip=settings.clip,
+    )
+
+
+_ROUNDINGS = {"nearest": _nearest, "gptq": _gptq}
+
+
+def quantize(
+    checkpoint: Checkpoint,
+    settings: Quantizer,
+    tokens: Tensor | None,
+    *,
+    seed: int = 0,
+    unit: Unit = _compute,
+    progress: Progress | None = None,
+) -> Checkpoint:
+    """Quantize a checkpoint in place.
+
+    Args:
+        checkpoint: float; its model is rewritten.
+        settings: the method.
+        tokens: calibration sequences ``[samples, length]``; None where the method needs none.
+        seed: of every random choice.
+        unit: stores finished work, see :meth:`postlude.runs.directory.RunDirectory.unit`.
+        progress: where to show it.
+
+    Returns:
+        The same checkpoint, ready to be saved; its ``path`` is None until it is.
+
+    Raises:
+        DataError: the method needs calibration text and got none.
+        SettingsError: the settings do not fit the model, or the model is already quantized.
+    """
+    model, anatomy = checkpoint.model, checkpoint.anatomy
+    name = registry.info_of(settings).name
+    if any(isinstance(module, QuantizedLinear) for module in model.modules()):
+        raise SettingsError("this checkpoint is already quantized; start from the float one")
+    if settings.needs_calibration and tokens is None:
+        raise DataError(f"{name} learns from calibration text: give some (--calibration FILE)")
+    dtype = model.dtype
+    if dtype in (torch.float16, torch.bfloat16):
+        model.float()
+    settings.fold(checkpoint)
+    statistics = unit("statistics", lambda: settings.statistics(checkpoint, tokens, seed))
+    settings.rewrite(checkpoint, statistics, seed)
+    _attach_key_values(model, anatomy.blocks, settings)
+
+    walk = None
+    if settings.rounding == "gptq" and settings.weights < FLOAT and tokens is not None:
+        walk = BlockWalk(model, anatomy, tokens)
+    with progress or Progress(show=False) as shown:
+        for block in shown.iterate(anatomy.blocks, f"{name}: blocks", len(anatomy.blocks)):
+            done = unit(
+                f"block-{block.index:04d}",
+                lambda block=block: _round_block(model, block, settings, statistics, walk),  # type: ignore[misc]
+            )
+            _install_block(model, block, settings, statistics, done)
+            if walk is not None:
+                walk.advance(block)
+
+    for module in model.modules():
+        if isinstance(module, QuantizedLinear):
+            module.quantize_input = True
+        elif isinstance(module, KeyValueQuantizer):
+            module.quantize = True
+    model.to(dtype)
+    mark(model, {"method": name, "settings": dataclasses.asdict(settings), "seed": seed})
+    checkpoint.path = None
+    return checkpoint
+
+
+def _attach_key_values(model: nn.Module, blocks: tuple[Block, ...], settings: Quantizer) -> None:
+    """Give every attention module its schemes, keeping a rotation that a rewrite put there."""
+    for block in blocks:
+        schemes = settings.key_value_schemes(block)
+        existing = getattr(model.get_submodule(block.attention), "key_values", None)
+        rotation = existing.rotation if isinstance(existing, KeyValueQuantizer) else None
+        if schemes == (None, None) and rotation is None:
+            continue
+        quantizer = KeyValueQuantizer(*schemes, rotation)
+        quantizer.quantize = False
+        attach(model, block.attention, quantizer)
+        if rotation is not None:
+            use_rotating_attention(model)
+
+
+def _empty_layer(model: nn.Module, path: str, settings: Quantizer, site: Site) -> QuantizedLinear | None:
+    """The layer that takes a linear's place, or None where nothing about it changes."""
+    old = model.get_submodule(path)
+    weight, input = settings.weight_scheme(site), settings.input_scheme(site)
+    transform = old.transform if isinstance(old, QuantizedLinear) else None
+    if weight is None and input is None:
+        return None
+    layer = QuantizedLinear.like(old, weight=weight, input=input, transform=transform)
+    layer.quantize_input = False
+    return layer
+
+
+def _round_block(
+    model: nn.Module,
+    block: Block,
+    settings: Quantizer,
+    statistics: Mapping[str, Tensor],
+    walk: BlockWalk | None,
+) -> dict[str, Tensor]:
+    """Codes and scales of a block's linears, by ``path.name``.
+
+    With a walk, sites are done in the order of the forward pass, each seeing the ones before it quantized.
+    """
+    done: dict[str, Tensor] = {}
+    for site in block.sites:
+        scheme = settings.weight_scheme(site)
+        if scheme is None or settings.skips(block, site, statistics):
+            continue
+        hessian = None if walk is None else _hessian(model, block, site, walk)
+        for path in site.modules:
+            weight = LinearRef(path, site.readers[0].role).weight(model)
+            encoded = _ROUNDINGS[settings.rounding](weight, hessian, scheme, settings)
+            done[f"{path}.codes"], done[f"{path}.scale"] = encoded.codes, encoded.scale
+            if encoded.zero_point is not None:
+                done[f"{path}.zero_point"] = encoded.zero_point
+            _install(model, path, settings, site, encoded)
+    return done
+
+
+def _hessian(model: nn.Module, block: Block, site: Site, walk: BlockWalk) -> Tensor:
+    """``2 E[x x^T]`` of what the site's readers multiply: the input after its online transform."""
+    moment = SecondMoment(site.width)
+    reader = model.get_submodule(site.modules[0])
+    transform = reader.transform if isinstance(reader, QuantizedLinear) else None
+    walk.observe(block, {site.name: lambda x: moment.update(x if transform is None else transform(x))})
+    return 2 * moment.value()
+
+
+def _install(
+    model: nn.Module, path: str, settings: Quantizer, site: Site, encoded: Encoded | None
+) -> None:
+    layer = _empty_layer(model, path, settings, site)
+    if layer is None:
+        return
+    if encoded is not None:
+        layer.store(encoded)
+    else:
+        layer.weight.data.copy_(LinearRef(path, site.readers[0].role).weight(model))
+    replace_module(model, path, layer)
+
+
+def _install_block(
+    model: nn.Module,
+    block: Block,
+    settings: Quantizer,
+    statistics: Mapping[str, Tensor],
+    done: Mapping[str, Tensor],
+) -> None:
+    """Put the layers of a finished block in place, from its stored unit."""
+    for site in block.sites:
+        if settings.skips(block, site, statistics):
+            continue
+        scheme = settings.weight_scheme(site)
+        for path in site.modules:
+            existing = model.get_submodule(path)
+            if isinstance(existing, QuantizedLinear) and existing.weight_scheme is not None:
+                continue  # rounded in this process
+            encoded = None
+            if scheme is not None:
+                device = existing.weight.device
+                parts: dict[str, Any] = {
+                    name: done[f"{path}.{name}"].to(device) if f"{path}.{name}" in done else None
+                    for name in ("codes", "scale", "zero_point")
+                }
+                encoded = Encoded(**parts, scheme=scheme)
+            _install(model, path, settings, site, encoded)
