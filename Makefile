@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo test check claims bench docs clean install
+.PHONY: help demo test check format lint types contracts claims bench docs clean install
 
 help:
 	@echo "make demo     inspect and quantize the built-in model by every method, write runs/demo/report.html"
@@ -33,10 +33,18 @@ demo: install
 test: install
 	$(BIN)/python -m pytest
 
-check: install
+check: format lint types contracts
+
+format: install
 	$(BIN)/ruff format --check .
+
+lint: install
 	$(BIN)/ruff check .
+
+types: install
 	$(BIN)/mypy
+
+contracts: install
 	$(BIN)/lint-imports
 
 claims: install
