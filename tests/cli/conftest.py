@@ -76,6 +76,7 @@ class Door:
 
     def __getattr__(self, name: str) -> Any:
         def call(*args: Any, **kwargs: Any) -> Any:
+            kwargs.pop("progress", None)
             self.calls.append((name, args, kwargs))
             result = self.results.get(name, {})
             if isinstance(result, BaseException):
@@ -89,6 +90,7 @@ class Door:
 def door(monkeypatch: pytest.MonkeyPatch, methods: None) -> Door:
     door = Door()
     door.results["load"] = lambda path: f"<{path}>"
+    monkeypatch.setattr("postlude.evaluation.size.size_of", lambda checkpoint: {"bytes": 7})
     module = ModuleType("postlude._front_door")
     module.__getattr__ = lambda name: getattr(door, name)  # type: ignore[method-assign]
     monkeypatch.setitem(sys.modules, "postlude._front_door", module)

@@ -127,7 +127,7 @@ def test_quantize(door: Any, postlude_command: Any) -> None:
     )  # fmt: skip
     assert (done.code, done.err) == (0, "")
     assert done.json["output"] == "out"
-    assert done.json["method"] == "grid"
+    assert (done.json["method"], done.json["bytes"]) == ("grid", 7)
     assert done.json["settings"]["damping"] == 0.1
     assert done.json["seed"] == 2
     name, (model, settings), rest = door.calls[-1]
@@ -142,6 +142,7 @@ def test_quantize(door: Any, postlude_command: Any) -> None:
         "out": "out",
         "overwrite": True,
         "run": "r",
+        "inplace": True,
     }
 
 

@@ -92,3 +92,11 @@ def test_tables() -> None:
 
 def test_own_view() -> None:
     assert shown(Result({"x": 1}, "see here")) == ["see here"]
+    assert shown(Result(Report())) == ["a drawn report"]
+
+
+def test_a_data_class_at_the_top() -> None:
+    assert [line.split() for line in shown(Result(Inner(Path("a"), torch.ones(2))))] == [
+        ["path", "a"],
+        ["values", "1,", "1"],
+    ]

@@ -21,16 +21,19 @@ class Result:
     """The result of one command.
 
     Attributes:
-        value: what ``--json`` prints; anything that :func:`plain` understands, a mapping at the top.
-        view: what a person sees instead, a rich renderable; ``None`` prints ``value`` as tables.
+        value: what ``--json`` prints: a mapping, or something that :func:`plain` makes one of.
+        view: what a person sees, a rich renderable; ``None`` shows ``value``, as tables if need be.
     """
 
-    value: Mapping[str, Any]
+    value: Any
     view: object = None
 
     def show(self, console: Console) -> None:
         """Print for a person."""
-        for part in [self.view] if self.view is not None else _tables(self.value):
+        view = self.view
+        if view is None and _is_renderable(self.value):
+            view = self.value
+        for part in [view] if view is not None else _tables(self.value):
             console.print(part)
 
 
@@ -104,15 +107,19 @@ def refuse_existing(path: str | None, *, overwrite: bool) -> None:
         )
 
 
-def _tables(value: Mapping[str, Any]) -> list[object]:
+def _is_renderable(value: object) -> bool:
+    return hasattr(value, "__rich__") or hasattr(value, "__rich_console__")
+
+
+def _tables(value: Any) -> list[object]:
     """Tables for a result: its single values, then one for every nested part."""
     from rich.table import Table
     from rich.text import Text
 
     parts: list[object] = []
     single = Table(show_header=False, box=None, pad_edge=False)
-    for name, item in value.items():
-        if hasattr(item, "__rich__") or hasattr(item, "__rich_console__"):
+    for name, item in (value if isinstance(value, Mapping) else plain(value)).items():
+        if _is_renderable(item):
             parts += [Text(f"\n{name}", style="bold"), item]
             continue
         item = plain(item)

@@ -45,10 +45,14 @@ def evaluate(
 ) -> Result:
     """Measure loss and perplexity on a text, and the distance to a reference model."""
     from postlude import _front_door
+    from postlude.runs.progress import Progress
 
     refuse_existing(output, overwrite=overwrite)
     model = _front_door.load(checkpoint, dtype=dtype, device=device)
     base = _front_door.load(reference, dtype=dtype, device=device) if reference else None
-    result = _front_door.evaluate(model, text, reference=base, max_length=max_length, seed=seed)
+    with Progress() as progress:
+        result = _front_door.evaluate(
+            model, text, reference=base, max_length=max_length, seed=seed, progress=progress
+        )
     write_json(result, output, overwrite=overwrite)
     return Result(result)

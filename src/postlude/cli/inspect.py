@@ -53,13 +53,15 @@ def checkpoint(
 ) -> Result:
     """Look inside a checkpoint: outliers, singular defects and more."""
     from postlude import _front_door, registry
+    from postlude.runs.progress import Progress
 
     refuse_existing(output, overwrite=overwrite)
     names = [name.strip() for name in methods.split(",") if name.strip()] if methods else None
     for name in names or []:
         registry.find("inspect", name)
     model = _front_door.load(checkpoint, dtype=dtype, device=device)
-    reports = _front_door.inspect(model, names, text=text, seed=seed)
+    with Progress() as progress:
+        reports = _front_door.inspect(model, names, text=text, seed=seed, progress=progress)
     write_json(reports, output, overwrite=overwrite)
     return Result(reports)
 

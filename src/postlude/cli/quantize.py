@@ -73,7 +73,8 @@ def quantize(
         typer.Option(
             "--run",
             metavar="DIRECTORY",
-            help="Keep finished blocks here; the same command started again resumes from them.",
+            help="Keep finished blocks here, also afterwards; beside the output until it is written "
+            "otherwise. The same command started again after a kill resumes from them.",
         ),
     ] = None,
     dtype: options.Dtype = "auto",
@@ -97,9 +98,11 @@ def quantize(
     settings = make_settings(registry.find("quantize", method), given, set_ or [])
 
     from postlude import _front_door
+    from postlude.evaluation.size import size_of
+    from postlude.runs.progress import Progress
 
     model = _front_door.load(checkpoint, dtype=dtype, device=device)
-    _front_door.quantize(
+    small = _front_door.quantize(
         model,
         settings,
         calibration=calibration,
@@ -109,5 +112,8 @@ def quantize(
         out=output,
         overwrite=overwrite,
         run=run,
+        inplace=True,
+        progress=Progress(),
     )
-    return Result({"output": output, "method": method, "settings": settings, "seed": seed})
+    size = size_of(small)
+    return Result({"output": output, "method": method, **size, "seed": seed, "settings": settings})
