@@ -101,14 +101,16 @@ def inspect(
     Returns:
         One report per method, by name.
     """
-    chosen = [
+    chosen: list[Any] = [
         registry.find("inspect", one).settings() if isinstance(one, str) else one
-        for one in ([info.name for info in registry.available("inspect")] if methods is None else methods)
+        for one in (
+            [info.name for info in registry.available("inspect")] if methods is None else methods
+        )
     ]
     opened = _open(checkpoint)
     tokens = _inspection_tokens(opened, text, samples, length, seed)
     return {
-        registry.info_of(settings).name: settings.inspect(opened, tokens, seed, progress)  # type: ignore[attr-defined]
+        registry.info_of(settings).name: settings.inspect(opened, tokens, seed, progress)
         for settings in chosen
     }
 
@@ -117,7 +119,9 @@ def _inspection_tokens(
     checkpoint: Checkpoint, text: Text | None, samples: int, length: int | None, seed: int
 ) -> Tensor:
     chosen = min(_INSPECT_LENGTH, checkpoint.context) if length is None else length
-    return calibration_tokens(checkpoint, built_in_text() if text is None else text, samples, chosen, seed)
+    return calibration_tokens(
+        checkpoint, built_in_text() if text is None else text, samples, chosen, seed
+    )
 
 
 def compare(
@@ -132,7 +136,7 @@ def compare(
 
     if len(checkpoints) < 2:
         raise SettingsError(f"a comparison takes two or more checkpoints, got {len(checkpoints)}")
-    reports = {}
+    reports: dict[str, Any] = {}
     for given in checkpoints:
         opened = _open(given)
         tokens = _inspection_tokens(opened, text, _INSPECT_SAMPLES, None, seed)
@@ -225,7 +229,9 @@ def _manifest(
         "settings": dataclasses.asdict(settings),
         "model": checkpoint.fingerprint(),
         "device": checkpoint.model.device.type,
-        "calibration": None if tokens is None else hashlib.sha256(tokens.numpy().tobytes()).hexdigest(),
+        "calibration": None
+        if tokens is None
+        else hashlib.sha256(tokens.numpy().tobytes()).hexdigest(),
         "seed": seed,
     }
 
@@ -253,5 +259,7 @@ def evaluate(
     """
     base = None if reference is None else _open(reference)
     started = time.perf_counter()
-    result = _evaluate(_open(checkpoint), text, reference=base, max_length=max_length, progress=progress)
+    result = _evaluate(
+        _open(checkpoint), text, reference=base, max_length=max_length, progress=progress
+    )
     return {**result, "seconds": time.perf_counter() - started}

@@ -53,7 +53,9 @@ def values(model: nn.Module, anatomy: Anatomy) -> Undo:
     undo = Undo()
     for block in anatomy.blocks:
         heads = block.heads
-        turns = torch.stack([random_orthogonal(heads.size, generator()) for _ in range(heads.key_value)])
+        turns = torch.stack(
+            [random_orthogonal(heads.size, generator()) for _ in range(heads.key_value)]
+        )
         undo.extend(rotate_values(model, block, turns))
     return undo
 
@@ -81,7 +83,9 @@ def product(model: nn.Module, anatomy: Anatomy) -> Undo:
     undo = Undo()
     for block in anatomy.blocks:
         site = block.site("down_in")
-        undo.extend(permute_product(model, block, torch.randperm(site.width, generator=generator())))
+        undo.extend(
+            permute_product(model, block, torch.randperm(site.width, generator=generator()))
+        )
         turn = BlockHadamard(site.width, 32).randomize(generator(), keep_first=True)
         undo.extend(transform_input(model, site, turn))
     return undo
@@ -124,8 +128,17 @@ def everything(model: nn.Module, anatomy: Anatomy) -> Undo:
 REWRITES: dict[str, Callable[[nn.Module, Anatomy], Undo]] = {
     function.__name__: function
     for function in (
-        fold, residual, values, keys_hadamard, keys_by_head, product, full_product, across_heads, scales, everything,
-    )  # fmt: skip
+        fold,
+        residual,
+        values,
+        keys_hadamard,
+        keys_by_head,
+        product,
+        full_product,
+        across_heads,
+        scales,
+        everything,
+    )
 }
 
 

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from abc import ABC, abstractmethod
 from typing import Any, ClassVar, Literal
 
@@ -147,7 +148,7 @@ class Integer(Format):
             return torch.maximum(low.abs(), high.abs()) / self.highest
         if self.range == "zero":
             low, high = low.clamp(max=0), high.clamp(min=0)
-        step = (high - low) / (2**self.bits - 1)
+        step: Tensor = (high - low) / (2**self.bits - 1)
         if self.range == "free":
             step = torch.maximum(step, torch.maximum(low.abs(), high.abs()) / _MAX_ZERO_POINT)
         return step
@@ -182,7 +183,7 @@ class _Grid(Format):
     def boundaries(self) -> tuple[float, ...]:
         """Where rounding changes from one level to the next: midway, unless a format says otherwise."""
         levels = self.levels()
-        return tuple((a + b) / 2 for a, b in zip(levels, levels[1:], strict=False))
+        return tuple((a + b) / 2 for a, b in itertools.pairwise(levels))
 
     @property
     def code_bits(self) -> int:
@@ -373,7 +374,8 @@ class Granularity:
         missing = -x.shape[-1] % self.size
         if missing:
             x = torch.cat([x, x[..., -1:].expand(*x.shape[:-1], missing)], dim=-1)
-        return x.unflatten(-1, (-1, self.size))
+        grouped: Tensor = x.unflatten(-1, (-1, self.size))
+        return grouped
 
     def join(self, grouped: Tensor, shape: torch.Size) -> Tensor:
         """Inverse of :meth:`split`."""
@@ -436,9 +438,7 @@ class Scheme:
             data["clip"],
         )
 
-    def parameters(
-        self, x: Tensor, shrink: Tensor | float = 1.0
-    ) -> tuple[Tensor, Tensor | None]:
+    def parameters(self, x: Tensor, shrink: Tensor | float = 1.0) -> tuple[Tensor, Tensor | None]:
         """Scale and zero point from the range of ``x``.
 
         Args:

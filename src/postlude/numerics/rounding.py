@@ -25,7 +25,9 @@ def nearest(weight: Tensor, scheme: Scheme, *, clip: bool = False) -> Encoded:
     return scheme.encode(weight, scheme.parameters(weight, _shrink(weight, scheme, clip)))
 
 
-def clip_search(weight: Tensor, scheme: Scheme, *, power: float = 2.4, lowest: float = 0.21) -> Tensor:
+def clip_search(
+    weight: Tensor, scheme: Scheme, *, power: float = 2.4, lowest: float = 0.21
+) -> Tensor:
     """Factor on the range of every group that minimises ``sum |q - w|^power`` (QuaRot, arXiv:2404.00456).
 
     Args:
@@ -78,7 +80,8 @@ def inverse_cholesky(hessian: Tensor, damping: float) -> Tensor:
             "raise the damping or calibrate on more text"
         )
     identity = torch.eye(hessian.shape[0], dtype=torch.float64, device=hessian.device)
-    return torch.linalg.solve_triangular(lower, identity, upper=False).flip(0, 1)
+    upper: Tensor = torch.linalg.solve_triangular(lower, identity, upper=False).flip(0, 1)
+    return upper
 
 
 def gptq(

@@ -35,7 +35,11 @@ _BASES: dict[str, type[Quantizer]] = {"rtn": RTN, "smoothquant": SmoothQuant}
 
 
 @method(
-    "quantize", "defect-guard", family="mixed precision", paper="arXiv:2502.07004", needs=("calibration",)
+    "quantize",
+    "defect-guard",
+    family="mixed precision",
+    paper="arXiv:2502.07004",
+    needs=("calibration",),
 )
 @dataclasses.dataclass(frozen=True)
 class DefectGuard(Quantizer):
@@ -60,7 +64,9 @@ class DefectGuard(Quantizer):
     def fold(self, checkpoint: Checkpoint) -> None:
         self._base().fold(checkpoint)
 
-    def statistics(self, checkpoint: Checkpoint, tokens: Tensor | None, seed: int) -> Mapping[str, Tensor]:
+    def statistics(
+        self, checkpoint: Checkpoint, tokens: Tensor | None, seed: int
+    ) -> Mapping[str, Tensor]:
         inspection = registry.find("inspect", "singular-defects").settings()
         report = inspection.inspect(checkpoint, tokens, seed)
         kept = sorted({*report.explosion_layers, *report.decay_layers})

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import dataclasses
 import zlib
-from abc import ABC
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
@@ -34,7 +33,7 @@ from postlude.numerics.rounding import gptq, nearest
 from postlude.runs.checkpoint import Checkpoint
 from postlude.runs.progress import Progress
 from postlude.surgery.anatomy import Block, LinearRef, Site
-from postlude.surgery.capture import BlockWalk
+from postlude.surgery.capture import BlockWalk, device_of
 from postlude.surgery.huggingface import mark
 from postlude.surgery.key_values import KeyValueQuantizer, attach, use_rotating_attention
 from postlude.surgery.layers import QuantizedLinear
@@ -59,7 +58,7 @@ def generator(seed: int, name: str) -> torch.Generator:
 
 
 @dataclasses.dataclass(frozen=True)
-class Quantizer(ABC):
+class Quantizer:
     """Base of the settings of every quantizer.
 
     Attributes:
@@ -112,7 +111,9 @@ class Quantizer(ABC):
     def fold(self, checkpoint: Checkpoint) -> None:
         """Rewrites that need no data."""
 
-    def statistics(self, checkpoint: Checkpoint, tokens: Tensor | None, seed: int) -> Mapping[str, Tensor]:
+    def statistics(
+        self, checkpoint: Checkpoint, tokens: Tensor | None, seed: int
+    ) -> Mapping[str, Tensor]:
         """Tensors learned from ``tokens [samples, length]``; whatever ``rewrite`` and ``skips`` need."""
         return {}
 
@@ -143,7 +144,9 @@ class Quantizer(ABC):
         return scheme, scheme
 
 
-def _nearest(weight: Tensor, hessian: Tensor | None, scheme: Scheme, settings: Quantizer) -> Encoded:
+def _nearest(
+    weight: Tensor, hessian: Tensor | None, scheme: Scheme, settings: Quantizer
+) -> Encoded:
     return nearest(weight, scheme, clip=settings.clip)
 
 
@@ -242,7 +245,9 @@ def _attach_key_values(model: nn.Module, blocks: tuple[Block, ...], settings: Qu
             use_rotating_attention(model)
 
 
-def _empty_layer(model: nn.Module, path: str, settings: Quantizer, site: Site) -> QuantizedLinear | None:
+def _empty_layer(
+    model: nn.Module, path: str, settings: Quantizer, site: Site
+) -> QuantizedLinear | None:
     """The layer that takes a linear's place, or None where nothing about it changes."""
     old = model.get_submodule(path)
     weight, input = settings.weight_scheme(site), settings.input_scheme(site)
@@ -286,7 +291,9 @@ def _hessian(model: nn.Module, block: Block, site: Site, walk: BlockWalk) -> Ten
     moment = SecondMoment(site.width)
     reader = model.get_submodule(site.modules[0])
     transform = reader.transform if isinstance(reader, QuantizedLinear) else None
-    walk.observe(block, {site.name: lambda x: moment.update(x if transform is None else transform(x))})
+    walk.observe(
+        block, {site.name: lambda x: moment.update(x if transform is None else transform(x))}
+    )
     return 2 * moment.value()
 
 
@@ -321,7 +328,7 @@ def _install_block(
                 continue  # rounded in this process
             encoded = None
             if scheme is not None:
-                device = existing.weight.device
+                device = device_of(existing)
                 parts: dict[str, Any] = {
                     name: done[f"{path}.{name}"].to(device) if f"{path}.{name}" in done else None
                     for name in ("codes", "scale", "zero_point")

@@ -21,7 +21,13 @@ from postlude.registry import method
 __all__ = ["GPTQ"]
 
 
-@method("quantize", "gptq", family="compensated rounding", paper="arXiv:2210.17323", needs=("calibration",))
+@method(
+    "quantize",
+    "gptq",
+    family="compensated rounding",
+    paper="arXiv:2210.17323",
+    needs=("calibration",),
+)
 @dataclasses.dataclass(frozen=True)
 class GPTQ(Quantizer):
     """Compensate each rounding error in the weights still to be rounded."""

@@ -24,6 +24,7 @@ O(n log g) transform of the MLP product and an O(n log dh) one of queries and ke
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Literal
 
@@ -68,7 +69,9 @@ def outlier_basis(rows: Tensor) -> tuple[Tensor, Tensor]:
     eigenvalues, basis = uncentred_pca(rows)
     if len(rows) < rows.shape[1]:
         # The tail eigenvalues are about zero and their order says nothing.
-        return basis, torch.argsort((rows.double() @ basis).abs().amax(0), descending=True, stable=True)
+        return basis, torch.argsort(
+            (rows.double() @ basis).abs().amax(0), descending=True, stable=True
+        )
     return basis, torch.argsort(eigenvalues, descending=True, stable=True)
 
 
@@ -81,6 +84,12 @@ def offset_rotation(basis: Tensor, order: Tensor, group: int, random: torch.Gene
     width = len(basis)
     index = outlier_grouping(order, group_sizes(width, group))
     return BlockHadamard(width, group).randomize(random, keep_first=True)(basis[:, index])
+
+
+def _update_heads(moments: list[TopToken], key: Tensor) -> None:
+    """Keys ``[batch, heads, tokens, size]`` into one moment per head."""
+    for head, moment in enumerate(moments):
+        moment.update(key[:, head])
 
 
 @method("quantize", "offq", family="rotation", paper="arXiv:2606.07116", needs=("calibration",))
@@ -108,15 +117,20 @@ class OffQ(Quantizer):
         untie_head(checkpoint.model, checkpoint.anatomy)
         fold_norms(checkpoint.model, checkpoint.anatomy)
 
-    def statistics(self, checkpoint: Checkpoint, tokens: Tensor | None, seed: int) -> Mapping[str, Tensor]:
+    def statistics(
+        self, checkpoint: Checkpoint, tokens: Tensor | None, seed: int
+    ) -> Mapping[str, Tensor]:
         model, anatomy = checkpoint.model, checkpoint.anatomy
         if tokens is None:
             raise ValueError("offq needs calibration tokens")
         stream = {
-            (block.index, site.name): TopToken(site.width) for block, site in anatomy.sites() if site.norm
+            (block.index, site.name): TopToken(site.width)
+            for block, site in anatomy.sites()
+            if site.norm
         }
         product = {
-            (block.index, "down_in"): AbsMax(block.site("down_in").width) for block in anatomy.blocks
+            (block.index, "down_in"): AbsMax(block.site("down_in").width)
+            for block in anatomy.blocks
         }
         observers = {key: moment.update for key, moment in {**stream, **product}.items()}
         keys = {}
@@ -127,9 +141,7 @@ class OffQ(Quantizer):
             }
         for index, moments in keys.items():
             watcher = KeyValueQuantizer()
-            watcher.observer = lambda key, moments=moments: [  # type: ignore[misc]
-                moment.update(key[:, head]) for head, moment in enumerate(moments)
-            ]
+            watcher.observer = functools.partial(_update_heads, moments)
             attach(model, anatomy.blocks[index].attention, watcher)
         observe(model, anatomy, token_batches(tokens), observers)
         for index in keys:
@@ -150,7 +162,9 @@ class OffQ(Quantizer):
         basis, order = statistics["residual.basis"], statistics["residual.order"]
         group = self._group(anatomy.hidden_size)
         rotate_residual(
-            model, anatomy, offset_rotation(basis.cpu(), order.cpu(), group, generator(seed, "residual"))
+            model,
+            anatomy,
+            offset_rotation(basis.cpu(), order.cpu(), group, generator(seed, "residual")),
         )
         for block in anatomy.blocks:
             heads, name = block.heads, str(block.index)
@@ -165,10 +179,14 @@ class OffQ(Quantizer):
 
             down = block.site("down_in")
             group = self._group(down.width)
-            index = outlier_grouping(statistics[f"{name}.product"].cpu(), group_sizes(down.width, group))
+            index = outlier_grouping(
+                statistics[f"{name}.product"].cpu(), group_sizes(down.width, group)
+            )
             permute_product(model, block, index)
             mixing = BlockHadamard(down.width, group)
-            transform_input(model, down, mixing.randomize(generator(seed, f"{name}.product"), keep_first=True))
+            transform_input(
+                model, down, mixing.randomize(generator(seed, f"{name}.product"), keep_first=True)
+            )
 
             turn: BlockHadamard | HeadRotation = BlockHadamard(heads.size, heads.size)
             if f"{name}.keys" in statistics:
@@ -182,7 +200,9 @@ class OffQ(Quantizer):
         if self.activations == FLOAT:
             return None
         size = site.heads.size if site.heads else self._group(site.width)
-        return Scheme(Integer(self.activations, symmetric=False, range="free"), Granularity("group", size))
+        return Scheme(
+            Integer(self.activations, symmetric=False, range="free"), Granularity("group", size)
+        )
 
     def key_value_schemes(self, block: Block) -> tuple[Scheme | None, Scheme | None]:
         """Asymmetric with a free range, per token and head."""

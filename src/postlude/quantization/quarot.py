@@ -25,10 +25,10 @@ import torch
 from torch import Tensor
 
 from postlude.errors import SettingsError
+from postlude.numerics.formats import Scheme
 from postlude.quantization.engine import Quantizer, generator
 from postlude.registry import method
 from postlude.runs.checkpoint import Checkpoint
-from postlude.numerics.formats import Scheme
 from postlude.surgery.anatomy import Block, Site
 from postlude.surgery.key_values import KeyValueQuantizer
 from postlude.surgery.layers import BlockHadamard
@@ -68,7 +68,9 @@ class QuaRot(Quantizer):
     def rewrite(self, checkpoint: Checkpoint, statistics: Mapping[str, Tensor], seed: int) -> None:
         model, anatomy = checkpoint.model, checkpoint.anatomy
         hidden = anatomy.hidden_size
-        random = BlockHadamard(hidden, hidden).randomize(generator(seed, "residual"), keep_first=False)
+        random = BlockHadamard(hidden, hidden).randomize(
+            generator(seed, "residual"), keep_first=False
+        )
         rotate_residual(model, anatomy, random(torch.eye(hidden, dtype=torch.float64)))
         for block in anatomy.blocks:
             heads = block.heads
@@ -86,6 +88,8 @@ class QuaRot(Quantizer):
         return scheme and dataclasses.replace(scheme, clip=self.activation_clip)
 
     def key_value_schemes(self, block: Block) -> tuple[Scheme | None, Scheme | None]:
-        key, value = super().key_value_schemes(block)
-        clipped = key and dataclasses.replace(key, clip=self.kv_clip)
-        return clipped, clipped
+        key, value = (
+            scheme and dataclasses.replace(scheme, clip=self.kv_clip)
+            for scheme in super().key_value_schemes(block)
+        )
+        return key, value

@@ -39,7 +39,11 @@ def smoothing_scale(activation_max: Tensor, weight_max: Tensor, alpha: float) ->
 
 
 @method(
-    "quantize", "smoothquant", family="scale absorption", paper="arXiv:2211.10438", needs=("calibration",)
+    "quantize",
+    "smoothquant",
+    family="scale absorption",
+    paper="arXiv:2211.10438",
+    needs=("calibration",),
 )
 @dataclasses.dataclass(frozen=True)
 class SmoothQuant(Quantizer):
@@ -60,12 +64,16 @@ class SmoothQuant(Quantizer):
                 "use rtn or gptq, or give activation bits (a8)"
             )
 
-    def statistics(self, checkpoint: Checkpoint, tokens: Tensor | None, seed: int) -> Mapping[str, Tensor]:
+    def statistics(
+        self, checkpoint: Checkpoint, tokens: Tensor | None, seed: int
+    ) -> Mapping[str, Tensor]:
         model, anatomy = checkpoint.model, checkpoint.anatomy
         if tokens is None:
             raise ValueError("smoothquant needs calibration tokens")
         maxima = {
-            (block.index, site.name): AbsMax(site.width) for block, site in anatomy.sites() if site.norm
+            (block.index, site.name): AbsMax(site.width)
+            for block, site in anatomy.sites()
+            if site.norm
         }
         observe(
             model,
@@ -77,7 +85,9 @@ class SmoothQuant(Quantizer):
         for (index, name), maximum in maxima.items():
             site = anatomy.blocks[index].site(name)
             columns = torch.stack([reader.weight(model).abs().amax(0) for reader in site.readers])
-            scales[f"{index}.{name}"] = smoothing_scale(maximum.value(), columns.amax(0), self.alpha)
+            scales[f"{index}.{name}"] = smoothing_scale(
+                maximum.value(), columns.amax(0), self.alpha
+            )
         return scales
 
     def rewrite(self, checkpoint: Checkpoint, statistics: Mapping[str, Tensor], seed: int) -> None:

@@ -82,7 +82,7 @@ class LinearRef:
 
     def bias(self, model: nn.Module) -> Tensor | None:
         """``[out_features]``, or None."""
-        bias = getattr(model.get_submodule(self.module), "bias", None)
+        bias: nn.Parameter | None = getattr(model.get_submodule(self.module), "bias", None)
         if bias is None:
             return None
         return bias.data[slice(*self.rows)] if self.rows else bias.data

@@ -42,7 +42,8 @@ def token_batches(tokens: Tensor, tokens_per_batch: int = TOKENS_PER_BATCH) -> I
 
 
 def _hidden(value: Any) -> Tensor:
-    return value[0] if isinstance(value, tuple) else value
+    hidden: Tensor = value[0] if isinstance(value, tuple) else value
+    return hidden
 
 
 @contextlib.contextmanager
@@ -108,9 +109,7 @@ def observe(
                 handles.append(first.register_forward_pre_hook(before, with_kwargs=True))
                 for block in anatomy.blocks:
 
-                    def after(
-                        _: nn.Module, __: Any, output: Any, index: int = block.index
-                    ) -> None:
+                    def after(_: nn.Module, __: Any, output: Any, index: int = block.index) -> None:
                         look(index, _hidden(output))
 
                     handles.append(model.get_submodule(block.name).register_forward_hook(after))
@@ -164,7 +163,7 @@ class BlockWalk:
                 self._arguments[index, hidden_states.shape[0]] = kwargs
                 return hidden_states
 
-            module.forward = record  # type: ignore[method-assign]
+            module.forward = record
         try:
             yield
         finally:

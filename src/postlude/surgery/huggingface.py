@@ -25,7 +25,15 @@ from postlude.surgery.key_values import ATTENTION, KeyValueQuantizer, attach, re
 from postlude.surgery.layers import QuantizedLinear
 from postlude.surgery.rewrite import replace_module
 
-__all__ = ["FORMAT_VERSION", "METHOD", "PostludeConfig", "PostludeQuantizer", "describe", "mark", "register"]
+__all__ = [
+    "FORMAT_VERSION",
+    "METHOD",
+    "PostludeConfig",
+    "PostludeQuantizer",
+    "describe",
+    "mark",
+    "register",
+]
 
 METHOD = "postlude"
 FORMAT_VERSION = 1
@@ -73,7 +81,7 @@ def _build(model: nn.Module, description: dict[str, Any], dtype: torch.dtype) ->
             )
 
 
-class PostludeConfig(QuantizationConfigMixin):  # type: ignore[misc]
+class PostludeConfig(QuantizationConfigMixin):
     """The ``quantization_config`` of a checkpoint that Postlude wrote.
 
     Args:
@@ -113,7 +121,7 @@ class PostludeConfig(QuantizationConfigMixin):  # type: ignore[misc]
         return any(kind.get("rotation") for kind in self.description["kinds"])
 
 
-class PostludeQuantizer(HfQuantizer):  # type: ignore[misc]
+class PostludeQuantizer(HfQuantizer):
     """Builds the modules that a Postlude checkpoint fills."""
 
     requires_calibration = True
@@ -125,7 +133,9 @@ class PostludeQuantizer(HfQuantizer):  # type: ignore[misc]
             config._attn_implementation = ATTENTION
         return config
 
-    def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
+    def get_new_dtype(
+        self, converter: Any, param: Any, dtype: torch.dtype | None
+    ) -> torch.dtype | None:
         # Scales and rotations stay in the type they were stored in.
         return None
 

@@ -131,7 +131,9 @@ class _Packed:
             parts.append(encoded.zero_point)
         self.size = x.shape[-1]
         if self.parts:
-            parts = [torch.cat([old, new], dim=-2) for old, new in zip(self.parts, parts, strict=True)]
+            parts = [
+                torch.cat([old, new], dim=-2) for old, new in zip(self.parts, parts, strict=True)
+            ]
         self.parts = parts
 
     def values(self, dtype: torch.dtype) -> Tensor:
@@ -161,10 +163,12 @@ def _packed_layer_class() -> type:
     """The cache layer; made when transformers is there, so that importing this module does not import it."""
     from transformers.cache_utils import DynamicLayer
 
-    class PackedLayer(DynamicLayer):  # type: ignore[misc]
+    class PackedLayer(DynamicLayer):
         """A cache layer that keeps codes; ``update`` returns what attention reads."""
 
-        def __init__(self, schemes: tuple[Scheme | None, Scheme | None], window: int | None) -> None:
+        def __init__(
+            self, schemes: tuple[Scheme | None, Scheme | None], window: int | None
+        ) -> None:
             super().__init__()
             self._stores = (_store(schemes[0]), _store(schemes[1]))
             self._window = window
@@ -316,7 +320,7 @@ def attach(model: nn.Module, attention: str, quantizer: KeyValueQuantizer) -> No
     module = model.get_submodule(attention)
     module.key_values = quantizer
     handle = module.register_forward_pre_hook(_hook, with_kwargs=True)
-    module._key_values_handle = handle  # type: ignore[assignment]
+    cast(Any, module)._key_values_handle = handle
 
 
 def detach(model: nn.Module, attention: str) -> None:
@@ -334,7 +338,9 @@ def register_attention() -> None:
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    def attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def attention(
+        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any
+    ) -> Any:
         quantizer = getattr(module, "key_values", None)
         if isinstance(quantizer, KeyValueQuantizer):
             query = quantizer.rotate(query)

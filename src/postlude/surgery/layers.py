@@ -221,7 +221,9 @@ class QuantizedLinear(nn.Module):
 
     def stored_bits(self) -> int:
         """Bits on disk of everything that stands for the weight: codes, scales, zero points, signs."""
-        parts = [self.weight] if self.weight_scheme is None else [self.codes, self.scale]
+        parts: list[Tensor] = (
+            [self.weight] if self.weight_scheme is None else [self.codes, self.scale]
+        )
         if self.zero_point is not None and self.weight_scheme is not None:
             parts.append(self.zero_point)
         if self.transform is not None:
@@ -236,11 +238,15 @@ class QuantizedLinear(nn.Module):
             "bias": self.bias is not None,
             "weight": self.weight_scheme.to_dict() if self.weight_scheme else None,
             "input": self.input_scheme.to_dict() if self.input_scheme else None,
-            "transform": self.transform.spec() if isinstance(self.transform, BlockHadamard) else None,
+            "transform": self.transform.spec()
+            if isinstance(self.transform, BlockHadamard)
+            else None,
         }
 
     @classmethod
-    def from_spec(cls, spec: dict[str, Any], dtype: torch.dtype, device: Any = None) -> QuantizedLinear:
+    def from_spec(
+        cls, spec: dict[str, Any], dtype: torch.dtype, device: Any = None
+    ) -> QuantizedLinear:
         """An empty layer from its description."""
         return cls(
             spec["in_features"],

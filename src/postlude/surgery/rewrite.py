@@ -66,7 +66,11 @@ def _put(undo: Undo, parameter: nn.Parameter, value: Tensor) -> None:
 
 
 def _put_linear(
-    undo: Undo, model: nn.Module, ref: LinearRef, weight: Tensor | None = None, bias: Tensor | None = None
+    undo: Undo,
+    model: nn.Module,
+    ref: LinearRef,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
 ) -> None:
     """Give a linear, or its rows, a new weight ``[out, in]`` and bias ``[out]``."""
     module = model.get_submodule(ref.module)
@@ -79,7 +83,9 @@ def _put_linear(
     if bias is not None:
         existing = cast("nn.Parameter | None", module.bias)
         if existing is None:
-            module.bias = nn.Parameter(bias.to(cast(Tensor, module.weight).dtype), requires_grad=False)
+            module.bias = nn.Parameter(
+                bias.to(cast(Tensor, module.weight).dtype), requires_grad=False
+            )
             undo.add(lambda: setattr(module, "bias", None))
         else:
             whole = existing.data.clone()
@@ -107,7 +113,8 @@ def untie_head(model: nn.Module, anatomy: Anatomy) -> Undo:
     if shared is not embedding.weight:
         return undo
     config = cast(Any, model.config)
-    undo.add(lambda: (setattr(head, "weight", shared), setattr(config, "tie_word_embeddings", True)) and None)
+    undo.add(lambda: setattr(head, "weight", shared))
+    undo.add(lambda: setattr(config, "tie_word_embeddings", True))
     head.weight = nn.Parameter(shared.data.clone(), requires_grad=shared.requires_grad)
     config.tie_word_embeddings = False
     return undo
@@ -140,7 +147,9 @@ def fold_norms(model: nn.Module, anatomy: Anatomy) -> Undo:
                 bias = shift if old is None else old.double() + shift
             _put_linear(undo, model, reader, weight * gamma.data.double(), bias)
         if anatomy.norm_kind == "layer":
-            plain = nn.RMSNorm(anatomy.hidden_size, eps=cast(float, norm.eps), elementwise_affine=False)
+            plain = nn.RMSNorm(
+                anatomy.hidden_size, eps=cast(float, norm.eps), elementwise_affine=False
+            )
             undo.extend(replace_module(model, path, plain))
         else:
             _put(undo, gamma, torch.ones_like(gamma.data))
@@ -235,7 +244,9 @@ def permute_product(model: nn.Module, block: Block, index: Tensor) -> Undo:
     index = index.to(site.readers[0].weight(model).device)
     for writer in site.writers:
         bias = writer.bias(model)
-        _put_linear(undo, model, writer, writer.weight(model)[index], None if bias is None else bias[index])
+        _put_linear(
+            undo, model, writer, writer.weight(model)[index], None if bias is None else bias[index]
+        )
     for reader in site.readers:
         _put_linear(undo, model, reader, reader.weight(model)[:, index])
     return undo
@@ -286,7 +297,9 @@ def scale_product(model: nn.Module, block: Block, scale: Tensor) -> Undo:
         SettingsError: the MLP is not gated.
     """
     if not block.gated:
-        raise SettingsError("only a gated MLP lets a scale pass from its up- to its down-projection")
+        raise SettingsError(
+            "only a gated MLP lets a scale pass from its up- to its down-projection"
+        )
     undo = Undo()
     up, down = block.linear("up"), block.linear("down")
     bias = up.bias(model)

@@ -15,7 +15,9 @@ def gpt2(model: Any) -> Anatomy:
     """Anatomy of a ``GPT2LMHeadModel``."""
     config = model.config
     if config.add_cross_attention:
-        raise ArchitectureError("GPT-2 with cross-attention is not described; use a decoder-only model")
+        raise ArchitectureError(
+            "GPT-2 with cross-attention is not described; use a decoder-only model"
+        )
     hidden = config.n_embd
     product = config.n_inner or 4 * hidden
     heads = Heads(config.n_head, config.n_head, hidden // config.n_head)

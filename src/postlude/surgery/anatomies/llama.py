@@ -31,7 +31,10 @@ def llama(model: Any) -> Anatomy:
             LinearRef(f"{attention}.v_proj", "value"),
         )
         gate, up = LinearRef(f"{mlp}.gate_proj", "gate"), LinearRef(f"{mlp}.up_proj", "up")
-        out, down = LinearRef(f"{attention}.o_proj", "output"), LinearRef(f"{mlp}.down_proj", "down")
+        out, down = (
+            LinearRef(f"{attention}.o_proj", "output"),
+            LinearRef(f"{mlp}.down_proj", "down"),
+        )
         return Block(
             index=index,
             name=name,
