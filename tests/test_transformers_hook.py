@@ -87,6 +87,27 @@ def test_the_module_keeps_its_own_loader(package: str, registrar: list[bool]) ->
     assert "READY" in inspect.getsource(module)
 
 
+def test_a_registrar_that_is_imported_first(
+    package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It imports the package, which calls the hook, which finds it half made."""
+    (tmp_path / "first_registrar.py").write_text(
+        f"from {package}.auto import TABLE\n"
+        "def register():\n"
+        "    TABLE['calls'] = TABLE.get('calls', 0) + 1\n"
+    )
+    monkeypatch.setattr(_transformers_hook, "REGISTRAR", "first_registrar")
+    monkeypatch.delitem(sys.modules, "first_registrar", raising=False)
+    _transformers_hook.install()
+    registrar = importlib.import_module("first_registrar")
+    assert registrar.TABLE == {"calls": 1}
+    importlib.import_module(package)
+    assert registrar.TABLE == {"calls": 1}
+    assert registrar.__spec__ is not None
+    assert type(registrar.__spec__.loader) is type(registrar.__loader__)
+    del sys.modules["first_registrar"]
+
+
 def test_a_missing_package_is_reported_as_ever(
     registrar: list[bool], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -118,6 +139,26 @@ def test_a_failing_registration_warns_and_leaves_the_package_usable(
     with pytest.warns(RuntimeWarning, match="could not register .* TypeError: a table has moved"):
         module = importlib.import_module(package)
     assert module.READY
+
+
+@pytest.mark.parametrize(
+    "first", ["postlude.surgery.huggingface", "transformers", "transformers.modeling_utils"]
+)
+def test_the_real_registration(first: str) -> None:
+    script = f"""
+        import warnings
+        warnings.simplefilter("error", RuntimeWarning)
+        import postlude, {first}
+        from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
+        assert "postlude" in AUTO_QUANTIZER_MAPPING
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize(

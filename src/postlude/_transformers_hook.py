@@ -7,6 +7,9 @@ anything itself: it lets the ordinary finders answer and runs one function after
 
 The package is watched rather than its module ``auto``, which holds the tables: when ``auto`` has just been
 executed its package is still half made, and ``from transformers.quantizers import HfQuantizer`` would fail.
+
+The module that registers imports that package itself. Whoever imports it first therefore meets the hook while it
+is half made; then the finder waits for its end as well.
 """
 
 from __future__ import annotations
@@ -33,34 +36,24 @@ def install() -> None:
     """
     if any(getattr(finder, "_is_postlude_hook", False) for finder in sys.meta_path):
         return
-    sys.meta_path.insert(0, _Finder())
+    finder = _Finder()
+    sys.meta_path.insert(0, finder)
     if WATCHED in sys.modules:
-        _register()
-
-
-def _register() -> None:
-    # A failure here must not take transformers away from a program that imported Postlude for something
-    # else, and must not stay unseen either.
-    try:
-        importlib.import_module(REGISTRAR).register()
-    except Exception as error:  # noqa: BLE001
-        warnings.warn(
-            f"Postlude could not register its checkpoint format with transformers, so quantized checkpoints "
-            f"will not load through from_pretrained: {type(error).__name__}: {error}",
-            RuntimeWarning,
-            stacklevel=2,
-        )
+        finder.register()
 
 
 class _Finder(MetaPathFinder):
-    """Finds nothing but ``WATCHED``, and that through the other finders."""
+    """Finds nothing but ``WATCHED`` and ``REGISTRAR``, and those through the other finders."""
 
     _is_postlude_hook = True
+
+    def __init__(self) -> None:
+        self.waits_for_registrar = False
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if fullname != WATCHED:
+        if fullname not in (WATCHED, REGISTRAR):
             return None
         for finder in sys.meta_path:
             if finder is self or not hasattr(finder, "find_spec"):
@@ -68,16 +61,42 @@ class _Finder(MetaPathFinder):
             spec = finder.find_spec(fullname, path, target)
             if spec is not None:
                 if spec.loader is not None:
-                    spec.loader = _Loader(spec.loader)
+                    spec.loader = _Loader(spec.loader, self)
                 return spec
         return None
 
+    def executed(self, name: str) -> None:
+        """A watched module has just been executed."""
+        if name == WATCHED:
+            self.register()
+        elif self.waits_for_registrar:
+            self.register(registrar_executed=True)
+
+    def register(self, registrar_executed: bool = False) -> None:
+        """Call ``register()`` of ``REGISTRAR``, now or when that module has been executed."""
+        # A failure here must not take transformers away from a program that imported Postlude for
+        # something else, and must not stay unseen either.
+        try:
+            registrar = importlib.import_module(REGISTRAR)
+            half_made = getattr(registrar.__spec__, "_initializing", False)
+            self.waits_for_registrar = half_made and not registrar_executed
+            if not self.waits_for_registrar:
+                registrar.register()
+        except Exception as error:  # noqa: BLE001
+            warnings.warn(
+                f"Postlude could not register its checkpoint format with transformers, so quantized "
+                f"checkpoints will not load through from_pretrained: {type(error).__name__}: {error}",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+
 
 class _Loader(Loader):
-    """Steps aside for the loader it wraps, then registers."""
+    """Steps aside for the loader it wraps, then tells the finder."""
 
-    def __init__(self, wrapped: Loader) -> None:
+    def __init__(self, wrapped: Loader, finder: _Finder) -> None:
         self.wrapped = wrapped
+        self.finder = finder
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
         return self.wrapped.create_module(spec)
@@ -88,4 +107,4 @@ class _Loader(Loader):
         if module.__spec__ is not None:
             module.__spec__.loader = self.wrapped
         self.wrapped.exec_module(module)
-        _register()
+        self.finder.executed(module.__name__)
