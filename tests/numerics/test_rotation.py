@@ -24,7 +24,7 @@ from postlude.numerics.rotation import (
     sylvester,
 )
 
-ORDERS = [1, 2, 4, 12, 20, 28, 40, 44, 52, 64, 96, 172, 244, 344, 640, 704, 768]
+ORDERS = [1, 2, 4, 12, 20, 28, 40, 44, 52, 64, 96, 172, 244, 344, 640, 688, 704, 768, 1376]
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -161,9 +161,9 @@ def test_random_orthogonal() -> None:
     matrix = random_orthogonal(17, generator())
     assert_orthogonal(matrix)
     assert torch.equal(matrix, random_orthogonal(17, generator()))
-    # Haar: every entry of a 1x1 or 2x2 sample has mean 0; without the sign fix it has not.
-    samples = torch.stack([random_orthogonal(2, generator(seed)) for seed in range(400)])
-    assert float(samples.mean(0).abs().max()) < 0.15
+    # Haar: every entry has mean 0. Without the sign fix it has not.
+    samples = torch.stack([random_orthogonal(2, generator(seed)) for seed in range(100)])
+    assert float(samples.mean(0).abs().max()) < 0.3
     with pytest.raises(SettingsError):
         random_orthogonal(0)
 
