@@ -41,3 +41,14 @@ def test_a_terminal_can_be_kept_quiet() -> None:
     with Progress(show=False, stream=stream) as progress:
         assert list(progress.iterate(range(3), "work")) == [0, 1, 2]
     assert stream.getvalue() == ""
+
+
+def test_an_open_display_can_be_opened_again() -> None:
+    stream = Terminal()
+    with Progress(stream=stream) as progress:
+        with progress as inner:
+            assert list(inner.iterate(range(2), "inner")) == [0, 1]
+        progress.log("still here")
+        assert list(progress.iterate(range(2), "outer")) == [0, 1]
+    assert "still here" in stream.getvalue()
+    assert "outer" in stream.getvalue()

@@ -65,6 +65,9 @@ class Task:
 class Progress:
     """A display of running work, used as a context; nested work adds tasks to the same one.
 
+    Entering it again while it is open changes nothing, so a function may open the display it is given without
+    knowing whether its caller has.
+
     Args:
         show: True draws bars (plain lines where ``stream`` is no terminal), False shows nothing,
             None shows bars exactly where ``stream`` is a terminal.
@@ -76,9 +79,11 @@ class Progress:
         self._terminal = self._stream.isatty()
         self.shown = self._terminal if show is None else show
         self._rich: RichProgress | None = None
+        self._depth = 0
 
     def __enter__(self) -> Self:
-        if self.shown and self._terminal:
+        self._depth += 1
+        if self._depth == 1 and self.shown and self._terminal:
             from rich.console import Console
             from rich.progress import (
                 BarColumn,
@@ -108,7 +113,8 @@ class Progress:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if self._rich is not None:
+        self._depth -= 1
+        if self._depth == 0 and self._rich is not None:
             self._rich.stop()
             self._rich = None
 

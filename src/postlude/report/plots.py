@@ -1,0 +1,326 @@
+"""Plots as SVG text to put into a page. The only file that imports matplotlib.
+
+Every plot is drawn twice, for a wide column and for a phone: an image that only shrinks has unreadable
+letters. One unit of the drawing is one CSS pixel. Nothing depends on colour alone: lines differ in dash and marker
+and are named at their right end, in the palette of Okabe and Ito, which people with any colour vision can tell apart.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import html
+import io
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import matplotlib
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+__all__ = ["Line", "Plot", "heat_map", "line_plot"]
+
+# (colour, dashes, marker). Okabe and Ito's yellow is left out: it cannot be seen on white.
+_STYLES: tuple[tuple[str, Any, str], ...] = (
+    ("#0072B2", "-", "o"),
+    ("#D55E00", (0, (6, 2)), "s"),
+    ("#009E73", (0, (2, 1.5)), "^"),
+    ("#CC79A7", (0, (7, 2, 1.5, 2)), "D"),
+    ("#E69F00", (0, (1, 1)), "v"),
+    ("#56B4E9", (0, (4, 1, 1, 1, 1, 1)), "P"),
+    ("#000000", (0, (9, 3)), "X"),
+)
+_INK, _GRID = "#1b1b1b", "#dcdcdc"
+_WIDE, _NARROW = (700, 380), (340, 330)
+_FONT = 12.5
+
+
+@dataclasses.dataclass(frozen=True)
+class Line:
+    """One line of a plot.
+
+    Attributes:
+        name: written at its end.
+        values: one for each tick; None leaves a gap.
+    """
+
+    name: str
+    values: Sequence[float | None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Plot:
+    """A drawing in two widths.
+
+    Attributes:
+        wide, narrow: ``<svg>`` elements.
+    """
+
+    wide: str
+    narrow: str
+
+
+def line_plot(
+    identifier: str,
+    lines: Sequence[Line],
+    ticks: Sequence[str],
+    *,
+    x_label: str,
+    y_label: str,
+    alt: str,
+    logarithmic: bool = False,
+    limits: tuple[float, float] | None = None,
+    marks: Mapping[int, str] | None = None,
+) -> Plot:
+    """Lines over equally spaced places.
+
+    Args:
+        identifier: unique in the page; letters, digits and dashes.
+        lines: at most seven are told apart by dash and marker.
+        ticks: what the places are called.
+        x_label, y_label: with units.
+        alt: what a reader who cannot see the plot should know.
+        logarithmic: the vertical axis; values that are not positive are left out.
+        limits: of the vertical axis.
+        marks: words to put above places, by index.
+    """
+
+    def draw(size: tuple[int, int]) -> str:
+        figure, axes = _figure(size)
+        _axes(axes, x_label, y_label, ticks, logarithmic)
+        axes.set_xlim(-0.3, max(len(ticks) - 0.7, 0.7))
+        for index, line in enumerate(lines):
+            colour, dashes, marker = _STYLES[index % len(_STYLES)]
+            axes.plot(
+                range(len(line.values)),
+                [_plottable(value, logarithmic) for value in line.values],
+                color=colour,
+                linestyle=dashes,
+                linewidth=2,
+                marker=marker,
+                markersize=6.5,
+                markeredgecolor="white",
+                markeredgewidth=0.7,
+                clip_on=False,
+                zorder=3,
+            )
+        if limits is not None:
+            axes.set_ylim(*limits)
+        if logarithmic:
+            _decades(axes)
+        for place, word in (marks or {}).items():
+            axes.axvline(place, color=_GRID, linewidth=7, zorder=0.5)
+            axes.annotate(
+                word,
+                (place, 1),
+                xycoords=("data", "axes fraction"),
+                xytext=(0, 4),
+                textcoords="offset points",
+                ha="center",
+                va="bottom",
+                fontsize=_FONT - 0.5,
+                fontstyle="italic",
+            )
+        _name_ends(axes, lines, logarithmic)
+        return _svg(figure, f"{identifier}-{size[0]}", alt)
+
+    with _settings():
+        return Plot(draw(_WIDE), draw(_NARROW))
+
+
+def heat_map(
+    identifier: str,
+    values: Sequence[Sequence[float]],
+    columns: Sequence[str],
+    rows: Sequence[str],
+    *,
+    x_label: str,
+    y_label: str,
+    scale_label: str,
+    alt: str,
+) -> Plot:
+    """Positive numbers as shades, on a logarithmic scale; darker is larger.
+
+    Args:
+        identifier: unique in the page.
+        values: ``[rows][columns]``; the first row is drawn at the bottom.
+        columns, rows: their names. A phone gets the first fourteen columns.
+        x_label, y_label, scale_label: with units.
+        alt: what a reader who cannot see the plot should know.
+    """
+    positive = [value for row in values for value in row if value and value > 0]
+    low, high = (min(positive), max(positive)) if positive else (1.0, 10.0)
+
+    def draw(size: tuple[int, int]) -> str:
+        shown = len(columns) if size == _WIDE else min(14, len(columns))
+        figure, axes = _figure((size[0], size[1] - 20))
+        image = axes.pcolormesh(
+            [[value if value and value > 0 else math.nan for value in row[:shown]] for row in values],
+            cmap="cividis_r",
+            norm=matplotlib.colors.LogNorm(low, high if high > low else low * 10),
+            edgecolors="white",
+            linewidth=0.8,
+        )
+        axes.set_xticks([i + 0.5 for i in range(shown)])
+        axes.set_xticklabels([_readable(name) for name in columns[:shown]], rotation=90)
+        axes.set_yticks([i + 0.5 for i in range(len(rows))])
+        axes.set_yticklabels(rows)
+        axes.tick_params(length=0)
+        axes.tick_params(axis="x", labelsize=_FONT - 2)
+        axes.set_xlabel(x_label)
+        axes.set_ylabel(y_label)
+        axes.spines[:].set_visible(False)
+        bar = figure.colorbar(image, ax=axes, fraction=0.05, pad=0.03, aspect=28)
+        bar.set_label(scale_label)
+        bar.outline.set_visible(False)
+        bar.ax.minorticks_off()
+        bar.ax.yaxis.set_major_formatter(FuncFormatter(_number))
+        return _svg(figure, f"{identifier}-{size[0]}", alt)
+
+    with _settings():
+        return Plot(draw(_WIDE), draw(_NARROW))
+
+
+@contextmanager
+def _settings() -> Iterator[None]:
+    with matplotlib.rc_context(
+        {
+            "font.family": "DejaVu Sans",  # comes with matplotlib; its letters are wide, so a page's own font fits
+            "font.size": _FONT,
+            "svg.fonttype": "none",
+            "svg.hashsalt": "postlude",
+            "text.parse_math": False,
+            "text.color": _INK,
+            "axes.labelcolor": _INK,
+            "xtick.color": _INK,
+            "ytick.color": _INK,
+        }
+    ):
+        yield
+
+
+def _figure(size: tuple[int, int]) -> tuple[Figure, Any]:
+    figure = Figure(figsize=(size[0] / 72, size[1] / 72), dpi=72, layout="constrained")
+    FigureCanvasSVG(figure)
+    return figure, figure.add_subplot()
+
+
+def _axes(axes: Any, x_label: str, y_label: str, ticks: Sequence[str], logarithmic: bool) -> None:
+    axes.set_xlabel(x_label)
+    axes.set_ylabel(y_label)
+    if logarithmic:
+        axes.set_yscale("log")
+    axes.grid(axis="y", color=_GRID, linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.tick_params(length=0)
+    # More than a dozen names do not fit beside each other.
+    step = max(1, math.ceil(len(ticks) / 12))
+    axes.set_xticks(range(0, len(ticks), step))
+    axes.set_xticklabels(list(ticks)[::step])
+
+
+def _decades(axes: Any) -> None:
+    """Plain numbers at decades; at 2 and 5 too where the axis spans few."""
+    low, high = axes.get_ylim()
+    few = math.log10(high / low) < 2.2
+    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if few else (1.0,)))
+    axes.yaxis.set_major_formatter(FuncFormatter(_number))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.minorticks_off()
+
+
+def _number(value: float, _: object = None) -> str:
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.6g}"
+
+
+def _plottable(value: float | None, logarithmic: bool) -> float:
+    if value is None or not math.isfinite(value) or (logarithmic and value <= 0):
+        return math.nan
+    return value
+
+
+def _name_ends(axes: Any, lines: Sequence[Line], logarithmic: bool) -> None:
+    """Write every name right of its line's last point, moved apart where they would cover each other."""
+    height = _FONT * 1.3
+    low, high = axes.get_ylim()
+    # Pixels are not known before the layout; a little over what is left of them after labels and ticks is near enough.
+    pixels = axes.figure.bbox.height * 0.72
+
+    def fraction(value: float) -> float:
+        if logarithmic:
+            return math.log(value / low) / math.log(high / low)
+        return (value - low) / (high - low)
+
+    ends = []
+    for index, line in enumerate(lines):
+        points = [
+            (x, value)
+            for x, value in enumerate(_plottable(value, logarithmic) for value in line.values)
+            if not math.isnan(value)
+        ]
+        if points:
+            x, value = points[-1]
+            ends.append([fraction(value) * pixels, index, x, fraction(value)])
+    ends.sort(key=lambda end: end[0])
+    places = _apart([end[0] for end in ends], height, pixels)
+    for (_, index, x, y), place in zip(ends, places, strict=True):
+        colour, dashes, marker = _STYLES[int(index) % len(_STYLES)]
+        axes.annotate(
+            lines[int(index)].name,
+            (x, y),
+            xycoords=("data", "axes fraction"),
+            xytext=(1.03, place / pixels),
+            textcoords="axes fraction",
+            va="center",
+            ha="left",
+            fontsize=_FONT,
+            annotation_clip=False,
+            arrowprops={
+                "arrowstyle": "-",
+                "color": colour,
+                "linewidth": 1,
+                "shrinkA": 1,
+                "shrinkB": 5,
+            },
+        )
+
+
+def _apart(wanted: Sequence[float], distance: float, top: float) -> list[float]:
+    """Sorted positions moved as little as a simple sweep can, so that neighbours are ``distance`` apart."""
+    places: list[float] = []
+    for position in wanted:
+        places.append(max(position, places[-1] + distance) if places else max(position, 0.0))
+    limit = max(top, (len(places) - 1) * distance)
+    for index in range(len(places) - 1, -1, -1):
+        places[index] = min(places[index], limit)
+        limit = places[index] - distance
+    return places
+
+
+def _readable(token: str) -> str:
+    """A token as letters that every font has: blanks and line ends become visible."""
+    text = token.replace("\n", "\\n").replace("\t", "\\t").replace(" ", "\u00b7")
+    text = "".join(letter if 32 < ord(letter) < 127 or letter == "\u00b7" else "\u25a1" for letter in text)
+    return text if len(text) <= 14 else text[:12] + ".."
+
+
+def _svg(figure: Figure, identifier: str, alt: str) -> str:
+    """The drawing as an element of an HTML page: no declarations, ids of its own, a text for screen readers."""
+    buffer = io.StringIO()
+    nothing = {"Date": None, "Creator": None, "Format": None, "Type": None}
+    figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
+    body = buffer.getvalue()
+    inner = body[body.index(">", body.index("<svg")) + 1 : body.rindex("</svg>")]
+    inner = re.sub(r"<metadata>.*?</metadata>", "", inner, flags=re.DOTALL)
+    inner = inner.replace("xlink:href", "href")
+    inner = re.sub(r'\bid="', f'id="{identifier}-', inner)
+    inner = inner.replace("url(#", f"url(#{identifier}-").replace('href="#', f'href="#{identifier}-')
+    width, height = (round(side * 72) for side in figure.get_size_inches())
+    return (
+        f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{html.escape(alt)}">'
+        f"{inner.strip()}</svg>"
+    )
