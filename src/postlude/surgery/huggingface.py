@@ -165,3 +165,4 @@ def register() -> None:
     if METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:
         register_quantization_config(METHOD)(PostludeConfig)
         register_quantizer(METHOD)(PostludeQuantizer)
+

@@ -138,6 +138,7 @@ class QuantizedLinear(nn.Module):
         self.zero_point: Tensor | None
         empty: dict[str, Any] = {"device": device}
         if weight is None:
+            self.zero_point = None
             self.weight = nn.Parameter(
                 torch.empty(out_features, in_features, dtype=dtype, **empty), requires_grad=False
             )
