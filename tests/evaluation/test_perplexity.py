@@ -12,11 +12,13 @@ from torch.nn import functional
 
 from postlude.errors import ArchitectureError, DataError, NonFiniteError, SettingsError
 from postlude.evaluation.perplexity import Sequences, cut, evaluate, sequence_losses
+from postlude.numerics.formats import Granularity, Integer, Scheme
 from postlude.runs.checkpoint import Checkpoint
 from postlude.runs.documents import encode, read_documents
 from postlude.runs.loading import load
 from postlude.runs.progress import Progress
 from postlude.surgery.anatomy import anatomy_of
+from postlude.surgery.layers import QuantizedLinear
 
 DOCUMENTS = ["A dog barks.", "The night was calm, and the boat went on.", "x", "Rain " * 20, ""]
 
@@ -165,6 +167,21 @@ def test_a_training_model_is_evaluated_without_dropout(make_model: Callable[...,
     assert model.training
     model.eval()
     assert losses == sequence_losses(checkpoint, sequences)
+
+
+def test_ranges_per_tensor_do_not_depend_on_the_batch(tiny_llama_dir: Path) -> None:
+    checkpoint = load(tiny_llama_dir, device="cpu")
+    per_tensor = Scheme(Integer(4), Granularity("tensor"))
+    for name in list(checkpoint.anatomy.linears()):
+        linear = checkpoint.model.get_submodule(name)
+        layer = QuantizedLinear.like(linear, input=per_tensor)
+        layer.weight.data.copy_(linear.weight.data)
+        checkpoint.model.set_submodule(name, layer)
+    tokens = [torch.tensor(encode(checkpoint.tokenizer, d)[:64]) for d in DOCUMENTS]
+    loss, _ = naive(checkpoint, [t for t in tokens if len(t) > 1])
+    result = evaluate(checkpoint, DOCUMENTS)
+    assert result["loss"] == pytest.approx(loss, rel=1e-6)
+    assert result["bits_per_weight"] == 32
 
 
 def test_text_that_is_too_short(llama: Checkpoint, tmp_path: Path) -> None:

@@ -16,8 +16,8 @@ A text is cut by one of two protocols:
 The forward pass stops at the last hidden states; log-probabilities, KL and the agreement of the most
 probable token are taken chunk by chunk over the vocabulary and never hold all the logits.
 
-A model that quantizes activations per tensor has its range set by everything in a batch; for such a
-model ``batch_tokens=1`` runs one sequence at a time.
+A model that quantizes activations per tensor has one range for all of a forward pass, so its result
+would depend on how sequences are batched and padded. Such a model is run one sequence at a time.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ from postlude.numerics.likelihood import kl_divergence, token_log_probability
 from postlude.runs.checkpoint import Checkpoint
 from postlude.runs.documents import encode, read_documents, text_files
 from postlude.runs.progress import Progress
+from postlude.surgery.layers import QuantizedLinear
 
 __all__ = ["Sequences", "cut", "evaluate", "sequence_losses"]
 
@@ -124,7 +125,8 @@ def evaluate(
     sums = dict.fromkeys(("loss", "reference_loss", "kl", "top1_agreement"), 0.0)
     tokens = 0
     with _shown(progress) as shown:
-        batches = _batches(sequences.tokens, batch_tokens)
+        joint = any(scorer.mixes_rows for scorer in (model, other) if scorer is not None)
+        batches = _batches(sequences.tokens, 1 if joint else batch_tokens)
         for batch in shown.iterate(batches, "evaluate"):
             targets = batch.targets
             hidden = model.hidden(batch)
@@ -202,7 +204,7 @@ def sequence_losses(
     """The mean loss in nats per token of every sequence, in their order."""
     scorer = _Scorer(checkpoint, sequences)
     means = [math.nan] * len(sequences.tokens)
-    for batch in _batches(sequences.tokens, batch_tokens):
+    for batch in _batches(sequences.tokens, 1 if scorer.mixes_rows else batch_tokens):
         losses = scorer.losses(scorer.hidden(batch), batch.targets)
         parts = losses.split([length - 1 for length in batch.lengths])
         for index, part in zip(batch.indices, parts, strict=True):
@@ -260,6 +262,12 @@ class _Scorer:
         bias = getattr(head, "bias", None)
         self.bias: Tensor | None = None if bias is None else bias.detach()
         self.device = self.weight.device
+        self.mixes_rows = any(
+            isinstance(module, QuantizedLinear)
+            and module.input_scheme is not None
+            and module.input_scheme.granularity.kind == "tensor"
+            for module in model.modules()
+        )
         self._check_tokens(sequences)
         self._check_head(sequences.tokens[0][:_PROBE_TOKENS][None])
 
