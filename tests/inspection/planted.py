@@ -29,15 +29,21 @@ class Planted:
     defect: Tensor  # d
 
 
-def random_model(model_type: str, seed: int) -> Any:
+def random_model(model_type: str, seed: int, inner: int = 96) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     if model_type == "gpt2":
-        sizes: dict[str, Any] = {"n_embd": 64, "n_layer": BLOCKS, "n_head": 4, "n_positions": 64}
+        sizes: dict[str, Any] = {
+            "n_embd": 64,
+            "n_inner": inner,
+            "n_layer": BLOCKS,
+            "n_head": 4,
+            "n_positions": 64,
+        }
     else:
         sizes = {
             "hidden_size": 64,
-            "intermediate_size": 96,
+            "intermediate_size": inner,
             "num_hidden_layers": BLOCKS,
             "num_attention_heads": 4,
             "num_key_value_heads": 2,
@@ -59,8 +65,11 @@ def random_model(model_type: str, seed: int) -> Any:
 
 
 @torch.no_grad()
-def planted(model_type: str = "llama", seed: int = 0, tokenizer: Any = None) -> Planted:
-    model = random_model(model_type, seed)
+def planted(
+    model_type: str = "llama", seed: int = 0, tokenizer: Any = None, inner: int = 96
+) -> Planted:
+    """``inner`` is the width of the MLP product."""
+    model = random_model(model_type, seed, inner)
     anatomy = anatomy_of(model)
     generator = torch.Generator().manual_seed(seed + 100)
     v, d = torch.randn(2, 64, generator=generator)
