@@ -39,7 +39,7 @@ def test_zeros_and_half_precision() -> None:
 
 
 def test_misuse_is_refused() -> None:
-    with pytest.raises(DataError, match="update first"):
+    with pytest.raises(DataError, match="call update"):
         MagnitudeHistogram().quantile(0.5)
     with pytest.raises(SettingsError, match="0 to 1"):
         MagnitudeHistogram().quantile(1.5)

@@ -24,10 +24,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from postlude.inspection.report import rounded
 from postlude.numerics.directions import leading_singular_directions, unit
+from postlude.numerics.likelihood import token_log_probability
 from postlude.surgery.anatomy import Anatomy, Block
 from postlude.surgery.capture import device_of, observe, token_batches
 from postlude.surgery.probes import (
@@ -57,7 +57,6 @@ __all__ = [
 ]
 
 TOKENS_PER_BATCH = 4096
-LOGITS_PER_CHUNK = 1 << 24
 SHOWN_DIRECTIONS = 16
 
 
@@ -258,8 +257,8 @@ def prompt_norms(checkpoint: Checkpoint, prompt: str, tokens: list[int]) -> Tens
 def _loss(model: nn.Module, anatomy: Anatomy, tokens: Tensor) -> tuple[float, float]:
     """Mean next-token loss in nats, and the largest norm of a hidden state."""
     final, head = model.get_submodule(anatomy.final_norm), model.get_submodule(anatomy.head)
+    weight = model.get_parameter(f"{anatomy.head}.weight")
     batches = list(token_batches(tokens))
-    rows = max(1, LOGITS_PER_CHUNK // len(_embeddings(model, anatomy)))
     waiting = iter(batches)
     total = largest = 0.0
 
@@ -269,9 +268,8 @@ def _loss(model: nn.Module, anatomy: Anatomy, tokens: Tensor) -> tuple[float, fl
         if layer == len(anatomy.blocks) - 1:
             states = final(hidden)[:, :-1].flatten(0, 1)
             targets = next(waiting)[:, 1:].flatten().to(states.device)
-            for state, target in zip(states.split(rows), targets.split(rows), strict=True):
-                logits = head(state).float()
-                total += float(functional.cross_entropy(logits, target, reduction="sum"))
+            bias = getattr(head, "bias", None)
+            total -= float(token_log_probability(states, weight, targets, bias).double().sum())
 
     observe(model, anatomy, batches, {}, residual=residual)
     return total / (tokens.shape[0] * (tokens.shape[1] - 1)), largest

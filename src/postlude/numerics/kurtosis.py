@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from postlude.errors import DataError
+from postlude.numerics.moments import Statistic
 
 __all__ = ["ChannelKurtosis", "row_kurtosis"]
 
@@ -27,7 +28,7 @@ def row_kurtosis(x: Tensor) -> Tensor:
     return square.square().mean(-1) / square.mean(-1).square()
 
 
-class ChannelKurtosis:
+class ChannelKurtosis(Statistic):
     """Kurtosis of every channel over all rows seen, from central moments merged by Pebay's formulas.
 
     Args:
@@ -61,11 +62,12 @@ class ChannelKurtosis:
         )
         self._merge(len(rows), moments)
 
-    def merge(self, other: Self) -> None:
-        """Take in everything ``other`` has seen."""
+    def merge(self, other: Self) -> Self:
+        """Take in everything ``other`` has seen; returns ``self``."""
         if other.width != self.width:
             raise DataError(f"Cannot merge statistics of {other.width} channels into {self.width}.")
-        self._merge(other.count, other._moments)
+        self._merge(other.count, other._moments.to(self._moments.device))
+        return self
 
     def _merge(self, count: int, moments: Tensor) -> None:
         if not count:
@@ -88,12 +90,13 @@ class ChannelKurtosis:
 
     def value(self) -> Tensor:
         """Kurtosis ``[width]``, float64; NaN for channels that are constant."""
+        self._require_data()
         fourth, second = self._moments[3], self._moments[1]
         return fourth.mul(self.count).div(second.square())
 
     def state(self) -> dict[str, Tensor]:
         """Everything needed to continue, as tensors."""
-        return {"count": torch.tensor(self.count), "moments": self._moments}
+        return {"count": torch.tensor(self.count), "moments": self._moments.clone()}
 
     @classmethod
     def from_state(cls, state: Mapping[str, Tensor]) -> Self:

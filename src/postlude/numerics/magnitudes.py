@@ -2,7 +2,8 @@
 
 The sign aside, the bits of a float32 are ordered as the numbers are. Their leading 18 (8 of the exponent, 10 of the
 mantissa) name a bin, so a fixed histogram of 2^18 counts holds the whole distribution: no range to choose, no random
-sampling, and two histograms merge by adding.
+sampling, and two histograms merge by adding. For magnitudes this is tens of times faster than the general
+:class:`~postlude.numerics.moments.Quantiles`, which sorts.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from postlude.errors import DataError, SettingsError
+from postlude.errors import SettingsError
+from postlude.numerics.moments import Statistic
 
 __all__ = ["MagnitudeHistogram"]
 
@@ -22,7 +24,7 @@ _BINS = 1 << (31 - _DROPPED)
 _CHUNK = 1 << 22  # entries turned into bin numbers at a time
 
 
-class MagnitudeHistogram:
+class MagnitudeHistogram(Statistic):
     """Distribution of ``|x|`` over everything seen.
 
     Args:
@@ -30,22 +32,21 @@ class MagnitudeHistogram:
     """
 
     def __init__(self, device: torch.device | str | None = None) -> None:
+        self.count = 0
         self._counts = torch.zeros(_BINS, dtype=torch.int64, device=device)
-
-    @property
-    def count(self) -> int:
-        """How many numbers were seen."""
-        return int(self._counts.sum())
 
     def update(self, x: Tensor) -> None:
         """Take in ``x`` of any shape; larger formats are rounded to float32."""
         for part in x.reshape(-1).split(_CHUNK):
             bins = part.float().abs().view(torch.int32) >> _DROPPED
             self._counts += torch.bincount(bins, minlength=_BINS)
+        self.count += x.numel()
 
-    def merge(self, other: Self) -> None:
-        """Take in everything ``other`` has seen."""
+    def merge(self, other: Self) -> Self:
+        """Take in everything ``other`` has seen; returns ``self``."""
         self._counts += other._counts.to(self._counts.device)
+        self.count += other.count
+        return self
 
     def quantile(self, q: float) -> float:
         """The magnitude below which a fraction ``q`` of the numbers lies, within 0.1 %.
@@ -56,11 +57,9 @@ class MagnitudeHistogram:
         """
         if not 0 <= q <= 1:
             raise SettingsError(f"A quantile of {q} does not exist: give a fraction from 0 to 1.")
+        self._require_data()
         below = self._counts.cpu().cumsum(0)
-        total = int(below[-1])
-        if not total:
-            raise DataError("No quantile of no numbers: call update first.")
-        rank = q * (total - 1)
+        rank = q * (self.count - 1)
         index = int(torch.searchsorted(below, torch.tensor(rank, dtype=torch.float64), right=True))
         edges = torch.tensor([index, index + 1], dtype=torch.int32) << _DROPPED
         low, high = edges.view(torch.float32).tolist()
@@ -70,11 +69,12 @@ class MagnitudeHistogram:
 
     def state(self) -> dict[str, Tensor]:
         """Everything needed to continue, as tensors."""
-        return {"counts": self._counts}
+        return {"counts": self._counts.clone()}
 
     @classmethod
     def from_state(cls, state: Mapping[str, Tensor]) -> Self:
         """Continue from :meth:`state`."""
         made = cls(state["counts"].device)
         made._counts = state["counts"].clone()
+        made.count = int(made._counts.sum())
         return made
