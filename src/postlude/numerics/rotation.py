@@ -145,7 +145,7 @@ def random_orthogonal(n: int, generator: torch.Generator | None = None) -> Tenso
     """A Haar-distributed orthogonal fp64 matrix ``[n, n]``.
 
     QR of a Gaussian matrix with the diagonal of ``R`` made positive (arXiv:math-ph/0609050); without that sign fix
-    the distribution is not uniform.
+    the distribution is not uniform. ``generator`` is a CPU one; None draws from the global one of torch.
     """
     if n < 1:
         raise SettingsError(
