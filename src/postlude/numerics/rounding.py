@@ -17,6 +17,9 @@ from torch import Tensor
 from postlude.errors import SettingsError
 from postlude.numerics.formats import Encoded, Scheme
 
+# Weights whose range is searched together: a few such buffers fit a core's cache.
+_CLIP_ENTRIES = 2**17
+
 __all__ = ["clip_search", "gptq", "inverse_cholesky", "nearest"]
 
 
@@ -37,22 +40,34 @@ def clip_search(
     Returns:
         ``[out_features, groups]`` (``[1]`` per tensor).
     """
-    best_error: Tensor | None = None
+    if scheme.granularity.kind == "tensor":
+        return _clip_rows(weight, scheme, power, lowest)
+    # Rows are independent; a few at a time stay in the cache for all factors.
+    rows = max(1, _CLIP_ENTRIES // weight.shape[1])
+    return torch.cat([_clip_rows(part, scheme, power, lowest) for part in weight.split(rows)])
+
+
+def _clip_rows(weight: Tensor, scheme: Scheme, power: float, lowest: float) -> Tensor:
+    grouped = scheme.granularity.split(weight if weight.dtype == torch.float64 else weight.float())
+    # A short last group must not count the entries that only fill it up.
+    counted = torch.ones_like(weight[:1], dtype=grouped.dtype)
+    missing = -weight.shape[1] % (scheme.granularity.size or 1)
+    counted = scheme.granularity.split(torch.nn.functional.pad(counted, (0, missing)))
+    best_error = torch.empty(0)
     best = torch.empty(0)
     for percent in range(100, round(lowest * 100) - 1, -1):
-        factor = percent / 100
-        encoded = scheme.encode(weight, scheme.parameters(weight, factor))
-        difference = (encoded.decode() - weight).abs_().pow_(power)
-        # A short last group must not count the entries that only fill it up.
-        missing = -weight.shape[1] % (scheme.granularity.size or 1)
-        difference = torch.nn.functional.pad(difference, (0, missing))
-        error = scheme.granularity.split(difference).sum(-1)
-        if best_error is None:
+        scale, zero_point = scheme.parameters(weight, percent / 100)
+        scale = scale.unsqueeze(-1)
+        zero = None if zero_point is None else zero_point.unsqueeze(-1)
+        values = scheme.format.decode(scheme.format.encode(grouped, scale, zero), scale, zero)
+        difference = values.sub_(grouped).abs_().pow_(power)
+        error = (difference.mul_(counted) if missing else difference).sum(-1)
+        if percent == 100:
             best_error, best = error, torch.ones_like(error)
-        else:
-            better = error < best_error
-            best_error = torch.where(better, error, best_error)
-            best = torch.where(better, torch.full_like(best, factor), best)
+            continue
+        better = error < best_error
+        best_error = torch.where(better, error, best_error)
+        best = torch.where(better, torch.full_like(best, percent / 100), best)
     return best
 
 

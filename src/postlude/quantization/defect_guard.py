@@ -31,6 +31,7 @@ from postlude.surgery.anatomy import Block, Site
 
 __all__ = ["DefectGuard"]
 
+_SAMPLES_PER_CHANNEL = 16
 _BASES: dict[str, type[Quantizer]] = {"rtn": RTN, "smoothquant": SmoothQuant}
 
 
@@ -67,7 +68,10 @@ class DefectGuard(Quantizer):
     def statistics(
         self, checkpoint: Checkpoint, tokens: Tensor | None, seed: int
     ) -> Mapping[str, Tensor]:
-        inspection = registry.find("inspect", "singular-defects").settings()
+        # Only the layers are wanted: their leading directions need far fewer samples than a report on them.
+        inspection = registry.find("inspect", "singular-defects").settings(
+            samples=_SAMPLES_PER_CHANNEL * checkpoint.anatomy.hidden_size, paths=False
+        )
         report = inspection.inspect(checkpoint, tokens, seed)
         kept = sorted({*report.explosion_layers, *report.decay_layers})
         if not kept:

@@ -291,9 +291,9 @@ def _hessian(model: nn.Module, block: Block, site: Site, walk: BlockWalk) -> Ten
     moment = SecondMoment(site.width)
     reader = model.get_submodule(site.modules[0])
     transform = reader.transform if isinstance(reader, QuantizedLinear) else None
-    walk.observe(
-        block, {site.name: lambda x: moment.update(x if transform is None else transform(x))}
-    )
+    observers = {site.name: lambda x: moment.update(x if transform is None else transform(x))}
+    # Q, K and V are rounded by the time their mixture is looked at, so attention need not run again.
+    walk.observe(block, observers, freeze_attention=site.name == "o_in")
     return 2 * moment.value()
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from postlude.surgery.anatomy import Anatomy, Block
+from postlude.surgery.layers import hold_dense
 
 __all__ = ["BlockWalk", "Observer", "device_of", "observe", "token_batches"]
 
@@ -50,18 +51,24 @@ def _hidden(value: Any) -> Tensor:
 def _site_hooks(
     model: nn.Module,
     sites: Iterable[tuple[str, Observer]],
-    stop_at: str | None = None,
+    *,
+    stop: bool = False,
 ) -> Iterator[None]:
-    """Call observers with the input of modules; raise :class:`_Stop` after the one named ``stop_at``."""
+    """Call observers with the input of modules; with ``stop``, raise :class:`_Stop` after the last one."""
     handles = []
+    given = list(sites)
     try:
-        for path, observer in sites:
+        for number, (path, observer) in enumerate(given):
+            last = stop and number == len(given) - 1
 
             def hook(
-                _: nn.Module, args: tuple[Any, ...], observer: Observer = observer, path: str = path
+                _: nn.Module,
+                args: tuple[Any, ...],
+                observer: Observer = observer,
+                last: bool = last,
             ) -> None:
                 observer(args[0])
-                if path == stop_at:
+                if last:
                     raise _Stop
 
             handles.append(model.get_submodule(path).register_forward_pre_hook(hook))
@@ -143,13 +150,15 @@ class BlockWalk:
         self._model = model
         self._rows = max(1, tokens_per_batch // tokens.shape[1])
         # A block's other arguments (masks, positions) depend on the batch only through its number of rows.
-        self._arguments: dict[tuple[int, int], dict[str, Any]] = {}
+        self._arguments: dict[tuple[int, int], tuple[tuple[Any, ...], dict[str, Any]]] = {}
         hidden: list[Tensor] = []
         with torch.no_grad(), self._recording(anatomy, hidden):
             decoder = model.get_submodule(anatomy.decoder)
             for batch in tokens.split(self._rows):
                 decoder(input_ids=batch.to(device_of(model)), use_cache=False)
         self._hidden = hidden
+        # What the current block's output projection reads, batch by batch, once that is final.
+        self._mixed: list[Tensor] | None = None
 
     @contextlib.contextmanager
     def _recording(self, anatomy: Anatomy, hidden: list[Tensor]) -> Iterator[None]:
@@ -157,10 +166,12 @@ class BlockWalk:
         blocks = [(block, self._model.get_submodule(block.name)) for block in anatomy.blocks]
         for block, module in blocks:
 
-            def record(hidden_states: Tensor, index: int = block.index, **kwargs: Any) -> Tensor:
-                if index == 0:
+            def record(
+                hidden_states: Tensor, *args: Any, _index: int = block.index, **kwargs: Any
+            ) -> Tensor:
+                if _index == 0:
                     hidden.append(hidden_states)
-                self._arguments[index, hidden_states.shape[0]] = kwargs
+                self._arguments[_index, hidden_states.shape[0]] = (args, kwargs)
                 return hidden_states
 
             module.forward = record
@@ -170,30 +181,52 @@ class BlockWalk:
             for _, module in blocks:
                 del module.forward  # the class's own method again
 
-    def _run(self, block: Block) -> Iterator[tuple[int, Tensor]]:
-        module = self._model.get_submodule(block.name)
-        for index, batch in enumerate(self._hidden):
-            kwargs = self._arguments[block.index, batch.shape[0]]
-            yield index, _hidden(module(batch, **kwargs))
+    def _call(self, block: Block, index: int) -> Tensor:
+        """Output of the block for one batch; its attention is replayed if it was frozen."""
+        args, kwargs = self._arguments[block.index, self._hidden[index].shape[0]]
+        attention = self._model.get_submodule(block.attention)
+        if self._mixed is not None:
+            project = self._model.get_submodule(block.linear("output").module)
+            mixed = self._mixed[index]
+            # Attention modules return their output and its weights, which nobody reads here.
+            attention.forward = lambda *_, **__: (project(mixed), None)
+        try:
+            module = self._model.get_submodule(block.name)
+            return _hidden(module(self._hidden[index], *args, **kwargs))
+        finally:
+            attention.__dict__.pop("forward", None)
 
     @torch.no_grad()
-    def observe(self, block: Block, observers: Mapping[str, Observer]) -> None:
+    def observe(
+        self, block: Block, observers: Mapping[str, Observer], *, freeze_attention: bool = False
+    ) -> None:
         """Run the block and show site inputs to observers, stopping after the last one.
 
         Args:
             block: the current one.
             observers: by site name; called with ``[batch, length, width]``.
+            freeze_attention: keep what the output projection reads and use it again until ``advance``, for a
+                caller that changes nothing before that projection any more; ``o_in`` must be the last site.
         """
         sites = [site for site in block.sites if site.name in observers]
         hooks = [(site.modules[0], observers[site.name]) for site in sites]
+        mixed: list[Tensor] = []
+        if freeze_attention:
+            if sites[-1].name != "o_in":
+                raise ValueError("attention is frozen while its output site is observed last")
+            hooks.insert(-1, (sites[-1].modules[0], mixed.append))
         module = self._model.get_submodule(block.name)
-        with _site_hooks(self._model, hooks, stop_at=hooks[-1][0]):
-            for batch in self._hidden:
+        with _site_hooks(self._model, hooks, stop=True), hold_dense(module):
+            for index in range(len(self._hidden)):
                 with contextlib.suppress(_Stop):
-                    module(batch, **self._arguments[block.index, batch.shape[0]])
+                    self._call(block, index)
+        if freeze_attention:
+            self._mixed = mixed
 
     @torch.no_grad()
     def advance(self, block: Block) -> None:
         """Run the block and keep its output as the hidden states before the next one."""
-        for index, output in self._run(block):
-            self._hidden[index] = output
+        with hold_dense(self._model.get_submodule(block.name)):
+            for index in range(len(self._hidden)):
+                self._hidden[index] = self._call(block, index)
+        self._mixed = None

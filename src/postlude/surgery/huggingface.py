@@ -165,4 +165,3 @@ def register() -> None:
     if METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:
         register_quantization_config(METHOD)(PostludeConfig)
         register_quantizer(METHOD)(PostludeQuantizer)
-

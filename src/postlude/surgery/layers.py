@@ -7,6 +7,8 @@ description, which is how a saved model is loaded.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -22,7 +24,7 @@ from postlude.numerics.rotation import (
     is_hadamard_order,
 )
 
-__all__ = ["BlockHadamard", "QuantizedLinear", "build_transform"]
+__all__ = ["BlockHadamard", "QuantizedLinear", "build_transform", "hold_dense"]
 
 
 class BlockHadamard(nn.Module):
@@ -88,6 +90,22 @@ def _mix(x: Tensor, order: int) -> Tensor:
     return x @ constant_first_row(order, None).to(x.device, x.dtype)
 
 
+@contextlib.contextmanager
+def hold_dense(module: nn.Module) -> Iterator[None]:
+    """Decode the weights below a module once, for as long as the context lasts.
+
+    Worth it where one block runs many batches; costs the block's weights in float meanwhile.
+    """
+    layers = [layer for layer in module.modules() if isinstance(layer, QuantizedLinear)]
+    try:
+        for layer in layers:
+            layer._held = layer.dense_weight()
+        yield
+    finally:
+        for layer in layers:
+            layer._held = None
+
+
 def build_transform(spec: dict[str, Any] | None, device: Any = None) -> nn.Module | None:
     """An empty online transform from its description."""
     if spec is None:
@@ -135,6 +153,7 @@ class QuantizedLinear(nn.Module):
         self.weight_scheme, self.input_scheme = weight, input
         self.transform = transform
         self.quantize_input = True
+        self._held: Tensor | None = None
         self.zero_point: Tensor | None
         empty: dict[str, Any] = {"device": device}
         if weight is None:
@@ -210,7 +229,8 @@ class QuantizedLinear(nn.Module):
             x = self.transform(x)
         if self.input_scheme is not None and self.quantize_input:
             x = self.input_scheme.round_trip(x)
-        return nn.functional.linear(x, self.dense_weight().to(x.dtype), self.bias)
+        weight = self.dense_weight() if self._held is None else self._held
+        return nn.functional.linear(x, weight.to(x.dtype), self.bias)
 
     def _apply(self, fn: Any, recurse: bool = True) -> QuantizedLinear:
         """Move with the model, but keep scales in the type they are stored in."""
