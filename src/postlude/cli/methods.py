@@ -52,24 +52,29 @@ def _entry(info: MethodInfo) -> dict[str, Any]:
 
 
 def _view(found: list[MethodInfo], whole: bool) -> object:
+    """Two lines a method, which fits a narrow terminal; with ``whole``, its settings below."""
     from rich.console import Group
+    from rich.padding import Padding
     from rich.table import Table
+    from rich.text import Text
 
-    if not whole:
-        table = Table(box=None, pad_edge=False)
-        for column in ("verb", "method", "family", "paper", "needs", "what it does"):
-            table.add_column(column, no_wrap=column != "what it does")
-        for info in found:
-            needs = ", ".join(info.needs) or "-"
-            paper = info.paper or "-"
-            table.add_row(info.verb, info.name, info.family, paper, needs, info.summary)
-        return table
     parts: list[Any] = []
+    width = max((len(info.name) for info in found), default=0)
+    verb = None
     for info in found:
-        about = f"[bold]{info.verb} {info.name}[/]  {info.summary}"
-        parts.append(f"{about}\nfamily {info.family}; {info.paper or 'no paper'}")
-        table = Table("setting", "default", box=None, pad_edge=False)
-        for option, default in info.options.items():
-            table.add_row(option, str(default))
-        parts += [table, ""]
+        if info.verb != verb:
+            parts.append(Text(info.verb if verb is None else f"\n{info.verb}", style="bold"))
+            verb = info.verb
+        details = [info.family, info.paper, *(f"needs {need}" for need in info.needs)]
+        row = Table.grid(padding=(0, 2))
+        row.add_column(width=width)
+        row.add_column()
+        row.add_row(Text(info.name, style="cyan"), Text(info.summary))
+        row.add_row("", Text(", ".join(filter(None, details)), style="dim"))
+        parts.append(Padding(row, (0, 0, 0, 2)))
+        if whole and info.options:
+            table = Table("setting", "default", box=None, pad_edge=False)
+            for option, default in info.options.items():
+                table.add_row(Text(option), Text(str(default)))
+            parts += ["", Padding(table, (0, 0, 0, 2))]
     return Group(*parts)
