@@ -219,6 +219,28 @@ def test_same_seed_same_report(made: Planted, report: SingularDefectsReport) -> 
     assert SETTINGS.inspect(made.checkpoint, tokens()).to_dict() == report.to_dict()
 
 
+def test_half_precision_finds_the_same_layers() -> None:
+    made = planted("llama")
+    made.checkpoint.model.to(torch.bfloat16)
+    report = SETTINGS.inspect(made.checkpoint, tokens())
+    assert report.explosion == Found(EXPLOSION, "norm") and report.decay_layers == (DECAY,)
+    assert report.layers[EXPLOSION].angle < 15
+    assert report.path is not None and report.path.subspace.dimension == 1
+    json.dumps(report.to_dict(), allow_nan=False)
+
+
+@pytest.mark.parametrize("model_type", ["mistral", "qwen2", "qwen3"])
+def test_every_family_can_be_inspected(
+    model_type: str, make_model: Any, tiny_tokenizer: Any
+) -> None:
+    """Random models have no explosion block; given one, everything is measured."""
+    model = make_model(model_type)
+    checkpoint = Checkpoint(model, tiny_tokenizer, anatomy_of(model))
+    report = SingularDefects(samples=200, explosion=1).inspect(checkpoint, tokens())
+    assert report.path is not None and not report.direction.massive
+    json.dumps(report.to_dict(), allow_nan=False)
+
+
 def test_given_layers_are_used(made: Planted) -> None:
     settings = SingularDefects(samples=200, explosion=0, decay=4, paths=False)
     report = settings.inspect(made.checkpoint, tokens())

@@ -5,7 +5,8 @@
 The hidden states are those after the embeddings and after every block; the last one is taken before the final norm.
 Which are massive: by default those whose norm is above 10 times the median norm of their layer and above a tenth of
 the largest such norm (:mod:`postlude.numerics.massive`); a threshold sets an absolute norm instead, as the paper
-does, whose values, chosen by eye, run from 200 (pythia-160m) to 8000 (qwen2.5).
+does, whose values, chosen by eye, run from 200 (pythia-160m) to 8000 (qwen2.5). The automatic rule takes for granted
+that fewer than half of the tokens are massive, which sequences of more than a few tokens ensure.
 
 A model may have none (small models usually do not). Its direction is then the mean of the 1 % of tokens with the
 largest norm in the layer where norms are most uneven, and ``massive`` is False.
