@@ -144,6 +144,13 @@ def _is_alive(process: int) -> bool:
 
 
 def check_replaceable(target: Path, overwrite: bool, marker: str | None) -> None:
+    """Refuse, before any work is done, an output directory that may not be replaced.
+
+    Arguments as for :func:`atomic_directory`, with ``target`` resolved.
+
+    Raises:
+        OutputExistsError: says what is in the way.
+    """
     if not target.exists():
         return
     if not target.is_dir():
