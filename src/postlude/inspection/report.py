@@ -42,7 +42,7 @@ class Inspection(abc.ABC):
     def __rich__(self) -> Text:
         from rich.text import Text
 
-        return Text(self.summary(), no_wrap=True)
+        return Text(self.summary())
 
 
 def rounded(value: object, digits: int = DIGITS) -> Any:
