@@ -18,6 +18,7 @@ A model in 16 bits is raised to fp32 for the rewrites and cast back once at the 
 from __future__ import annotations
 
 import dataclasses
+import math
 import zlib
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
@@ -85,18 +86,31 @@ class Quantizer:
     def __post_init__(self) -> None:
         for part in ("weights", "activations", "kv"):
             bits = getattr(self, part)
-            if bits != FLOAT and not 2 <= bits <= 8:
+            whole = isinstance(bits, int) and not isinstance(bits, bool)
+            if not whole or (bits != FLOAT and not 2 <= bits <= 8):
                 raise SettingsError(
-                    f"{self._name} quantizes {part} to 2-8 bits, or leaves them at 16; got {bits}"
+                    f"{self._name}: {part} is {bits!r}; expected 2 to 8 bits, or {FLOAT} to leave them in "
+                    "floating point"
                 )
+        self._check_granularity("group", ("channel", "tensor"))
+        self._check_granularity("activation_group", ("token", "tensor"))
         if self.rounding not in _ROUNDINGS:
             raise UnknownNameError("rounding", self.rounding, _ROUNDINGS)
-        if Granularity.parse(self.group).kind == "token":
-            raise SettingsError("weights have no tokens: group is channel, tensor or a number")
-        if Granularity.parse(self.activation_group).kind == "channel":
-            raise SettingsError("activation_group is token, tensor or a number of channels")
-        if self.damping <= 0:
-            raise SettingsError(f"damping is a positive fraction, got {self.damping}")
+        if not 0 < self.damping < math.inf:
+            raise SettingsError(
+                f"{self._name}: damping is {self.damping}; expected a positive fraction"
+            )
+
+    def _check_granularity(self, name: str, words: tuple[str, ...]) -> None:
+        value = getattr(self, name)
+        try:
+            kind: str | None = Granularity.parse(value).kind
+        except SettingsError:
+            kind = None
+        if kind not in (*words, "group"):
+            raise SettingsError(
+                f"{self._name}: {name} is {value!r}; expected {', '.join(words)} or a number of channels"
+            )
 
     @property
     def _name(self) -> str:
@@ -200,7 +214,7 @@ def quantize(
         raise DataError(f"{name} learns from calibration text: give some (--calibration FILE)")
     dtype = model.dtype
     if dtype in (torch.float16, torch.bfloat16):
-        model.float()
+        _cast(model, torch.float32)
     settings.fold(checkpoint)
     statistics = unit("statistics", lambda: settings.statistics(checkpoint, tokens, seed))
     settings.rewrite(checkpoint, statistics, seed)
@@ -224,10 +238,31 @@ def quantize(
             module.quantize_input = True
         elif isinstance(module, KeyValueQuantizer):
             module.quantize = True
-    model.to(dtype)
-    mark(model, {"method": name, "settings": dataclasses.asdict(settings), "seed": seed})
+    _cast(model, dtype)
+    made_by = {
+        "method": name,
+        "settings": dataclasses.asdict(settings),
+        "seed": seed,
+        "kept": sorted(
+            path
+            for block, site in anatomy.sites()
+            if settings.skips(block, site, statistics)
+            for path in site.modules
+        ),
+    }
+    mark(model, made_by)
     checkpoint.path = None
     return checkpoint
+
+
+def _cast(model: nn.Module, dtype: torch.dtype) -> None:
+    """Cast parameters only: the frequencies of a rotary embedding and key rotations are buffers, and stay."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+
+
+def _is_rounded(module: nn.Module) -> bool:
+    return isinstance(module, QuantizedLinear) and module.weight_scheme is not None
 
 
 def _attach_key_values(model: nn.Module, blocks: tuple[Block, ...], settings: Quantizer) -> None:
@@ -324,7 +359,7 @@ def _install_block(
         scheme = settings.weight_scheme(site)
         for path in site.modules:
             existing = model.get_submodule(path)
-            if isinstance(existing, QuantizedLinear) and existing.weight_scheme is not None:
+            if _is_rounded(existing):
                 continue  # rounded in this process
             encoded = None
             if scheme is not None:

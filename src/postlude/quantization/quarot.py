@@ -56,10 +56,11 @@ class QuaRot(Quantizer):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not (0 < self.activation_clip <= 1 and 0 < self.kv_clip <= 1):
-            raise SettingsError(
-                f"clip ratios are in (0, 1], got {self.activation_clip} and {self.kv_clip}"
-            )
+        for name in ("activation_clip", "kv_clip"):
+            if not 0 < getattr(self, name) <= 1:
+                raise SettingsError(
+                    f"{name} is {getattr(self, name)}; expected a clip ratio above 0, up to 1"
+                )
 
     def fold(self, checkpoint: Checkpoint) -> None:
         untie_head(checkpoint.model, checkpoint.anatomy)

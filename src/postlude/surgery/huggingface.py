@@ -59,6 +59,12 @@ def describe(model: nn.Module) -> dict[str, Any]:
         if spec not in kinds:
             kinds.append(spec)
         modules[path] = kinds.index(spec)
+    head = cast(Any, model).get_output_embeddings()
+    if isinstance(head, nn.Linear) and head.bias is not None:
+        # No described architecture has one; folding the bias of a final LayerNorm makes one.
+        path = next(path for path, module in model.named_modules() if module is head)
+        modules[path] = len(kinds)
+        kinds.append({"module": "bias", "features": head.out_features})
     return {"kinds": kinds, "modules": modules}
 
 
@@ -69,11 +75,16 @@ def _build(model: nn.Module, description: dict[str, Any], dtype: torch.dtype) ->
         kind = spec.pop("module")
         if kind == "linear":
             replace_module(model, path, QuantizedLinear.from_spec(spec, dtype, "meta"))
+            # Everything is in the file; GPT-2 would draw weights for projections that now hold codes.
+            cast(Any, model.get_submodule(path.rpartition(".")[0]))._is_hf_initialized = True
         elif kind == "key_values":
             attach(model, path.rpartition(".")[0], KeyValueQuantizer.from_spec(spec, "meta"))
         elif kind == "rms_norm":
             norm = nn.RMSNorm(spec["size"], eps=spec["eps"], elementwise_affine=False)
             replace_module(model, path, norm)
+        elif kind == "bias":
+            empty = torch.empty(spec["features"], dtype=dtype, device="meta")
+            cast(Any, model.get_submodule(path)).bias = nn.Parameter(empty, requires_grad=False)
         else:
             raise CheckpointError(
                 f"{path} is described as {kind!r}, which this version of Postlude does not know; "
