@@ -6,7 +6,6 @@ import copy
 import dataclasses
 import hashlib
 import os
-import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -18,16 +17,17 @@ import postlude
 from postlude import registry
 from postlude.errors import DataError, SettingsError
 from postlude.evaluation.perplexity import evaluate as _evaluate
+from postlude.inspection.signature import compare as _compare
 from postlude.quantization.engine import Quantizer
 from postlude.quantization.engine import quantize as _quantize
-from postlude.runs.atomic import check_replaceable
+from postlude.runs.atomic import check_replaceable, discard
 from postlude.runs.checkpoint import Checkpoint
 from postlude.runs.directory import RunDirectory
 from postlude.runs.documents import calibration_windows, read_documents
 from postlude.runs.loading import load
 from postlude.runs.progress import Progress
 
-__all__ = ["calibration_tokens", "compare", "evaluate", "inspect", "load", "quantize"]
+__all__ = ["calibration_tokens", "compare", "demo", "evaluate", "inspect", "load", "quantize"]
 
 # Sequence length where the caller does not say; a model with a shorter context gets its context.
 _INSPECT_LENGTH, _INSPECT_SAMPLES = 256, 32
@@ -132,19 +132,9 @@ def compare(
     Raises:
         SettingsError: fewer than two checkpoints, or models of different hidden size.
     """
-    from postlude.inspection.signature import Signature, compare_signatures
-
-    if len(checkpoints) < 2:
-        raise SettingsError(f"a comparison takes two or more checkpoints, got {len(checkpoints)}")
-    reports: dict[str, Any] = {}
-    for given in checkpoints:
-        opened = _open(given)
-        tokens = _inspection_tokens(opened, text, _INSPECT_SAMPLES, None, seed)
-        name = str(opened.path or f"model {len(reports)}")
-        reports[name if name not in reports else f"{name} ({len(reports)})"] = Signature().inspect(
-            opened, tokens, seed
-        )
-    return compare_signatures(reports)
+    opened = [_open(one) for one in checkpoints]
+    tokens = [_inspection_tokens(one, text, _INSPECT_SAMPLES, None, seed) for one in opened]
+    return _compare(opened, tokens, seed)
 
 
 def quantize(
@@ -207,7 +197,7 @@ def quantize(
     if out is not None:
         small.save(out, overwrite=overwrite)
         if run is None and directory is not None:
-            shutil.rmtree(directory)
+            discard(directory, out)
     return small
 
 
@@ -263,3 +253,25 @@ def evaluate(
         _open(checkpoint), text, reference=base, max_length=max_length, progress=progress
     )
     return {**result, "seconds": time.perf_counter() - started}
+
+
+def demo(
+    out: Path_,
+    *,
+    seed: int = 0,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Inspect the built-in model, quantize it by five methods, measure each and write a report.
+
+    Returns:
+        See :func:`postlude.report.demo.demo`.
+
+    Raises:
+        OutputExistsError: ``out`` exists.
+    """
+    from postlude.report.demo import Verbs
+    from postlude.report.demo import demo as _demo
+
+    verbs = Verbs(load, inspect, quantize, evaluate)
+    return _demo(verbs, out, seed=seed, overwrite=overwrite, progress=progress)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from postlude.errors import ArchitectureError
@@ -11,14 +13,15 @@ from postlude.runs.weights import weight_files
 __all__ = ["size_of"]
 
 
-def size_of(checkpoint: Checkpoint) -> dict[str, int | float]:
-    """``bytes`` and ``bits_per_weight`` of a checkpoint.
+def size_of(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Bytes of a checkpoint, bits of its weights, and what a quantizer left alone.
 
     Returns:
         ``bytes``: of its safetensors files; of its tensors, each shared one once, while it exists
         only in memory. ``bits_per_weight``: everything stored for the linears of the blocks (codes,
         scales, zero points, signs) over the number of weights they stand for; embeddings, head,
-        norms and biases are not in it.
+        norms and biases are not in it. ``kept``: in a quantized checkpoint, the linears of the blocks that
+        the method left in floating point; absent otherwise.
 
     Raises:
         ArchitectureError: a linear of the anatomy holds no weight that can be counted.
@@ -37,7 +40,11 @@ def size_of(checkpoint: Checkpoint) -> dict[str, int | float]:
                 f"{name} is a {type(module).__name__} without a weight and without stored_bits(): "
                 "its size cannot be counted"
             )
-    return {"bytes": _bytes(checkpoint), "bits_per_weight": bits / weights}
+    size: dict[str, Any] = {"bytes": _bytes(checkpoint), "bits_per_weight": bits / weights}
+    config = getattr(checkpoint.model.config, "quantization_config", None)
+    if config is not None:
+        size["kept"] = list(config.made_by.get("kept", []))
+    return size
 
 
 def _bytes(checkpoint: Checkpoint) -> int:

@@ -24,6 +24,7 @@ __all__ = [
     "atomic_directory",
     "atomic_write",
     "check_replaceable",
+    "discard",
     "is_partial",
     "sync_directory",
 ]
@@ -85,6 +86,20 @@ def atomic_directory(
     sync_directory(final.parent)
     # After an exchange the temporary name holds the old directory.
     shutil.rmtree(temporary, ignore_errors=True)
+
+
+def discard(directory: str | os.PathLike[str], beside: str | os.PathLike[str]) -> None:
+    """Remove a directory so that a kill leaves all of it or none under its name.
+
+    Args:
+        directory: to be removed.
+        beside: an output in the same folder. What a kill leaves takes a temporary name of this output, and goes
+            when that is written again.
+    """
+    doomed = _partial(Path(os.path.realpath(beside)))
+    os.rename(directory, doomed)
+    sync_directory(doomed.parent)
+    shutil.rmtree(doomed, ignore_errors=True)
 
 
 def sync_directory(path: str | os.PathLike[str]) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from postlude.runs.atomic import atomic_directory
+from postlude.runs.quiet import quiet_transformers
 from postlude.surgery.anatomy import Anatomy
 
 __all__ = ["Checkpoint"]
@@ -52,7 +53,8 @@ class Checkpoint:
             OutputExistsError: ``out`` exists and ``overwrite`` is False, or ``out`` is no checkpoint.
         """
         with atomic_directory(out, overwrite, marker="config.json") as directory:
-            self.model.save_pretrained(directory)
+            with quiet_transformers():
+                self.model.save_pretrained(directory)
             if self.tokenizer is not None:
                 self.tokenizer.save_pretrained(directory)
         self.path = Path(out).resolve()

@@ -72,9 +72,11 @@ class RunDirectory:
                 f"{self.path} is not empty and holds no {_MANIFEST}, so it is not a run directory. "
                 "Choose another output (-o)."
             )
-        self._units.mkdir(parents=True, exist_ok=True)
+        # The manifest comes first: a kill must not leave units of which nobody can tell whose they are.
+        self.path.mkdir(parents=True, exist_ok=True)
         if not file.is_file():
             self._write_manifest(file)
+        self._units.mkdir(exist_ok=True)
 
     def unit(self, name: str, compute: Callable[[], Mapping[str, Tensor]]) -> dict[str, Tensor]:
         """The tensors of a unit of work: read if it is finished, else computed and stored.

@@ -8,10 +8,8 @@ weights, and at last every weight once.
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +17,7 @@ import torch
 
 from postlude.errors import CheckpointError, SettingsError, UnknownNameError
 from postlude.runs.checkpoint import Checkpoint
+from postlude.runs.quiet import quiet_transformers
 from postlude.runs.weights import check_finite, read_json, weight_files
 from postlude.surgery.anatomy import anatomy_of, check_supported
 
@@ -142,7 +141,7 @@ def _config(directory: Path) -> dict[str, Any]:
 def _model(directory: Path, dtype: torch.dtype | str) -> Any:
     # Not at the top: importing it takes seconds, and a refused directory should be refused at once.
     transformers = importlib.import_module("transformers")
-    with _quiet(transformers):
+    with quiet_transformers():
         try:
             model, info = transformers.AutoModelForCausalLM.from_pretrained(
                 directory,
@@ -164,6 +163,14 @@ def _model(directory: Path, dtype: torch.dtype | str) -> Any:
             f"{', '.join(missing[:5])}{' ...' if len(missing) > 5 else ''}. Expected all of them; "
             "they would be drawn at random. Is it a complete causal language model?"
         )
+    unexpected = sorted(info.get("unexpected_keys", ()))
+    if unexpected and getattr(model, "is_quantized", False):
+        raise CheckpointError(
+            f"{directory} holds {len(unexpected)} tensors that its description of a quantized "
+            f"{type(model).__name__} has no place for: {', '.join(unexpected[:5])}"
+            f"{' ...' if len(unexpected) > 5 else ''}. Without them the model would be another one: "
+            "load it with the version of Postlude and transformers that wrote it."
+        )
     return model
 
 
@@ -171,7 +178,7 @@ def _tokenizer(directory: Path) -> Any:
     if not any((directory / name).is_file() for name in _TOKENIZER_FILES):
         return None
     transformers = importlib.import_module("transformers")
-    with _quiet(transformers):
+    with quiet_transformers():
         try:
             return transformers.AutoTokenizer.from_pretrained(
                 directory, local_files_only=True, trust_remote_code=False
@@ -181,21 +188,6 @@ def _tokenizer(directory: Path) -> Any:
                 f"transformers {transformers.__version__} cannot load the tokenizer of "
                 f"{directory}: {type(error).__name__}: {error}"
             ) from error
-
-
-@contextlib.contextmanager
-def _quiet(transformers: Any) -> Iterator[None]:
-    """Keep transformers' bars and its table of loaded keys off the screen; errors still raise."""
-    logging = transformers.utils.logging
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()
 
 
 def _dtype(dtype: str | torch.dtype) -> torch.dtype | str:
