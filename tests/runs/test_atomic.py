@@ -129,3 +129,23 @@ def test_a_kill_leaves_the_old_directory_or_none(tmp_path: Path, exists: bool) -
     with atomic_directory(target, overwrite=True) as temporary:
         fill(temporary, "new")
     assert os.listdir(tmp_path) == ["out"]
+
+
+def test_a_discarded_directory_is_gone_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "run").mkdir()
+    fill(tmp_path / "run", "x")
+    # Killed before anything in it was removed: nothing of that name is left, and the rest goes with the next write.
+    monkeypatch.setattr(atomic.shutil, "rmtree", lambda *_, **__: None)
+    atomic.discard(tmp_path / "run", tmp_path / "out")
+    (left,) = tmp_path.iterdir()
+    assert is_partial(left) and left.name.startswith(".out.")
+    monkeypatch.undo()
+    monkeypatch.setattr(atomic, "_is_alive", lambda process: False)
+    with atomic_directory(tmp_path / "out") as temporary:
+        fill(temporary, "y")
+    assert os.listdir(tmp_path) == ["out"]
+    (tmp_path / "run").mkdir()
+    atomic.discard(tmp_path / "run", tmp_path / "out")
+    assert os.listdir(tmp_path) == ["out"]

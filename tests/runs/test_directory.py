@@ -179,3 +179,16 @@ def test_a_fingerprint_follows_configuration_and_weights(tmp_path: Path) -> None
     second = fingerprint(tmp_path)
     (tmp_path / "config.json").write_text('{"a": 1}')
     assert len({first, second, fingerprint(tmp_path)}) == 3
+
+
+def test_killed_before_the_manifest_was_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunDirectory, "_write_manifest", killed)
+        with pytest.raises(KeyboardInterrupt):
+            RunDirectory(tmp_path / "run", MANIFEST)
+    assert RunDirectory(tmp_path / "run", MANIFEST).finished() == []
