@@ -15,7 +15,7 @@ from torch import Tensor
 
 import postlude
 from postlude import registry
-from postlude.errors import DataError, SettingsError
+from postlude.errors import DataError, InputError, SettingsError
 from postlude.evaluation.perplexity import evaluate as _evaluate
 from postlude.inspection.signature import compare as _compare
 from postlude.quantization.engine import Quantizer
@@ -187,23 +187,27 @@ def quantize(
     if settings.needs_calibration and calibration is not None:
         tokens = calibration_tokens(opened, calibration, samples, length, seed)
     unit: dict[str, Callable[[str, Callable[[], Mapping[str, Tensor]]], dict[str, Tensor]]] = {}
-    directory = run if run is not None else _run_beside(out)
+    directory = _run_beside(out) if run is None and out is not None else run
     if directory is not None:
         unit["unit"] = RunDirectory(
             directory, _manifest(opened, settings, tokens, seed), overwrite=overwrite
         ).unit
     work = opened if inplace or opened is not checkpoint else _copy(opened)
-    small = _quantize(work, settings, tokens, seed=seed, progress=progress, **unit)
+    try:
+        small = _quantize(work, settings, tokens, seed=seed, progress=progress, **unit)
+    except InputError:
+        # The same call would fail again, and another one is another run.
+        if out is not None and run is None:
+            discard(_run_beside(out), out)
+        raise
     if out is not None:
         small.save(out, overwrite=overwrite)
-        if run is None and directory is not None:
-            discard(directory, out)
+        if run is None:
+            discard(_run_beside(out), out)
     return small
 
 
-def _run_beside(out: Path_ | None) -> Path | None:
-    if out is None:
-        return None
+def _run_beside(out: Path_) -> Path:
     final = Path(os.path.realpath(out))
     return final.with_name(f".{final.name}.run")
 
