@@ -208,7 +208,8 @@ def quantize(
     """
     model, anatomy = checkpoint.model, checkpoint.anatomy
     name = registry.info_of(settings).name
-    if any(isinstance(module, QuantizedLinear) for module in model.modules()):
+    made = (QuantizedLinear, KeyValueQuantizer)
+    if any(isinstance(module, made) for module in model.modules()):
         raise SettingsError("this checkpoint is already quantized; start from the float one")
     if settings.needs_calibration and tokens is None:
         raise DataError(f"{name} learns from calibration text: give some (--calibration FILE)")
