@@ -144,12 +144,6 @@ class PostludeQuantizer(HfQuantizer):
             config._attn_implementation = ATTENTION
         return config
 
-    def get_new_dtype(
-        self, converter: Any, param: Any, dtype: torch.dtype | None
-    ) -> torch.dtype | None:
-        # Scales and rotations stay in the type they were stored in.
-        return None
-
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         config = cast(Any, model.config)
         _build(model, self.quantization_config.description, config.dtype or torch.float32)
