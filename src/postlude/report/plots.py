@@ -18,6 +18,7 @@ from typing import Any
 
 import matplotlib
 from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
@@ -158,9 +159,12 @@ def heat_map(
         shown = len(columns) if size == _WIDE else min(14, len(columns))
         figure, axes = _figure((size[0], size[1] - 20))
         image = axes.pcolormesh(
-            [[value if value and value > 0 else math.nan for value in row[:shown]] for row in values],
-            cmap="cividis_r",
-            norm=matplotlib.colors.LogNorm(low, high if high > low else low * 10),
+            [
+                [value if value and value > 0 else math.nan for value in row[:shown]]
+                for row in values
+            ],
+            cmap="Blues",
+            norm=LogNorm(low, high if high > low else low * 10),
             edgecolors="white",
             linewidth=0.8,
         )
@@ -268,7 +272,7 @@ def _name_ends(axes: Any, lines: Sequence[Line], logarithmic: bool) -> None:
     ends.sort(key=lambda end: end[0])
     places = _apart([end[0] for end in ends], height, pixels)
     for (_, index, x, y), place in zip(ends, places, strict=True):
-        colour, dashes, marker = _STYLES[int(index) % len(_STYLES)]
+        colour = _STYLES[int(index) % len(_STYLES)][0]
         axes.annotate(
             lines[int(index)].name,
             (x, y),
@@ -304,7 +308,9 @@ def _apart(wanted: Sequence[float], distance: float, top: float) -> list[float]:
 def _readable(token: str) -> str:
     """A token as letters that every font has: blanks and line ends become visible."""
     text = token.replace("\n", "\\n").replace("\t", "\\t").replace(" ", "\u00b7")
-    text = "".join(letter if 32 < ord(letter) < 127 or letter == "\u00b7" else "\u25a1" for letter in text)
+    text = "".join(
+        letter if 32 < ord(letter) < 127 or letter == "\u00b7" else "\u25a1" for letter in text
+    )
     return text if len(text) <= 14 else text[:12] + ".."
 
 
@@ -318,7 +324,9 @@ def _svg(figure: Figure, identifier: str, alt: str) -> str:
     inner = re.sub(r"<metadata>.*?</metadata>", "", inner, flags=re.DOTALL)
     inner = inner.replace("xlink:href", "href")
     inner = re.sub(r'\bid="', f'id="{identifier}-', inner)
-    inner = inner.replace("url(#", f"url(#{identifier}-").replace('href="#', f'href="#{identifier}-')
+    inner = inner.replace("url(#", f"url(#{identifier}-").replace(
+        'href="#', f'href="#{identifier}-'
+    )
     width, height = (round(side * 72) for side in figure.get_size_inches())
     return (
         f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{html.escape(alt)}">'
