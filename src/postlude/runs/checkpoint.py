@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,9 @@ class Checkpoint:
                 self.model.save_pretrained(directory)
             if self.tokenizer is not None:
                 self.tokenizer.save_pretrained(directory)
+            for file in directory.glob("*.safetensors"):
+                # The library writes weights for their owner alone; give them the permissions of the rest.
+                shutil.copymode(directory / "config.json", file)
         self.path = Path(out).resolve()
         return self.path
 
