@@ -1,1 +1,25 @@
-"""zoo."""
+"""Small reference models, trained by committed scripts and shipped as package data.
+
+``checkpoint_path("tiny-lm")`` is a Hugging Face directory that ``AutoModelForCausalLM.from_pretrained`` loads.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from postlude.errors import UnknownNameError
+
+__all__ = ["MODELS", "checkpoint_path"]
+
+MODELS = ("tiny-lm",)
+
+
+def checkpoint_path(name: str) -> Path:
+    """The directory of a packaged checkpoint.
+
+    Raises:
+        UnknownNameError: no reference model has this name.
+    """
+    if name not in MODELS:
+        raise UnknownNameError("reference model", name, MODELS)
+    return Path(__file__).parent / "checkpoints" / name
