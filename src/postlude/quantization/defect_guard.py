@@ -57,6 +57,7 @@ class DefectGuard(Quantizer):
         super().__post_init__()
         if self.base not in _BASES:
             raise UnknownNameError("base of defect-guard", self.base, _BASES)
+        self._base()  # refuses what it cannot do
 
     def _base(self) -> Quantizer:
         shared = {field.name: getattr(self, field.name) for field in dataclasses.fields(Quantizer)}

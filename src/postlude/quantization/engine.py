@@ -18,8 +18,8 @@ A model in 16 bits is raised to fp32 for the rewrites and cast back once at the 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import math
-import zlib
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
@@ -55,7 +55,9 @@ def _compute(name: str, compute: Callable[[], Mapping[str, Tensor]]) -> dict[str
 
 def generator(seed: int, name: str) -> torch.Generator:
     """A CPU generator for one named random choice, independent of the order in which choices are made."""
-    return torch.Generator().manual_seed(seed * 2**32 + zlib.crc32(name.encode()))
+    # PyTorch's CPU generator reads the low 32 bits of a seed and no others.
+    digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:4]))
 
 
 @dataclasses.dataclass(frozen=True)
