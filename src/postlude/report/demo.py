@@ -436,15 +436,21 @@ def _python(plan: Plan, seed: int) -> str:
     kind = type(plan.settings(name)).__name__
     weights, activations, kv = plan.bits
     group = plan.activation_group
+    model, inspections = json.dumps(plan.model), json.dumps(plan.inspections)
     return f"""\
 import postlude as pl
 from postlude.quantization import {kind}
 
-float_model = pl.load({plan.model!r}, dtype="float32")
-reports = pl.inspect(float_model, {list(plan.inspections)!r}, text="text/calibration.txt", seed={seed})
+float_model = pl.load({model}, dtype="float32")
+reports = pl.inspect(
+    float_model,
+    {inspections},
+    text="text/calibration.txt",
+    seed={seed},
+)
 
 pl.quantize(
-    {plan.model!r},
+    {model},
     {kind}(weights={weights}, activations={activations}, kv={kv}, activation_group={group}),
     calibration="text/calibration.txt",
     samples={plan.samples},
@@ -453,5 +459,8 @@ pl.quantize(
     out="again/{name}",
 )
 small = pl.load("again/{name}", dtype="float32")
-print(pl.evaluate(small, "text/held_out.txt", reference=float_model, max_length={plan.max_length}))
+result = pl.evaluate(
+    small, "text/held_out.txt", reference=float_model, max_length={plan.max_length}
+)
+print(result)
 """

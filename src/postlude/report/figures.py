@@ -171,7 +171,8 @@ def _angles(defects: Mapping[str, Any], inspections: Mapping[str, Any]) -> Figur
         [str(layer["layer"]) for layer in layers],
         x_label="block",
         y_label="acute angle (degrees)",
-        limits=(0.0, 92.0),
+        limits=(0.0, 100.0),
+        y_ticks=(0, 30, 60, 90),
         marks=_marks(inspections, 0),
     )
 
@@ -199,6 +200,7 @@ def _lines(
     y_label: str,
     logarithmic: bool = False,
     limits: tuple[float, float] | None = None,
+    y_ticks: Sequence[float] | None = None,
     marks: Mapping[int, str] | None = None,
 ) -> Figure:
     plot = line_plot(
@@ -210,6 +212,7 @@ def _lines(
         alt=f"{title}. {caption}",
         logarithmic=logarithmic,
         limits=limits,
+        y_ticks=y_ticks,
         marks=marks,
     )
     rows = [

@@ -81,7 +81,9 @@ def _defects(report: Report) -> list[str]:
     if direction.get("tokens"):
         initial = sum(token["initial"] for token in direction["tokens"])
         later = [token for token in direction["tokens"] if token["later"]]
-        first = "any token that stands first" if initial else ""
+        share = ((report.get("explosion_path") or {}).get("initial") or {}).get("exploding_share")
+        whole = "" if share is None else f" ({100 * share:.0f}% of the vocabulary)"
+        first = f"tokens that stand first{whole}" if initial else ""
         named = ", ".join(f"{_token(token)} ({token['later']} times)" for token in later[:6])
         both = " and, elsewhere, " if first and named else ""
         lines.append(f"Defect tokens: {first}{both}{named}.")
@@ -93,9 +95,13 @@ def _path(path: Report) -> list[str]:
     lines = []
     space = path.get("subspace")
     if space:
-        several = "one direction" if space["dimension"] == 1 else f"{space['dimension']} directions"
+        several = (
+            "one direction of the feed-forward layer's input sets"
+            if space["dimension"] == 1
+            else f"{space['dimension']} directions of the feed-forward layer's input set"
+        )
         lines.append(
-            f"Cause: {several} of the feed-forward layer's input set it off, with an output of length "
+            f"Cause: {several} it off, with an output of length "
             f"{_number(space['leading_output_norm'])} against at most {_number(space['largest_other_output_norm'])} "
             "for any other."
         )
@@ -107,7 +113,7 @@ def _path(path: Report) -> list[str]:
             f"{change['loss']:.3f} to {change['loss_without']:.3f} nats per token"
             + (
                 ": the model relies on it."
-                if change["loss_without"] > change["loss"] + 0.01
+                if change["loss_without"] > change["loss"] + 0.1
                 else "."
             )
         )
@@ -122,7 +128,7 @@ def _signature(report: Report) -> list[str]:
         ]
     return [
         f"Signature: that direction, of {report['hidden_size']} numbers, is kept in results.json. Fine-tuned copies "
-        "of this model keep it; `postlude inspect compare` measures the angle between two models."
+        "of this model keep it; \u201cpostlude inspect compare\u201d measures the angle between two models."
     ]
 
 

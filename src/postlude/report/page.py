@@ -64,7 +64,7 @@ def render(results: Results) -> str:
         prompt=results.get("prompt"),
         samples=_samples(methods),
         whole=results.get("command"),
-        commands=results.get("commands") or [],
+        commands=[_folded(command) for command in results.get("commands") or []],
         python=results.get("python"),
         environment=_environment(results.get("environment") or {}, settings),
         notes=[*(results.get("notes") or []), *_notes(results)],
@@ -119,6 +119,11 @@ def _verdict(methods: Sequence[Results]) -> str | None:
         return None
     rows.sort(key=lambda row: row["perplexity"])
     best, worst = rows[0], rows[-1]
+    if worst["perplexity"] < 1.01 * base["perplexity"]:
+        return (
+            f"No method raised the perplexity by more than 1%: {_perplexity(worst['perplexity'])} at most, against "
+            f"{_perplexity(base['perplexity'])} of the float model."
+        )
     sentence = (
         f"{best['name']} lost least: perplexity {_perplexity(best['perplexity'])} against "
         f"{_perplexity(base['perplexity'])} of the float model; {worst['name']} lost most and ended at "
@@ -177,7 +182,7 @@ _COLUMNS = (
         "KL divergence",
         "nats per token",
         "How far the predicted probabilities are from the float model's: 0 is no difference.",
-        lambda value: f"{value:.3f}",
+        lambda value: f"{value:.3f}" if value >= 0.01 else f"{value:.5f}",
     ),
     _Column(
         "top1_agreement",
@@ -258,6 +263,18 @@ def _table(methods: Sequence[Results], model: Results) -> dict[str, Any]:
     }
 
 
+def _folded(command: str, width: int = 78) -> str:
+    """A command in lines of at most ``width`` letters where its options allow, to be pasted as it is."""
+    lines: list[str] = []
+    for number, part in enumerate(command.split(" --")):
+        word = part if number == 0 else f"--{part}"
+        if lines and len(lines[-1]) + len(word) + 3 <= width:
+            lines[-1] += f" {word}"
+        else:
+            lines.append(word if number == 0 else f"    {word}")
+    return " \\\n".join(lines)
+
+
 def _samples(methods: Sequence[Results]) -> list[dict[str, str]]:
     """Continuations, and how long each keeps to the float model's."""
     base = next((row for row in methods if row.get("baseline")), {})
@@ -276,7 +293,7 @@ def _samples(methods: Sequence[Results]) -> list[dict[str, str]]:
                 same = next((i for i, (a, b) in pairs if a != b), min(len(found), len(expected)))
                 tokens = "token" if same == 1 else "tokens"
                 remark = f"leaves the float model after {same} {tokens}"
-        samples.append({"name": row["name"], "text": row["continuation"], "remark": remark})
+        samples.append({"name": row["name"], "text": row["continuation"].strip(), "remark": remark})
     return samples
 
 

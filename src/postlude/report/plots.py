@@ -74,6 +74,7 @@ def line_plot(
     alt: str,
     logarithmic: bool = False,
     limits: tuple[float, float] | None = None,
+    y_ticks: Sequence[float] | None = None,
     marks: Mapping[int, str] | None = None,
 ) -> Plot:
     """Lines over equally spaced places.
@@ -86,6 +87,7 @@ def line_plot(
         alt: what a reader who cannot see the plot should know.
         logarithmic: the vertical axis; values that are not positive are left out.
         limits: of the vertical axis.
+        y_ticks: where the vertical axis has numbers.
         marks: words to put above places, by index.
     """
 
@@ -110,6 +112,8 @@ def line_plot(
             )
         if limits is not None:
             axes.set_ylim(*limits)
+        if y_ticks is not None:
+            axes.set_yticks(y_ticks)
         if logarithmic:
             _decades(axes)
         for place, word in (marks or {}).items():
@@ -125,7 +129,10 @@ def line_plot(
                 fontsize=_FONT - 0.5,
                 fontstyle="italic",
             )
-        _name_ends(axes, lines, logarithmic)
+        if len(lines) > 1:
+            _name_ends(axes, lines, logarithmic)
+        else:
+            _write_values(axes, lines)
         return _svg(figure, f"{identifier}-{size[0]}", alt)
 
     with _settings():
@@ -247,6 +254,26 @@ def _plottable(value: float | None, logarithmic: bool) -> float:
     return value
 
 
+def _write_values(axes: Any, lines: Sequence[Line]) -> None:
+    """Write the values of a line that is alone, as long as there is room for them."""
+    for line in lines:
+        values = [value for value in line.values if value is not None]
+        if len(values) > 12:
+            continue
+        for place, value in enumerate(line.values):
+            if value is not None:
+                axes.annotate(
+                    f"{value:.3g}",
+                    (place, value),
+                    xytext=(0, 7),
+                    textcoords="offset points",
+                    ha="center",
+                    va="bottom",
+                    bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.6, "alpha": 0.8},
+                    zorder=4,
+                )
+
+
 def _name_ends(axes: Any, lines: Sequence[Line], logarithmic: bool) -> None:
     """Write every name right of its line's last point, moved apart where they would cover each other."""
     height = _FONT * 1.3
@@ -311,7 +338,7 @@ def _readable(token: str) -> str:
     text = "".join(
         letter if 32 < ord(letter) < 127 or letter == "\u00b7" else "\u25a1" for letter in text
     )
-    return text if len(text) <= 14 else text[:12] + ".."
+    return text if len(text) <= 10 else text[:8] + ".."
 
 
 def _svg(figure: Figure, identifier: str, alt: str) -> str:
