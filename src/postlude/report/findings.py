@@ -64,7 +64,7 @@ def _defects(report: Report) -> list[str]:
                 f" The direction predicted from that block's weights is {found['angle_degrees']:.1f} degrees from the "
                 "one measured on text"
             )
-            if found.get("eigenvalue") is not None:
+            if word == "decay" and found.get("eigenvalue") is not None:
                 value = found["eigenvalue"]
                 sentence += f"; the nearest eigenvector of what the block adds has eigenvalue {_number(value)}"
                 sentence += ", negative: it takes the vector out" if value < 0 else ""
