@@ -15,7 +15,7 @@ from torch import Tensor
 
 import postlude
 from postlude import registry
-from postlude.errors import DataError, InputError, SettingsError
+from postlude.errors import DataError, InputError, OutputExistsError, SettingsError
 from postlude.evaluation.perplexity import evaluate as _evaluate
 from postlude.inspection.signature import compare as _compare
 from postlude.quantization.engine import Quantizer
@@ -183,6 +183,10 @@ def quantize(
     if out is not None:
         check_replaceable(Path(os.path.realpath(out)), overwrite, "config.json")
     opened = _open(checkpoint)
+    if out is not None and opened.path is not None and opened.path == Path(os.path.realpath(out)):
+        raise OutputExistsError(
+            f"{out} is the model itself, which would be lost: choose another output."
+        )
     tokens = None
     if settings.needs_calibration and calibration is not None:
         tokens = calibration_tokens(opened, calibration, samples, length, seed)

@@ -269,6 +269,11 @@ def test_output_that_is_something_else(work: Path, refused: Refused) -> None:
     matches("is the working directory or holds it", refused(*words, "."))
 
 
+def test_output_that_is_the_model(refused: Refused) -> None:
+    words = ("quantize", "model", "--method", "rtn", "--overwrite", "-o")
+    matches("is the model itself, which would be lost", refused(*words, "./model"))
+
+
 # The run directory
 
 
@@ -281,6 +286,10 @@ def test_run_directory_of_another_model(
     message = refused(*words)
     matches(r"run belongs to another run: model: found \"\w+\", expected \"\w+\" Start it", message)
     matches("--overwrite", message)
+    file = work / "other" / "config.json"  # the same weights, read in another way
+    shutil.copytree(work / "model", work / "other", dirs_exist_ok=True)
+    file.write_text(json.dumps({**json.loads(file.read_text()), "rms_norm_eps": 0.01}))
+    matches("run belongs to another run: model: found", refused(*words))
     words = ("quantize", "model", "--method", "rtn", "-o", "small", "--run", "run", "--bits", "w8")
     matches(r"settings\.weights: found 4, expected 8", refused(*words))
     assert postlude_command(*words, "--overwrite").code == 0

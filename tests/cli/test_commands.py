@@ -164,6 +164,8 @@ def test_quantize_leaves_defaults_to_the_method(door: Any, postlude_command: Any
         (["--method", "grid", "--set", "dampening=1"], "Did you mean 'damping'"),
         (["--method", "plain", "--bits", "w4"], "No setting of plain named 'weights'"),
         (["--method", "grid", "--samples", "0"], "--samples"),
+        (["--method", "grid", "--seed", "-1"], "--seed"),
+        (["--method", "grid", "--seed", str(2**32)], "--seed"),
     ],
 )
 def test_quantize_refuses_before_loading(

@@ -36,7 +36,10 @@ Json = Annotated[
         "--json", help="Print one JSON object on the standard output; all else goes to stderr."
     ),
 ]
-Seed = Annotated[int, typer.Option("--seed", metavar="N", help="Same seed, same result.")]
+Seed = Annotated[
+    int,
+    typer.Option("--seed", metavar="N", min=0, max=2**32 - 1, help="Same seed, same result."),
+]
 Dtype = Annotated[
     str,
     typer.Option(

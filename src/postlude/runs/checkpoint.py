@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import shutil
 from dataclasses import dataclass
@@ -65,8 +66,11 @@ class Checkpoint:
         return self.path
 
     def fingerprint(self) -> str:
-        """SHA-256 over the names, types, shapes and bytes of the model's parameters and buffers."""
-        digest = hashlib.sha256()
+        """SHA-256 over the configuration, and names, types, shapes and bytes of parameters and buffers."""
+        config = self.model.config.to_dict()
+        for key in ("_name_or_path", "transformers_version"):  # say nothing about the model
+            config.pop(key, None)
+        digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
         for name, tensor in sorted(self.model.state_dict().items()):
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
             digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
