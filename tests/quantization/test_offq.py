@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+import postlude as pl
 from postlude.errors import SettingsError
 from postlude.numerics.formats import Granularity, Integer, Scheme
 from postlude.numerics.rotation import group_sizes, hadamard, outlier_grouping
 from postlude.quantization.engine import generator, quantize
 from postlude.quantization.offq import OffQ, offset_rotation, outlier_basis
+from postlude.quantization.quarot import QuaRot
+from postlude.quantization.rtn import RTN
 from postlude.surgery.anatomy import Site, anatomy_of
 from postlude.surgery.key_values import HeadRotation
 from postlude.surgery.layers import BlockHadamard, QuantizedLinear
@@ -378,3 +382,18 @@ def test_errors_fall_in_the_order_of_the_simulation(seed: int) -> None:
 
     assert captured(basis) > 0.95
     assert captured(everything) < captured(basis) - 0.2
+
+
+def test_perplexity_of_the_built_in_model(tmp_path: Path) -> None:
+    """Inputs and cache in 4 bits, groups of equal size: float < OffQ < Hadamard < nothing."""
+    model = pl.load("zoo:tiny-lm", device="cpu")
+    assert model.path is not None
+    held_out = tmp_path / "held_out.txt"
+    held_out.write_text((model.path / "held_out.txt").read_text()[:12000])
+    perplexity = [pl.evaluate(model, held_out, max_length=256)["perplexity"]]
+    for method in (OffQ, QuaRot, RTN):
+        settings = method(weights=16, activations=4, kv=4, activation_group=64)
+        text = model.path / "calibration.txt"
+        made = pl.quantize(model, settings, calibration=text, samples=16, length=256)
+        perplexity.append(pl.evaluate(made, held_out, max_length=256)["perplexity"])
+    assert perplexity == sorted(perplexity), perplexity
