@@ -227,6 +227,11 @@ def _packed_layer_class() -> type:
         def crop(self, tokens_to_remove: int) -> None:
             if tokens_to_remove > 0:
                 raise ValueError(f"crop takes minus the tokens to remove, got {tokens_to_remove}")
+            if tokens_to_remove and self._window is not None and self._seen >= self._window:
+                raise RuntimeError(
+                    "tokens that left the sliding window are gone, so the cache cannot be taken back; "
+                    "generate without assistant or prompt lookup"
+                )
             if tokens_to_remove and self.is_initialized:
                 self._map(lambda part: part[..., :tokens_to_remove, :])
                 self._seen += tokens_to_remove
