@@ -166,7 +166,7 @@ def signatures(claim: Claim, bench: Bench) -> None:
         copies[f"copy {seed}"] = dataclasses.replace(original, model=tuned)
         changes.append(before - bench.loss(copies[f"copy {seed}"]))
         fresh = tiny_lm.build(1 + seed, vocab_size=len(original.tokenizer), delimiters=delimiters)
-        trained = tiny_lm.fine_tune(fresh, training, 2 * steps, rate=1e-3, seed=seed)
+        trained = tiny_lm.fine_tune(fresh, training, 2 * steps, seed=seed)
         others[f"seed {1 + seed}"] = dataclasses.replace(original, model=trained)
     near, far = compare(copies, tokens).pairs, compare(others, tokens).pairs
     rows = []
@@ -270,7 +270,7 @@ def guard(claim: Claim, bench: Bench) -> None:
     header = ["", "loss", "perplexity", "added loss recovered (%)", "down-projections kept, from 0"]
     claim.table(f"W8A8 per tensor, {bench.name} on {bench.text_name}", header, rows)
     for message, count in refusals.items():
-        claim.say(f'{count} runs were refused: "{message}".')
+        claim.say(f"Refused in {count} of {len(claim.seeds)} seeds: {message}.")
 
 
 def _kept(checkpoint: Checkpoint) -> str:
