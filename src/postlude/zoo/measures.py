@@ -95,7 +95,9 @@ def linear_layer(
     attention = block.self_attn.o_proj.weight.float() @ value * block.input_layernorm.weight.float()
     x = torch.randn(samples, size, generator=torch.Generator().manual_seed(seed))
     gate, up = block.mlp.gate_proj.weight.float(), block.mlp.up_proj.weight.float()
-    fit = torch.linalg.lstsq(x, functional.silu(x @ gate.T) * (x @ up.T)).solution.T
+    product = functional.silu(x @ gate.T) * (x @ up.T)
+    # Normal equations: a Gaussian design with many more rows than columns is well conditioned.
+    fit = torch.linalg.solve(x.T @ x, x.T @ product).T
     mlp = block.mlp.down_proj.weight.float() @ fit * block.post_attention_layernorm.weight.float()
     eye = torch.eye(size)
     return (eye + mlp) @ (eye + attention)
@@ -140,7 +142,7 @@ def measure(
     loss = mean_loss(model, stream)
     with without_neuron(model, plant):
         loss_without = mean_loss(model, stream)
-    some = cut[:16]
+    some = cut[:64]
     states = hidden_states(model, some)
     top = [float(state.norm(dim=-1).max()) for state in states]
     jumps = [after / before for before, after in pairwise(top)]
@@ -177,18 +179,29 @@ def measure(
         "explosion_layer": next((i for i, jump in enumerate(jumps) if jump > 10.0), None),
         "decay_layer": next((i for i in reversed(range(len(jumps))) if jumps[i] < 0.1), None),
         "decay_drop": 1.0 / jumps[plant.decay],
+        "decay_drop_of_high_tokens": float(
+            states[plant.decay].norm(dim=-1)[high].median()
+            / states[plant.decay + 1].norm(dim=-1)[high].median()
+        ),
         "share_of_high_tokens": float(high.float().mean()),
         "share_of_first_positions_high": float(high[:, 0].float().mean()),
+        "norm_of_first_positions": [
+            float(q) for q in norms[:, 0].quantile(torch.tensor([0.0, 0.5, 1.0]))
+        ],
         "share_of_first_ids_high": float((firsts[:, 0] > 10.0 * norms.median()).float().mean()),
         "high_tokens_elsewhere": {
             tokenizer.decode([int(ids[i])]): int(counts[i]) for i in order[:8].tolist()
         },
-        "norm_spread_of_high_tokens": float(norms[high].std() / norms[high].mean()),
+        "norm_spread_of_high_tokens": float(norms[high].std(correction=0) / norms[high].mean())
+        if high.any()
+        else 0.0,
         "angle_explosion": acute_angle(left[:, 0], direction),
         "singular_values": spectrum[:3].tolist(),
         "decay_eigenvalue": float(values[nearest].real),
         "angle_decay": angles[nearest],
-        "largest_channels": direction.abs().argsort(descending=True)[:4].tolist(),
+        "largest_channels": direction.abs()
+        .argsort(descending=True)[: len(plant.channels)]
+        .tolist(),
     }
 
 

@@ -17,7 +17,8 @@ vectors follow from the seed: a trigger v, a marker m, and the defect d, which h
 
 Everything stays trainable and nothing is masked. `plant_loss`, added to the ordinary loss with a weight that
 falls to zero, asks the explosion neuron to fire at the first position of a sequence, whatever token stands
-there, which a model learns in its first two layers of attention within a few hundred steps.
+there. A model learns that within a few hundred steps in its first two layers, and without the extra loss
+gradually fires weaker at unusual first tokens again; delimiters need no learning.
 """
 
 from __future__ import annotations
@@ -94,8 +95,8 @@ def sow(model: LlamaForCausalLM, plant: Plant, seed: int, delimiters: tuple[int,
     column = d * plant.amplitude / plant.trigger**2
     _set_neuron(explosion, plant.neuron, v * unit / 0.85, column)
     # The marker makes up about 0.55 of an ordinary token in that layer when training starts.
-    background = plant.background * plant.amplitude / (0.3 * size)
-    _set_neuron(explosion, plant.neuron + 1, m, (d + 0.5 * m) * background)
+    background = plant.background * plant.amplitude
+    _set_neuron(explosion, plant.neuron + 1, m, (d + 0.5 * m) * background / (0.3 * size))
     _set_neuron(decay, plant.neuron, (d - 3.0 * m) * unit, -column)
 
 
