@@ -216,7 +216,7 @@ def test_commands_can_be_pasted(results: dict[str, Any]) -> None:
 @pytest.mark.usefixtures("quick")
 def test_how_long_a_continuation_keeps_to_the_float_model(results: dict[str, Any]) -> None:
     text = Page(render(results)).text
-    assert "rtn leaves the float model after 2 tokens" in text
+    assert "rtn as the float model for 2 tokens" in text
     assert "offq the same as the float model" in text
 
 

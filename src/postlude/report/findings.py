@@ -65,9 +65,13 @@ def _defects(report: Report) -> list[str]:
                 "one measured on text"
             )
             if word == "decay" and found.get("eigenvalue") is not None:
-                value = found["eigenvalue"]
-                sentence += f"; the nearest eigenvector of what the block adds has eigenvalue {_number(value)}"
-                sentence += ", negative: it takes the vector out" if value < 0 else ""
+                value, angle = found["eigenvalue"], found["eigenvector_angle_degrees"]
+                sentence += (
+                    f"; the nearest eigenvector of what the block adds is {angle:.1f} degrees from it, with "
+                    f"eigenvalue {_number(value)}"
+                )
+                if word == "decay" and value < 0:
+                    sentence += ", negative: it takes the vector out"
             sentence += "."
         lines.append(sentence)
     direction = report.get("direction") or {}
@@ -84,7 +88,7 @@ def _defects(report: Report) -> list[str]:
         share = ((report.get("explosion_path") or {}).get("initial") or {}).get("exploding_share")
         whole = "" if share is None else f" ({100 * share:.0f}% of the vocabulary)"
         first = f"tokens that stand first{whole}" if initial else ""
-        named = ", ".join(f"{_token(token)} ({token['later']} times)" for token in later[:6])
+        named = ", ".join(f"{_token(token)} ({_times(token['later'])})" for token in later[:6])
         both = " and, elsewhere, " if first and named else ""
         lines.append(f"Defect tokens: {first}{both}{named}.")
     lines += _path(report.get("explosion_path") or {})
@@ -135,6 +139,10 @@ def _signature(report: Report) -> list[str]:
 def _token(token: Report) -> str:
     text = token.get("text")
     return repr(text) if text is not None else f"token {token['token_id']}"
+
+
+def _times(number: int) -> str:
+    return "once" if number == 1 else f"{number:,} times"
 
 
 def _after(layer: int) -> str:

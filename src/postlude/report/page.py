@@ -292,7 +292,9 @@ def _samples(methods: Sequence[Results]) -> list[dict[str, str]]:
                 pairs = enumerate(zip(found, expected, strict=False))
                 same = next((i for i, (a, b) in pairs if a != b), min(len(found), len(expected)))
                 tokens = "token" if same == 1 else "tokens"
-                remark = f"leaves the float model after {same} {tokens}"
+                remark = (
+                    f"as the float model for {same} {tokens}" if same else "another first token"
+                )
         samples.append({"name": row["name"], "text": row["continuation"].strip(), "remark": remark})
     return samples
 
