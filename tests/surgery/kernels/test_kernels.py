@@ -128,7 +128,14 @@ INTEGER_INPUTS = [Integer(8), Integer(4), FREE4, FREE8, Integer(6, False, "zero"
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
     "group, input_group",
-    [("channel", "token"), ("tensor", "tensor"), (32, "token"), (64, 32), ("channel", 43), (128, 128)],
+    [
+        ("channel", "token"),
+        ("tensor", "tensor"),
+        (32, "token"),
+        (64, 32),
+        ("channel", 43),
+        (128, 128),
+    ],
 )
 def test_integer(group: Any, input_group: Any, dtype: torch.dtype) -> None:
     for weight, input in itertools.product(INTEGER_WEIGHTS, INTEGER_INPUTS):
@@ -185,7 +192,9 @@ TILED = [
 @pytest.mark.parametrize("weight", TILED, ids=lambda one: f"{one.format.kind}-{one.granularity}")
 def test_tiled(weight: Scheme, dtype: torch.dtype) -> None:
     for width, channels in WIDTHS:
-        layer = make(weight, scheme(Integer(8), "token"), width=width, channels=channels, dtype=dtype)
+        layer = make(
+            weight, scheme(Integer(8), "token"), width=width, channels=channels, dtype=dtype
+        )
         check(layer, "tiled", inputs(3, width, dtype))
 
 
@@ -227,7 +236,11 @@ def test_choices() -> None:
         found = kernels.assign("one", layer, dtype=dtype)
         return found.decode, found.prefill
 
-    w4, w8, a8 = scheme(Integer(4), "channel"), scheme(Integer(8), "channel"), scheme(Integer(8), "token")
+    w4, w8, a8 = (
+        scheme(Integer(4), "channel"),
+        scheme(Integer(8), "channel"),
+        scheme(Integer(8), "token"),
+    )
     assert chosen(w4, None, torch.float32) == ("tiled", "tiled")
     assert chosen(w8, None, torch.bfloat16) == ("int8pack", "tiled")
     assert chosen(w8, a8, torch.float32) == ("integer", "integer")
@@ -254,7 +267,9 @@ def test_refusals_name_the_reason() -> None:
     assert "float16" in reason("int4pack", w4, torch.float16)
     assert "multiple of 32, not 43" in reason("int4pack", make(scheme(Integer(4), 43)))
     assert "8-bit" in reason("int8pack", w4)
-    assert "multiple of 16 inputs, not 172" in reason("int8pack", make(scheme(Integer(8), "channel")))
+    assert "multiple of 16 inputs, not 172" in reason(
+        "int8pack", make(scheme(Integer(8), "channel"))
+    )
     assert "groups of 64" in reason("int8pack", make(scheme(Integer(8), 64)))
     assert "stay in floating point" in reason("integer", w4)
     assert "4-bit integer" in reason("int4pack", make(scheme(Minifloat(), 32)))
@@ -270,7 +285,9 @@ def test_a_kernel_asked_for_by_name() -> None:
     first, second = kernels.use(Model(w4, w8), "int8pack")
     assert (first.decode, second.decode) == ("simulate", "int8pack")
     assert "8-bit" in first.refused["int8pack"]
-    with pytest.raises(SettingsError, match="int8pack takes no layer of this model: it takes 8-bit"):
+    with pytest.raises(
+        SettingsError, match="int8pack takes no layer of this model: it takes 8-bit"
+    ):
         kernels.use(Model(make(scheme(Integer(4), "channel"))), "int8pack")
     with pytest.raises(UnknownNameError, match="Did you mean 'int8pack'"):
         kernels.use(Model(w8), "int8pak")

@@ -24,7 +24,17 @@ from postlude.surgery.kernels.simulate import Simulate
 from postlude.surgery.kernels.tiled import Tiled
 from postlude.surgery.layers import QuantizedLinear
 
-__all__ = ["AUTO", "DECODE", "KERNELS", "PREFILL", "Assignment", "assign", "assignments", "extra_bytes", "use"]
+__all__ = [
+    "AUTO",
+    "DECODE",
+    "KERNELS",
+    "PREFILL",
+    "Assignment",
+    "assign",
+    "assignments",
+    "extra_bytes",
+    "use",
+]
 
 AUTO = "auto"
 DECODE, PREFILL = 1, 512

@@ -78,7 +78,7 @@ class Int4PackMatmul(Kernel):
         size, width = group_of(layer)
         x = layer.quantized_input(x)
         padded = pad(x, (0, width - layer.in_features)) if width > layer.in_features else x
-        out = torch.ops.aten._weight_int4pack_mm_for_cpu(
+        out: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(
             padded.contiguous(), weight.weight, size, extras["scales_and_zeros"]
         )[:, : layer.out_features]
         grouped = layer.weight_scheme.granularity.kind == "group"
@@ -101,7 +101,8 @@ def group_sums(layer: QuantizedLinear, x: Tensor) -> Tensor:
     if not size:
         return x.sum(-1, keepdim=True, dtype=torch.float32)
     padded = pad(x.float(), (0, -layer.in_features % size))
-    return padded.unflatten(-1, (-1, size)).sum(-1)
+    sums: Tensor = padded.unflatten(-1, (-1, size)).sum(-1)
+    return sums
 
 
 def _rows(offset: Tensor) -> Tensor:

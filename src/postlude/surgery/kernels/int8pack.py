@@ -55,7 +55,9 @@ class Int8PackMatmul(Kernel):
         if not isinstance(weight, Int8):
             raise TypeError("int8pack reads the layout int8")
         x = layer.quantized_input(x)
-        out = torch.ops.aten._weight_int8pack_mm(x.contiguous(), weight.weight, extras["ones"])
+        out: Tensor = torch.ops.aten._weight_int8pack_mm(
+            x.contiguous(), weight.weight, extras["ones"]
+        )
         out = out.float() * layer.scale.float().flatten()
         if "offset" in extras:
             out += x.sum(-1, keepdim=True, dtype=torch.float32) * extras["offset"]

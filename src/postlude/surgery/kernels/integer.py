@@ -15,6 +15,8 @@ odd ones, as two products. So nothing but the codes of the checkpoint is kept.
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import Tensor
 
@@ -142,7 +144,7 @@ def runs(layer: QuantizedLinear) -> list[tuple[int, int, int, int]]:
     edges = sorted({edge for size in sizes for edge in range(0, width, size)} | {width})
     return [
         (first, last, first // sizes[0], first // sizes[1])
-        for first, last in zip(edges, edges[1:], strict=False)
+        for first, last in itertools.pairwise(edges)
     ]
 
 
@@ -170,10 +172,8 @@ def _weight_parameters(layer: QuantizedLinear) -> tuple[Tensor, Tensor]:
     if format_ is None:
         raise ValueError("the weight is not an integer")
     scale = layer.scale.float()
-    if layer.zero_point is None:
-        zero = torch.full_like(scale, format_.highest + 1)
-    else:
-        zero = layer.zero_point.float()
+    offset = layer.zero_point
+    zero = torch.full_like(scale, format_.highest + 1) if offset is None else offset.float()
     if scale.ndim == 1:
         shape = (layer.out_features, 1)
         return scale.expand(shape), zero.expand(shape)

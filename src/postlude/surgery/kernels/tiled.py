@@ -41,7 +41,9 @@ class Tiled(Kernel):
         x = layer.quantized_input(x)
         out = x.new_empty(len(x), layer.out_features)
         float_tile = torch.empty(_TILE, layer.in_features, device=x.device)
-        tile = float_tile if x.dtype == torch.float32 else torch.empty_like(float_tile, dtype=x.dtype)
+        tile = (
+            float_tile if x.dtype == torch.float32 else torch.empty_like(float_tile, dtype=x.dtype)
+        )
         for start in range(0, layer.out_features, _TILE):
             stop = min(start + _TILE, layer.out_features)
             values = decode(layer, weight, start, stop, float_tile[: stop - start])
@@ -52,9 +54,7 @@ class Tiled(Kernel):
         return out
 
 
-def decode(
-    layer: QuantizedLinear, weight: Layout, start: int, stop: int, out: Tensor
-) -> Tensor:
+def decode(layer: QuantizedLinear, weight: Layout, start: int, stop: int, out: Tensor) -> Tensor:
     """Values of some output channels in fp32, ``[stop - start, in_features]``, in ``out`` where that is easy."""
     scheme, format_ = layer.weight_scheme, integer_format(layer)
     if scheme is None:
@@ -63,13 +63,11 @@ def decode(
     rows = slice(None) if scheme.granularity.kind == "tensor" else slice(start, stop)
     scale = layer.scale[rows]
     zero = None if layer.zero_point is None else layer.zero_point[rows]
-    groups = scale.shape[-1]
-    if format_ is None or layer.in_features % groups or scheme.granularity.groups(
-        layer.in_features
-    ) != groups or (scheme.granularity.size and layer.in_features % scheme.granularity.size):
+    size = scheme.granularity.size or layer.in_features
+    if format_ is None or layer.in_features % size:
         return scheme.decode(codes, scale, zero)
     # The same operations as Scheme.decode, in place.
-    values = out.copy_(codes).unflatten(-1, (groups, -1))
+    values: Tensor = out.copy_(codes).unflatten(-1, (-1, size))
     values -= format_.highest + 1 if zero is None else zero.float().unsqueeze(-1)
     values *= scale.float().unsqueeze(-1)
     return values.flatten(-2)
