@@ -137,7 +137,10 @@ def _view(report: dict[str, Any]) -> object:
         rows[row] = rows.get(row, 0) + 1
         for refusal in one.refused.items():
             reasons[refusal] = reasons.get(refusal, 0) + 1
-    table = Table("layer", "count", *columns, box=None, pad_edge=False)
+    table = Table(box=None, pad_edge=False)
+    table.add_column("layer", no_wrap=True, overflow="fold")
+    for column in ("count", *columns):
+        table.add_column(column, justify="right" if column == "count" else "left")
     for (name, *cells), count in rows.items():
         table.add_row(name, str(count), *cells)
     refusals = Table("refused by", "layers", "because it", box=None, pad_edge=False)

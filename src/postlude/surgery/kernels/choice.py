@@ -193,10 +193,11 @@ def _show(scheme: Any) -> str:
     if scheme is None:
         return "float"
     form = scheme.format
-    words = f"{form.kind}{form.code_bits}"
+    name = "int" if form.kind == "integer" else form.kind
+    words = f"{name}{form.code_bits}"
     if form.zero_point_bits:
         words += " asymmetric"
-    return f"{words} per {scheme.granularity}"
+    return f"{words} {scheme.granularity}"
 
 
 def assignments(
