@@ -101,7 +101,7 @@ def test_kernels_of_a_checkpoint(small_dir: Path, postlude_command: Any) -> None
     assert (half["decode"], half["layout"]) == ("int4pack", "int4pack")
 
     shown = " ".join(postlude_command(*words).out.split())
-    assert "model.layers.*.self_attn.q_proj 2" in shown
+    assert "*.self_attn.q_proj 2 int4 channel float" in shown
     assert "takes bfloat16 activations; with float32" in shown
     assert "simulated" not in shown
 

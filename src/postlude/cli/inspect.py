@@ -132,7 +132,7 @@ def _view(report: dict[str, Any]) -> object:
     reasons: dict[tuple[str, str], int] = {}
     for one in layers:
         # The same layer of every block is one row.
-        name = re.sub(r"\.\d+\.", ".*.", one.layer)
+        name = re.sub(r"^.*\.\d+\.", "*.", one.layer)
         row = (name, *(getattr(one, column) for column in columns))
         rows[row] = rows.get(row, 0) + 1
         for refusal in one.refused.items():

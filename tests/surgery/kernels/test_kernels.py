@@ -14,6 +14,7 @@ from postlude.errors import SettingsError, UnknownNameError
 from postlude.numerics.formats import Codebook, Granularity, Integer, Minifloat, Scheme
 from postlude.surgery import kernels
 from postlude.surgery.kernels import KERNELS
+from postlude.surgery.kernels.choice import _Execution
 from postlude.surgery.layers import BlockHadamard, QuantizedLinear, hold_dense
 
 FREE4 = Integer(4, symmetric=False, range="free")
@@ -230,6 +231,18 @@ def test_prefill_and_decode_may_differ() -> None:
     assert (found.layout, found.decode, found.prefill) == ("int4pack", "int4pack", "tiled")
 
 
+def test_integer_reads_codes_in_the_order_of_int4pack() -> None:
+    layer = make(scheme(Integer(4), 64), scheme(FREE8, 32), channels=130, dtype=torch.bfloat16)
+    x = inputs(20, 172, torch.bfloat16)
+    execution = [
+        _Execution((KERNELS["integer"],), kernels.LAYOUTS[name](layer), x.dtype, "integer")
+        for name in ("stored", "int4pack")
+    ]
+    with torch.no_grad():
+        first, second = (one.run(layer, x) for one in execution)
+    assert torch.equal(first, second)
+
+
 def test_choices() -> None:
     def chosen(weight: Scheme, input: Scheme | None, dtype: torch.dtype) -> tuple[str, str]:
         layer = make(weight, input, width=2048, channels=64, dtype=dtype)
@@ -245,6 +258,9 @@ def test_choices() -> None:
     assert chosen(w8, None, torch.bfloat16) == ("int8pack", "tiled")
     assert chosen(w8, a8, torch.float32) == ("integer", "integer")
     assert chosen(w4, a8, torch.float32) == ("integer", "integer")
+    wide = make(w4, a8, width=2048, channels=2048, dtype=torch.bfloat16)
+    found = kernels.assign("one", wide, dtype=torch.bfloat16)
+    assert (found.decode, found.prefill) == ("int4pack", "integer")
 
 
 def test_a_layer_no_kernel_takes_is_simulated_and_says_so() -> None:

@@ -23,7 +23,7 @@ class Simulate(Kernel):
 
     def cost(self, layer: QuantizedLinear, rows: int, layout: str) -> float:
         weights = layer.in_features * layer.out_features
-        return 150_000 + weights * (5 + 0.006 * rows) + rounding_cost(layer, rows)
+        return 150_000 + weights * (1.2 + 0.006 * rows) + rounding_cost(layer, rows)
 
     def run(
         self, layer: QuantizedLinear, x: Tensor, weight: Layout, extras: dict[str, Tensor]

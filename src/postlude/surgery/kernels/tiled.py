@@ -33,7 +33,7 @@ class Tiled(Kernel):
     def cost(self, layer: QuantizedLinear, rows: int, layout: str) -> float:
         weights = layer.in_features * layer.out_features
         tiles = -(-layer.out_features // _TILE)
-        return 50_000 * tiles + weights * (1.2 + 0.006 * rows) + rounding_cost(layer, rows)
+        return 30_000 * tiles + weights * (0.55 + 0.006 * rows) + rounding_cost(layer, rows)
 
     def run(
         self, layer: QuantizedLinear, x: Tensor, weight: Layout, extras: dict[str, Tensor]
