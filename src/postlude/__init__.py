@@ -22,13 +22,22 @@ from postlude import _transformers_hook, errors
 from postlude.errors import PostludeError
 
 if TYPE_CHECKING:
-    from postlude._front_door import evaluate, inspect, load, quantize
+    from postlude._front_door import evaluate, generate, inspect, load, quantize
 
-__all__ = ["PostludeError", "__version__", "errors", "evaluate", "inspect", "load", "quantize"]
+__all__ = [
+    "PostludeError",
+    "__version__",
+    "errors",
+    "evaluate",
+    "generate",
+    "inspect",
+    "load",
+    "quantize",
+]
 
 __version__ = "0.1.0"
 
-_VERBS = ("evaluate", "inspect", "load", "quantize")
+_VERBS = ("evaluate", "generate", "inspect", "load", "quantize")
 
 _transformers_hook.install()
 

@@ -24,10 +24,23 @@ from postlude.runs.atomic import check_replaceable, discard
 from postlude.runs.checkpoint import Checkpoint
 from postlude.runs.directory import RunDirectory
 from postlude.runs.documents import calibration_windows, read_documents
+from postlude.runs.generation import Generation
+from postlude.runs.generation import generate as _generate
 from postlude.runs.loading import load
 from postlude.runs.progress import Progress
+from postlude.surgery.kernels import AUTO, assignments
 
-__all__ = ["calibration_tokens", "compare", "demo", "evaluate", "inspect", "load", "quantize"]
+__all__ = [
+    "calibration_tokens",
+    "compare",
+    "demo",
+    "evaluate",
+    "generate",
+    "inspect",
+    "kernels",
+    "load",
+    "quantize",
+]
 
 # Sequence length where the caller does not say; a model with a shorter context gets its context.
 _INSPECT_LENGTH, _INSPECT_SAMPLES = 256, 32
@@ -135,6 +148,30 @@ def compare(
     opened = [_open(one) for one in checkpoints]
     tokens = [_inspection_tokens(one, text, _INSPECT_SAMPLES, None, seed) for one in opened]
     return _compare(opened, tokens, seed)
+
+
+def kernels(checkpoint: Path_ | Checkpoint, kernel: str = AUTO) -> dict[str, Any]:
+    """Tell which kernel computes each quantized layer when it runs packed, and why others do not.
+
+    Args:
+        checkpoint: loaded, or a path.
+        kernel: ``"auto"``, or the one kernel to ask for.
+
+    Returns:
+        ``dtype`` of the activations, ``device``, how many layers are ``simulated`` because no kernel takes
+        them, and ``layers``: one :class:`postlude.surgery.kernels.Assignment` each.
+
+    Raises:
+        UnknownNameError: no kernel of that name.
+    """
+    model = _open(checkpoint).model
+    layers = assignments(model, kernel)
+    return {
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "device": str(model.device),
+        "simulated": sum(one.simulated for one in layers),
+        "layers": layers,
+    }
 
 
 def quantize(
@@ -261,6 +298,49 @@ def evaluate(
         _open(checkpoint), text, reference=base, max_length=max_length, progress=progress
     )
     return {**result, "seconds": time.perf_counter() - started}
+
+
+def generate(
+    checkpoint: Path_ | Checkpoint,
+    prompt: str,
+    *,
+    max_new_tokens: int = 50,
+    temperature: float = 0.0,
+    kernel: str = AUTO,
+    kv_recent: int = 0,
+    seed: int = 0,
+    stream: Callable[[str], object] | None = None,
+) -> Generation:
+    """Continue a prompt; quantized layers run packed, and keys and values are kept packed.
+
+    Args:
+        checkpoint: loaded, or a path; float or quantized.
+        prompt: the text to continue.
+        max_new_tokens: where to stop if the model does not end the text.
+        temperature: 0 takes the most probable token; 1 samples from the model's distribution.
+        kernel: what computes quantized layers: ``"auto"``, ``"simulate"`` (the reference) or one by name.
+        kv_recent: tokens at the end of a quantized cache that stay in floating point.
+        seed: of sampling.
+        stream: called with every new piece of text.
+
+    Returns:
+        The text, and what it took: see :class:`postlude.runs.generation.Generation`.
+
+    Raises:
+        DataError: no tokenizer, or a prompt that gives no tokens.
+        SettingsError: a number out of range, or more tokens than the model's context holds.
+        UnknownNameError: no kernel of that name.
+    """
+    return _generate(
+        _open(checkpoint),
+        prompt,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        kernel=kernel,
+        kv_recent=kv_recent,
+        seed=seed,
+        stream=stream,
+    )
 
 
 def demo(

@@ -1,8 +1,9 @@
-"""``postlude inspect``: what is inside a checkpoint, and how two of them are related."""
+"""``postlude inspect``: what is inside a checkpoint, how two are related, and what computes its layers."""
 
 from __future__ import annotations
 
-from typing import Annotated
+import re
+from typing import Annotated, Any
 
 import typer
 
@@ -10,11 +11,12 @@ from postlude.cli import _options as options
 from postlude.cli._group import PLAIN, PlainCommand, PlainFormGroup
 from postlude.cli._output import Result, refuse_existing, write_json
 
-__all__ = ["app", "checkpoint", "compare"]
+__all__ = ["app", "checkpoint", "compare", "kernels"]
 
 app = typer.Typer(
     cls=PlainFormGroup,
-    help="Look inside a checkpoint; `inspect compare A B` tells how checkpoints are related.",
+    help="Look inside a checkpoint; `inspect compare A B` tells how checkpoints are related, "
+    "`inspect kernels` what computes its layers.",
 )
 
 Text = Annotated[
@@ -88,3 +90,62 @@ def compare(
     result = _front_door.compare(models, text=text, seed=seed)
     write_json(result, output, overwrite=overwrite)
     return Result(result)
+
+
+@app.command("kernels")
+def kernels(
+    checkpoint: options.Checkpoint,
+    kernel: Annotated[
+        str,
+        typer.Option(
+            "--kernel", metavar="NAME", help="Ask for one kernel; the cheapest otherwise."
+        ),
+    ] = "auto",
+    dtype: options.Dtype = "auto",
+    device: options.Device = None,
+    output: options.NewFile = None,
+    overwrite: options.Overwrite = False,
+    seed: options.Seed = 0,
+    json: options.Json = False,
+) -> Result:
+    """Tell which kernel computes each quantized layer, for one row (decode) and 512 (prefill), and why."""
+    from postlude import _front_door
+
+    refuse_existing(output, overwrite=overwrite)
+    model = _front_door.load(checkpoint, dtype=dtype, device=device)
+    report = _front_door.kernels(model, kernel)
+    write_json(report, output, overwrite=overwrite)
+    return Result(report, None if json else _view(report))
+
+
+def _view(report: dict[str, Any]) -> object:
+    """Layers in one table, and every reason for a refusal once."""
+    from rich.console import Group
+    from rich.table import Table
+
+    head = f"{report['dtype']} activations on {report['device']}"
+    layers = report["layers"]
+    if not layers:
+        return f"{head}: no quantized layers, PyTorch computes this model"
+    columns = ("weight", "input", "layout", "decode", "prefill")
+    rows: dict[tuple[str, ...], int] = {}
+    reasons: dict[tuple[str, str], int] = {}
+    for one in layers:
+        # The same layer of every block is one row.
+        name = re.sub(r"^.*\.\d+\.", "*.", one.layer)
+        row = (name, *(getattr(one, column) for column in columns))
+        rows[row] = rows.get(row, 0) + 1
+        for refusal in one.refused.items():
+            reasons[refusal] = reasons.get(refusal, 0) + 1
+    table = Table(box=None, pad_edge=False)
+    table.add_column("layer", no_wrap=True, overflow="fold")
+    for column in ("count", *columns):
+        table.add_column(column, justify="right" if column == "count" else "left")
+    for (name, *cells), count in rows.items():
+        table.add_row(name, str(count), *cells)
+    refusals = Table("refused by", "layers", "because it", box=None, pad_edge=False)
+    for (name, reason), count in reasons.items():
+        refusals.add_row(name, str(count), reason)
+    simulated = report["simulated"]
+    note = f"\n{simulated} of {len(layers)} layers are simulated." if simulated else ""
+    return Group(head, "", table, "", refusals, note)

@@ -8,6 +8,7 @@ number of bytes, ``per = 8 / gcd(8, bits)``.
 from __future__ import annotations
 
 import math
+import sys
 
 import torch
 from torch import Tensor
@@ -60,6 +61,8 @@ def unpack(packed: Tensor, bits: int, width: int) -> Tensor:
         )
     if bits == 8:
         return packed
+    if bits == 4 and sys.byteorder == "little":
+        return _nibbles(packed)[..., :width].contiguous()
     padded = torch.nn.functional.pad(packed, (0, -packed.shape[-1] % chunk_bytes))
     chunks = padded.unflatten(-1, (-1, chunk_bytes))
     words = torch.zeros(chunks.shape[:-1], dtype=word, device=packed.device)
@@ -68,3 +71,12 @@ def unpack(packed: Tensor, bits: int, width: int) -> Tensor:
     mask = 2**bits - 1
     out = [((words >> (bits * position)) & mask).to(torch.uint8) for position in range(per)]
     return torch.stack(out, dim=-1).flatten(-2)[..., :width].contiguous()
+
+
+def _nibbles(packed: Tensor) -> Tensor:
+    """Low and high half of every byte side by side: a byte spread over 16 bits, read as two bytes."""
+    word = packed.to(torch.int16)
+    spread = word << 4
+    spread |= word
+    spread &= 0x0F0F
+    return spread.view(torch.uint8)

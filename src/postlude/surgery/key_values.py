@@ -72,6 +72,8 @@ class KeyValueQuantizer(nn.Module):
         quantize: switched off while statistics of the float model are wanted.
         observer: called with the post-rotary keys ``[batch, heads, tokens, head_size]`` before they are
             rotated; None most of the time.
+        recent: tokens at the end of a cache that stay in floating point until newer ones push them out; 0 gives
+            the numbers of a pass without a cache.
     """
 
     def __init__(
@@ -85,6 +87,7 @@ class KeyValueQuantizer(nn.Module):
         self.rotation = rotation
         self.quantize = True
         self.observer: Callable[[Tensor], None] | None = None
+        self.recent = 0
 
     def rotate(self, x: Tensor) -> Tensor:
         return x if self.rotation is None else cast(Tensor, self.rotation(x))
@@ -117,19 +120,33 @@ class KeyValueQuantizer(nn.Module):
 
 
 class _Packed:
-    """One growing tensor ``[batch, heads, tokens, size]``, kept as packed codes, scales and zero points."""
+    """One growing tensor ``[batch, heads, tokens, size]``, kept as packed codes, scales and zero points.
 
-    def __init__(self, scheme: Scheme) -> None:
-        self.scheme = scheme
+    With ``recent`` tokens in floating point, the last part is those; tokens are quantized one by one when they
+    leave it, so what is stored of a token depends on nothing but the token.
+    """
+
+    def __init__(self, scheme: Scheme, recent: int = 0) -> None:
+        self.scheme, self.recent = scheme, recent
         self.parts: list[Tensor] = []
         self.size = 0
 
     def append(self, x: Tensor) -> None:
+        self.size = x.shape[-1]
+        if self.recent:
+            if self.parts:
+                x = torch.cat([self.parts.pop(), x], dim=-2)
+            kept = min(self.recent, x.shape[-2])
+            x, tail = x.tensor_split([x.shape[-2] - kept], dim=-2)
+        self._encode(x)
+        if self.recent:
+            self.parts.append(tail.contiguous())
+
+    def _encode(self, x: Tensor) -> None:
         encoded = self.scheme.encode(x)
         parts = [pack(encoded.codes, self.scheme.format.code_bits), encoded.scale]
         if encoded.zero_point is not None:
             parts.append(encoded.zero_point)
-        self.size = x.shape[-1]
         if self.parts:
             parts = [
                 torch.cat([old, new], dim=-2) for old, new in zip(self.parts, parts, strict=True)
@@ -138,8 +155,29 @@ class _Packed:
 
     def values(self, dtype: torch.dtype) -> Tensor:
         codes = unpack(self.parts[0], self.scheme.format.code_bits, self.size)
-        zero = self.parts[2] if len(self.parts) > 2 else None
-        return Encoded(codes, self.parts[1], zero, self.scheme).decode().to(dtype)
+        zero = self.parts[2] if self.scheme.format.zero_point_bits else None
+        decoded = Encoded(codes, self.parts[1], zero, self.scheme).decode().to(dtype)
+        return torch.cat([decoded, self.parts[-1].to(dtype)], dim=-2) if self.recent else decoded
+
+    def tokens(self) -> int:
+        if not self.parts:
+            return 0
+        return self.parts[0].shape[-2] + (self.parts[-1].shape[-2] if self.recent else 0)
+
+    def drop_first(self, count: int) -> None:
+        packed = self.parts[0].shape[-2]
+        edges = [min(count, packed)] * len(self.parts)
+        if self.recent:
+            edges[-1] = max(count - packed, 0)
+        self.parts = [p[..., edge:, :] for p, edge in zip(self.parts, edges, strict=True)]
+
+    def drop_last(self, count: int) -> None:
+        tail = self.parts[-1].shape[-2] if self.recent else 0
+        packed = self.parts[0].shape[-2] - max(count - tail, 0)
+        edges = [packed] * len(self.parts)
+        if self.recent:
+            edges[-1] = max(tail - count, 0)
+        self.parts = [p[..., : max(edge, 0), :] for p, edge in zip(self.parts, edges, strict=True)]
 
 
 class _Plain:
@@ -154,9 +192,18 @@ class _Plain:
     def values(self, dtype: torch.dtype) -> Tensor:
         return self.parts[0].to(dtype)
 
+    def tokens(self) -> int:
+        return self.parts[0].shape[-2] if self.parts else 0
 
-def _store(scheme: Scheme | None) -> _Packed | _Plain:
-    return _Plain() if scheme is None else _Packed(scheme)
+    def drop_first(self, count: int) -> None:
+        self.parts = [part[..., count:, :] for part in self.parts]
+
+    def drop_last(self, count: int) -> None:
+        self.parts = [part[..., : max(part.shape[-2] - count, 0), :] for part in self.parts]
+
+
+def _store(scheme: Scheme | None, recent: int) -> _Packed | _Plain:
+    return _Plain() if scheme is None else _Packed(scheme, recent)
 
 
 def _packed_layer_class() -> type:
@@ -167,10 +214,13 @@ def _packed_layer_class() -> type:
         """A cache layer that keeps codes; ``update`` returns what attention reads."""
 
         def __init__(
-            self, schemes: tuple[Scheme | None, Scheme | None], window: int | None
+            self,
+            schemes: tuple[Scheme | None, Scheme | None],
+            window: int | None,
+            recent: int = 0,
         ) -> None:
             super().__init__()
-            self._stores = (_store(schemes[0]), _store(schemes[1]))
+            self._stores = (_store(schemes[0], recent), _store(schemes[1], recent))
             self._window = window
             self._seen = 0
             self.is_sliding = window is not None
@@ -198,8 +248,8 @@ def _packed_layer_class() -> type:
                 store.append(new)
             out = (self._stores[0].values(self.dtype), self._stores[1].values(self.dtype))
             if self._window is not None:
-                kept = self._window - 1
-                self._map(lambda part: part[..., -kept:, :])
+                for store in self._stores:
+                    store.drop_first(max(store.tokens() - (self._window - 1), 0))
             return out
 
         def get_seq_length(self) -> int:
@@ -215,6 +265,10 @@ def _packed_layer_class() -> type:
             """Bytes of everything the layer keeps."""
             parts = [store.parts[index] for store, index in self._tensors()]
             return sum(part.numel() * part.element_size() for part in parts)
+
+        def stored_tokens(self) -> int:
+            """Tokens the layer keeps; fewer than it has seen where a sliding window drops some."""
+            return self._stores[0].tokens()
 
         def reset(self) -> None:
             for store in self._stores:
@@ -233,7 +287,8 @@ def _packed_layer_class() -> type:
                     "generate without assistant or prompt lookup"
                 )
             if tokens_to_remove and self.is_initialized:
-                self._map(lambda part: part[..., :tokens_to_remove, :])
+                for store in self._stores:
+                    store.drop_last(-tokens_to_remove)
                 self._seen += tokens_to_remove
 
         def batch_repeat_interleave(self, repeats: int) -> None:
@@ -276,12 +331,14 @@ class _CacheView:
             )
             return keys, values
         if schemes != (None, None):
-            _ensure_packed(cache, layer_idx, schemes)
+            _ensure_packed(cache, layer_idx, schemes, owner.recent)
         result = cache.update(key_states, value_states, layer_idx, *args, **kwargs)
         return cast(tuple[Tensor, Tensor], result)
 
 
-def _ensure_packed(cache: Any, index: int, schemes: tuple[Scheme | None, Scheme | None]) -> None:
+def _ensure_packed(
+    cache: Any, index: int, schemes: tuple[Scheme | None, Scheme | None], recent: int
+) -> None:
     """Put a packed layer in the place of an empty dynamic one."""
     from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
@@ -301,7 +358,7 @@ def _ensure_packed(cache: Any, index: int, schemes: tuple[Scheme | None, Scheme 
             f"the keys and values of this model are quantized, but cache layer {index} is a "
             f"{type(layer).__name__} that is {state}. Pass no cache, or an empty DynamicCache."
         )
-    layers[index] = _PACKED_LAYER(schemes, layer.sliding_window if sliding else None)
+    layers[index] = _PACKED_LAYER(schemes, layer.sliding_window if sliding else None, recent)
 
 
 _PACKED_LAYER: type | None = None

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from postlude.errors import CheckpointError
+from postlude.errors import CheckpointError, SettingsError
 from postlude.numerics.formats import Encoded, Scheme
 from postlude.numerics.packing import pack, packed_width, unpack
 from postlude.numerics.rotation import (
@@ -24,7 +24,20 @@ from postlude.numerics.rotation import (
     is_hadamard_order,
 )
 
-__all__ = ["BlockHadamard", "QuantizedLinear", "build_transform", "hold_dense"]
+__all__ = ["BlockHadamard", "Execution", "QuantizedLinear", "build_transform", "hold_dense"]
+
+
+class Execution(Protocol):
+    """What computes a layer in the place of the simulation, see :mod:`postlude.surgery.kernels`."""
+
+    def run(self, layer: QuantizedLinear, x: Tensor) -> Tensor:
+        """``[..., in_features]``, after the transform and before the input quantizer, to the output."""
+
+    def codes(self, layer: QuantizedLinear) -> Tensor:
+        """The codes as they are stored on disk, also where the weight is kept in another order."""
+
+    def keeps_codes(self) -> bool:
+        """Whether the layer keeps its buffer ``codes``."""
 
 
 class BlockHadamard(nn.Module):
@@ -130,10 +143,12 @@ class QuantizedLinear(nn.Module):
         dtype: of the bias and of an unquantized weight; the arithmetic is in the type of the input.
 
     Attributes:
-        codes: ``uint8 [out_features, packed bytes]``.
+        codes: ``uint8 [out_features, packed bytes]``; made anew at every reading while a kernel keeps them in
+            an order of its own.
         scale: ``[out_features, groups]`` (``[1]`` per tensor), in the scheme's scale type.
         zero_point: shape of ``scale``, or None.
         quantize_input: switched off while statistics of the float input are wanted.
+        execution: what computes the layer; None for the simulation, which is the reference.
     """
 
     def __init__(
@@ -154,6 +169,7 @@ class QuantizedLinear(nn.Module):
         self.transform = transform
         self.quantize_input = True
         self._held: Tensor | None = None
+        self.execution: Execution | None = None
         self.zero_point: Tensor | None
         empty: dict[str, Any] = {"device": device}
         if weight is None:
@@ -212,6 +228,7 @@ class QuantizedLinear(nn.Module):
 
     def store(self, encoded: Encoded) -> None:
         """Take the codes and scales of ``[out_features, in_features]``."""
+        self._refuse_while_executing("be given another weight")
         self.codes = pack(encoded.codes, encoded.scheme.format.code_bits)
         self.scale = encoded.scale
         self.zero_point = encoded.zero_point
@@ -227,13 +244,51 @@ class QuantizedLinear(nn.Module):
         """``[..., in_features]`` to ``[..., out_features]``."""
         if self.transform is not None:
             x = self.transform(x)
-        if self.input_scheme is not None and self.quantize_input:
-            x = self.input_scheme.round_trip(x)
+        # A held weight was asked for by name, and an unquantized input is not what a kernel computes.
+        as_stored = self._held is None and (self.input_scheme is None or self.quantize_input)
+        if self.execution is not None and as_stored:
+            return self.execution.run(self, x)
+        return self.simulate(x)
+
+    def simulate(self, x: Tensor) -> Tensor:
+        """``Q_in(x) W_q^T + bias`` in floating point, of an input that is already transformed."""
+        x = self.quantized_input(x)
         weight = self.dense_weight() if self._held is None else self._held
         return nn.functional.linear(x, weight.to(x.dtype), self.bias)
 
+    def quantized_input(self, x: Tensor) -> Tensor:
+        """The rounded input, in the type of ``x``."""
+        if self.input_scheme is None or not self.quantize_input:
+            return x
+        return self.input_scheme.round_trip(x)
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "codes" and "codes" not in self.__dict__.get("_buffers", ()):
+            # A kernel keeps the codes in an order of its own.
+            execution = self.__dict__.get("execution")
+            if execution is not None:
+                return execution.codes(self)
+        return super().__getattr__(name)
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.execution is not None and not self.execution.keeps_codes():
+            destination[prefix + "codes"] = self.codes
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._refuse_while_executing("be given another weight")
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def _refuse_while_executing(self, what: str) -> None:
+        if self.execution is not None:
+            raise SettingsError(
+                f"a layer that runs on a kernel cannot {what}: call "
+                'postlude.surgery.kernels.use(model, "simulate") first, and use() again afterwards'
+            )
+
     def _apply(self, fn: Any, recurse: bool = True) -> QuantizedLinear:
         """Move with the model, but keep scales in the type they are stored in."""
+        self._refuse_while_executing("be moved or cast")
         scale = getattr(self, "scale", None)
         super()._apply(fn, recurse)
         if scale is not None and self.scale.dtype != scale.dtype:

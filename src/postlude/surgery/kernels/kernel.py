@@ -1,0 +1,58 @@
+"""What a kernel declares, and how it computes."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from postlude.numerics.formats import Integer
+from postlude.surgery.kernels.layouts import Layout
+from postlude.surgery.layers import QuantizedLinear
+
+__all__ = ["Kernel", "integer_format", "rounding_cost"]
+
+
+class Kernel(ABC):
+    """One way to compute ``Q_in(x) W_q^T + bias``. Stateless: what it keeps for a layer is in ``extras``.
+
+    Online transforms are applied before, by the layer, so every kernel takes layers with any of them.
+
+    Attributes:
+        name: what it is asked for by.
+        layouts: names of the layouts whose weight it can read.
+    """
+
+    name: ClassVar[str]
+    layouts: ClassVar[tuple[str, ...]]
+
+    @abstractmethod
+    def takes(self, layer: QuantizedLinear, dtype: torch.dtype, device: torch.device) -> str | None:
+        """None where it computes this layer on inputs of that type and place; else the reason it does not."""
+
+    @abstractmethod
+    def cost(self, layer: QuantizedLinear, rows: int, layout: str) -> float:
+        """Estimated nanoseconds for ``rows`` tokens on one core; for choosing between kernels only."""
+
+    def prepare(self, layer: QuantizedLinear, weight: Layout) -> dict[str, Tensor]:
+        """What it keeps beside the weight (scales in its own form); made at its first use of a layer."""
+        return {}
+
+    @abstractmethod
+    def run(
+        self, layer: QuantizedLinear, x: Tensor, weight: Layout, extras: dict[str, Tensor]
+    ) -> Tensor:
+        """``x [rows, in_features]``, transformed and not yet quantized, to ``[rows, out_features]``."""
+
+
+def integer_format(layer: QuantizedLinear) -> Integer | None:
+    """The format of the weight where it is a uniform integer grid."""
+    scheme = layer.weight_scheme
+    return scheme.format if scheme is not None and isinstance(scheme.format, Integer) else None
+
+
+def rounding_cost(layer: QuantizedLinear, rows: int) -> float:
+    """Estimated nanoseconds for quantizing the input."""
+    return 50_000 + 4 * rows * layer.in_features if layer.input_scheme is not None else 0
