@@ -96,4 +96,6 @@ class UnknownNameError(InputError):
         self.nearest = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
         hint = f" Did you mean {' or '.join(map(repr, self.nearest))}?" if self.nearest else ""
         listing = "" if self.nearest and advice else f" Known: {', '.join(names) or 'none'}."
-        super().__init__(f"No {kind} named {name!r}.{hint}{listing}{' ' + advice if advice else ''}")
+        super().__init__(
+            f"No {kind} named {name!r}.{hint}{listing}{' ' + advice if advice else ''}"
+        )

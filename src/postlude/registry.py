@@ -113,7 +113,9 @@ def find(verb: str, name: str) -> MethodInfo:
     """
     methods = {info.name: info for info in available(verb)}
     if name not in methods:
-        raise UnknownNameError(f"{verb} method", name, methods, "`postlude methods` lists them all.")
+        raise UnknownNameError(
+            f"{verb} method", name, methods, "`postlude methods` lists them all."
+        )
     return methods[name]
 
 
