@@ -230,9 +230,11 @@ def quantize(
     unit: dict[str, Callable[[str, Callable[[], Mapping[str, Tensor]]], dict[str, Tensor]]] = {}
     directory = _run_beside(out) if run is None and out is not None else run
     if directory is not None:
-        unit["unit"] = RunDirectory(
-            directory, _manifest(opened, settings, tokens, seed), overwrite=overwrite
-        ).unit
+        manifest = _manifest(opened, settings, tokens, seed)
+        kept = RunDirectory(directory, manifest, overwrite=overwrite)
+        unit["unit"] = kept.unit
+        if progress is not None and kept.finished():
+            progress.log(f"resuming: {len(kept.finished())} finished steps in {kept.path}")
     work = opened if inplace or opened is not checkpoint else _copy(opened)
     try:
         small = _quantize(work, settings, tokens, seed=seed, progress=progress, **unit)

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import io
 
+import pytest
+
 from postlude.runs.progress import Progress
 
 
@@ -18,12 +20,21 @@ def test_a_pipe_gets_nothing_unless_asked() -> None:
     assert stream.getvalue() == ""
 
 
-def test_a_pipe_gets_plain_lines_when_asked() -> None:
+def test_a_pipe_gets_plain_lines_when_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("postlude.runs.progress._SECONDS_BETWEEN_LINES", 0.0)
+    stream = io.StringIO()
+    with Progress(show=True, stream=stream) as progress:
+        assert list(progress.iterate(iter("ab"), "work", total=2)) == ["a", "b"]
+        progress.log("hello [red]")
+    lines = ["work: 1/2 in 0 s, 0 s left", "work: 2/2 in 0 s, 0 s left", "hello [red]"]
+    assert stream.getvalue().splitlines() == lines
+
+
+def test_work_that_ends_at_once_says_nothing() -> None:
     stream = io.StringIO()
     with Progress(show=True, stream=stream) as progress:
         assert list(progress.iterate(iter("abc"), "work", total=3)) == ["a", "b", "c"]
-        progress.log("hello [red]")
-    assert stream.getvalue().splitlines() == ["work: 3/3 in 0 s, 0 s left", "hello [red]"]
+    assert stream.getvalue() == ""
 
 
 def test_a_terminal_gets_bars_and_nested_tasks() -> None:

@@ -55,7 +55,11 @@ Device = Annotated[
     ),
 ]
 Overwrite = Annotated[
-    bool, typer.Option("--overwrite", help="Replace an output that is already there.")
+    bool,
+    typer.Option(
+        "--overwrite",
+        help="Replace an output that is already there; start a run of something else afresh.",
+    ),
 ]
 NewDirectory = Annotated[
     str,

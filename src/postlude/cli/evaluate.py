@@ -29,7 +29,7 @@ def evaluate(
         typer.Option(
             "--reference",
             metavar="CHECKPOINT",
-            help="The float model: adds KL divergence, top-1 agreement, bytes and bits per weight.",
+            help="The float model: adds KL divergence, top-1 agreement and its own loss.",
         ),
     ] = None,
     max_length: Annotated[
@@ -50,7 +50,7 @@ def evaluate(
     refuse_existing(output, overwrite=overwrite)
     model = _front_door.load(checkpoint, dtype=dtype, device=device)
     base = _front_door.load(reference, dtype=dtype, device=device) if reference else None
-    with Progress() as progress:
+    with Progress(show=True) as progress:
         result = _front_door.evaluate(
             model, text, reference=base, max_length=max_length, seed=seed, progress=progress
         )

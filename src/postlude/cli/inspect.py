@@ -62,7 +62,7 @@ def checkpoint(
     for name in names or []:
         registry.find("inspect", name)
     model = _front_door.load(checkpoint, dtype=dtype, device=device)
-    with Progress() as progress:
+    with Progress(show=True) as progress:
         reports = _front_door.inspect(model, names, text=text, seed=seed, progress=progress)
     write_json(reports, output, overwrite=overwrite)
     return Result(reports)

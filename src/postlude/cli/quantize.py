@@ -23,8 +23,8 @@ def quantize(
         typer.Option(
             "--bits",
             metavar="w4a4kv4",
-            help="Bits of weights, activations and KV cache; 16 leaves a part alone. "
-            "The method's own default otherwise.",
+            help="Bits of weights, activations and KV cache; a part left out stays at 16, in floating "
+            "point. Without this option, the method's own defaults.",
         ),
     ] = None,
     group: Annotated[
@@ -113,7 +113,7 @@ def quantize(
         overwrite=overwrite,
         run=run,
         inplace=True,
-        progress=Progress(),
+        progress=Progress(show=True),
     )
     size = size_of(small)
     return Result({"output": output, "method": method, **size, "seed": seed, "settings": settings})

@@ -133,7 +133,7 @@ def demo(
     target = Path(os.path.realpath(out))
     check_replaceable(target, overwrite, _MARKER)
     started = time.perf_counter()
-    with progress or Progress() as shown:
+    with progress or Progress(show=True) as shown:
         store = target.with_name(f".{target.name}.run")
         run = _Run(verbs, plan or _built_in(), seed, store, shown)
         results = run.results()

@@ -131,7 +131,7 @@ class RunDirectory:
         except ValueError as error:
             raise RunDirectoryError(
                 f"{file} is not valid JSON ({error}): the run directory is damaged. "
-                "Remove it, or choose another output (-o)."
+                "Remove it, or choose another output (-o) or run directory (--run)."
             ) from error
         differences = _differences(found, self.manifest)
         if not differences:
@@ -141,7 +141,7 @@ class RunDirectory:
                 f"{self.path} belongs to another run:\n"
                 + "\n".join(f"  {line}" for line in differences)
                 + "\nStart it afresh with --overwrite (overwrite=True), or choose another "
-                "output (-o)."
+                "output (-o) or run directory (--run)."
             )
         # The units go before the manifest changes: a kill in between leaves an older run of which
         # some units are missing, which is still a run directory.

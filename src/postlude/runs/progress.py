@@ -44,7 +44,9 @@ class Task:
             self._progress._rich.advance(self._bar, steps)
         elif self._progress.shown:
             now = time.monotonic()
-            if now - self._said >= _SECONDS_BETWEEN_LINES or self.done == self.total:
+            # Work that ends at once needs no line; what took longer says so when it ends.
+            finished = self.done == self.total and now - self._started >= 1
+            if now - self._said >= _SECONDS_BETWEEN_LINES or finished:
                 self._said = now
                 self._progress.log(self._line(now))
 
