@@ -99,15 +99,10 @@ def _path(path: Report) -> list[str]:
     lines = []
     space = path.get("subspace")
     if space:
-        several = (
-            "one direction of the feed-forward layer's input sets"
-            if space["dimension"] == 1
-            else f"{space['dimension']} directions of the feed-forward layer's input set"
-        )
         lines.append(
-            f"Cause: {several} it off, with an output of length "
-            f"{_number(space['leading_output_norm'])} against at most {_number(space['largest_other_output_norm'])} "
-            "for any other."
+            "Cause: of all directions in which the feed-forward layer can be pushed, one gives an output of length "
+            f"{_number(space['leading_output_norm'])}; the largest of any other is "
+            f"{_number(space['largest_other_output_norm'])}."
         )
     change = path.get("ablation")
     if change:
