@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 from postlude.errors import UnknownNameError
 
-__all__ = ["MethodInfo", "available", "find", "info_of", "method"]
+__all__ = ["MethodInfo", "available", "find", "info_of", "method", "settings_of"]
 
 T = TypeVar("T", bound=type)
 
@@ -24,6 +24,8 @@ T = TypeVar("T", bound=type)
 PACKAGES = {
     "inspect": "postlude.inspection",
     "quantize": "postlude.quantization",
+    "tune": "postlude.tuning",
+    "attribute": "postlude.attribution",
 }
 
 
@@ -126,3 +128,23 @@ def info_of(settings: object) -> MethodInfo:
             return info
     known = [info.settings.__name__ for info in _METHODS.values()]
     raise UnknownNameError("registered method", type(settings).__name__, known)
+
+
+def settings_of(verb: str, module: str) -> tuple[Callable[[str], type], Callable[[], list[str]]]:
+    """``__getattr__`` and ``__dir__`` of a verb's package: the settings class of every registered method.
+
+    They keep the package light: its files are imported when the first class is asked for.
+    """
+
+    def get(name: str) -> type:
+        # The import system asks a package for names such as `__path__` while its files are being imported.
+        if not name.startswith("_"):
+            for info in available(verb):
+                if info.settings.__name__ == name:
+                    return info.settings
+        raise AttributeError(f"module {module!r} has no attribute {name!r}")
+
+    def names() -> list[str]:
+        return sorted(info.settings.__name__ for info in available(verb))
+
+    return get, names

@@ -7,15 +7,4 @@ from __future__ import annotations
 
 from postlude import registry
 
-
-def __getattr__(name: str) -> type:
-    if name.startswith("_"):
-        raise AttributeError(name)
-    for info in registry.available("quantize"):
-        if info.settings.__name__ == name:
-            return info.settings
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return sorted(info.settings.__name__ for info in registry.available("quantize"))
+__getattr__, __dir__ = registry.settings_of("quantize", __name__)
