@@ -1,0 +1,310 @@
+"""One self-contained HTML page from the answer to an attribution query, given as plain JSON values.
+
+``render`` shows what it is given and leaves out what is absent. The keys it knows::
+
+    title                        words
+    method                       name, summary, paper, unit (of a score), settings {name: value}, curvature (words)
+    index                        path, model, examples, bytes, layers, seconds (to build)
+    queries                      list of: text, count (tokens), truncated (tokens cut off), examples, mean,
+                                 deviation (of the scores of all examples), tokens [{text, score}], results
+      results                    list of: id, score, text, count, truncated, tokens [{text, score}],
+                                 query_tokens [{text, score}], layers {name: score}
+    seconds                      of the query
+    command, python              how to do it again
+    environment                  names and values
+    notes                        sentences for the foot of the page
+
+The page loads nothing and runs no script. Every text from the results is escaped. Contributions are told apart
+without colour: those that support are underlined by a solid line, those that oppose by a dotted one.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+__all__ = ["render"]
+
+Results = Mapping[str, Any]
+
+_TEMPLATES = Path(__file__).parent / "templates"
+_LEVELS = 6  # shades of each sign; as many classes in attribution.css
+_EXCERPT = 160  # tokens of a passage that are shown at once
+_MINUS = "\u2212"
+
+
+def render(results: Results) -> str:
+    """The page.
+
+    Args:
+        results: see the top of this file.
+
+    Returns:
+        A whole HTML document.
+    """
+    method = results.get("method") or {}
+    index = results.get("index") or {}
+    queries = [_query(number, one) for number, one in enumerate(results.get("queries") or [], 1)]
+    return _template().render(
+        title=results.get("title") or "What taught the model to say this?",
+        date=(results.get("environment") or {}).get("date"),
+        style="".join(
+            _TEMPLATES.joinpath(name).read_text(encoding="utf-8")
+            for name in ("report.css", "attribution.css")
+        ),
+        introduction=_introduction(method, index, queries),
+        unit=method.get("unit") or "score",
+        levels=range(1, _LEVELS + 1),
+        coloured=any(
+            one["tokens"] or any(hit["passage"] for hit in one["hits"]) for one in queries
+        ),
+        queries=queries,
+        facts=_facts(method, index, results),
+        whole=_folded(results["command"]) if results.get("command") else None,
+        python=results.get("python"),
+        environment=list((results.get("environment") or {}).items()),
+        notes=results.get("notes") or [],
+    )
+
+
+@functools.cache
+def _template() -> jinja2.Template:
+    return jinja2.Environment(
+        loader=jinja2.FileSystemLoader(_TEMPLATES),
+        autoescape=True,
+        trim_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    ).get_template("attribution.html.jinja")
+
+
+def _introduction(method: Results, index: Results, queries: Sequence[Results]) -> list[str]:
+    """What was asked, and what a score says, in plain words."""
+    model = index.get("model") or "the model"
+    what = "the text below" if len(queries) == 1 else f"each of {len(queries)} texts"
+    lines = [
+        f"Of the {_count(index['examples'])} examples that {model} was trained on, these support {what} most."
+        if index.get("examples")
+        else f"The training examples that support {what} most."
+    ]
+    if method.get("meaning"):
+        lines.append(method["meaning"])
+    return lines
+
+
+def _query(number: int, query: Results) -> dict[str, Any]:
+    hits = query.get("results") or []
+    largest = max((abs(hit["score"]) for hit in hits if _finite(hit.get("score"))), default=0.0)
+    tokens, full = _coloured(query.get("tokens") or [])
+    return {
+        "number": number,
+        "text": query.get("text") or "",
+        "tokens": tokens,
+        "full": full,
+        "remark": _cut_remark(query, "query"),
+        "verdict": _verdict(query, hits),
+        "hits": [_hit(rank, hit, query, largest) for rank, hit in enumerate(hits, 1)],
+    }
+
+
+def _verdict(query: Results, hits: Sequence[Results]) -> str | None:
+    """How far the best example stands above the rest."""
+    if not hits or not query.get("deviation") or not _finite(query.get("mean")):
+        return None
+    above = (hits[0]["score"] - query["mean"]) / query["deviation"]
+    sentence = (
+        f"The first example, {hits[0]['id']}, is {above:.1f} standard deviations above the mean score of all "
+        f"{_count(query.get('examples') or len(hits))} examples"
+    )
+    if len(hits) > 1:
+        last = (hits[-1]["score"] - query["mean"]) / query["deviation"]
+        sentence += f", number {len(hits)} still {last:.1f}"
+    if above < 4:
+        return (
+            sentence
+            + ". None stands out: this text may owe something to very many examples, or to none."
+        )
+    return sentence + "."
+
+
+def _hit(rank: int, hit: Results, query: Results, largest: float) -> dict[str, Any]:
+    tokens, full = _coloured(hit.get("tokens") or [])
+    asked, asked_full = _coloured(hit.get("query_tokens") or [])
+    excerpt = _excerpt(tokens)
+    above = None
+    if query.get("deviation") and _finite(query.get("mean")):
+        above = f"{(hit['score'] - query['mean']) / query['deviation']:+.1f}".replace("-", _MINUS)
+    return {
+        "rank": rank,
+        "id": str(hit["id"]),
+        "score": _number(hit["score"]),
+        "above": above,
+        "share": round(100 * abs(hit["score"]) / largest, 1) if largest else 0,
+        "negative": hit["score"] < 0,
+        "text": hit.get("text") or "",
+        "passage": excerpt["tokens"],
+        "before": excerpt["before"],
+        "after": excerpt["after"],
+        "whole": tokens if excerpt["before"] or excerpt["after"] else [],
+        "count": hit.get("count") or len(hit.get("tokens") or []),
+        "full": full,
+        "query_tokens": asked,
+        "query_full": asked_full,
+        "layers": _layers(hit.get("layers") or {}),
+        "remark": _cut_remark(hit, "example"),
+    }
+
+
+def _cut_remark(part: Results, name: str) -> str | None:
+    cut = part.get("truncated") or 0
+    if not cut:
+        return None
+    return f"The last {_count(cut)} tokens of this {name} lie beyond the model's context and count for nothing."
+
+
+def _coloured(tokens: Sequence[Results]) -> tuple[list[dict[str, str]], str]:
+    """Tokens with the class of their shade, and what full shade stands for."""
+    top = max((abs(token["score"]) for token in tokens), default=0.0)
+    shown = []
+    for token in tokens:
+        level = round(_LEVELS * abs(token["score"]) / top) if top else 0
+        sign = "p" if token["score"] > 0 else "n"
+        word = token["text"].lstrip()
+        space = token["text"][: len(token["text"]) - len(word)]
+        if level and not word and space:
+            # A break or a space that carries weight has to be seen to be marked.
+            word, space = ("\u21b5" + space, "") if "\n" in space else ("\u2423", "")
+        shown.append(
+            {
+                "space": space,
+                "text": word,
+                "mark": f"{sign}{level}" if level and word else "",
+                "value": _number(token["score"], signed=True),
+            }
+        )
+    return shown, _number(top)
+
+
+def _excerpt(tokens: list[dict[str, str]]) -> dict[str, Any]:
+    """The stretch of a long passage that holds most of what is marked."""
+    if len(tokens) <= _EXCERPT + _EXCERPT // 4:
+        return {"tokens": tokens, "before": 0, "after": 0}
+    weights = [int(token["mark"][1:] or 0) for token in tokens]
+    best = most = sum(weights[:_EXCERPT])
+    start = 0
+    for first in range(1, len(tokens) - _EXCERPT + 1):
+        best += weights[first + _EXCERPT - 1] - weights[first - 1]
+        if best > most:
+            most, start = best, first
+    after = len(tokens) - start - _EXCERPT
+    return {"tokens": tokens[start : start + _EXCERPT], "before": start, "after": after}
+
+
+def _layers(layers: Mapping[str, float]) -> dict[str, Any] | None:
+    """Bars in the order of the model, grouped by block; heights in percent of the drawing."""
+    values = {name: value for name, value in layers.items() if _finite(value)}
+    if not values:
+        return None
+    high, low = max(0.0, *values.values()), min(0.0, *values.values())
+    spread = (high - low) or 1.0
+    blocks: list[dict[str, Any]] = []
+    for name, value in values.items():
+        found = re.search(r"\.(\d+)\.", name)
+        block = found[1] if found else ""
+        if not blocks or blocks[-1]["name"] != block:
+            blocks.append({"name": block, "bars": []})
+        blocks[-1]["bars"].append(
+            {
+                "name": name,
+                "value": _number(value, signed=True),
+                "negative": value < 0,
+                "height": round(100 * abs(value) / spread, 1),
+                # From the bottom of the drawing to the lower end of the bar.
+                "bottom": round(100 * (min(value, 0.0) - low) / spread, 1),
+            }
+        )
+    strongest = max(values, key=lambda name: abs(values[name]))
+    total = sum(values.values())
+    share = f", {100 * values[strongest] / total:.0f} % of the score" if total else ""
+    # Where there are many blocks, a number under every one of them would not fit.
+    step = max(1, -(-len(blocks) // 16))
+    for number, one in enumerate(blocks):
+        one["shown"] = one["name"] if number % step == 0 else ""
+    return {
+        "blocks": blocks,
+        "zero": round(100 * -low / spread, 1),
+        "strongest": f"strongest: {strongest}{share}",
+    }
+
+
+def _facts(method: Results, index: Results, results: Results) -> list[tuple[str, str]]:
+    rows = []
+    if method.get("name"):
+        paper = f" ({method['paper']})" if method.get("paper") else ""
+        rows.append(("method", f"{method['name']}{paper}: {method.get('summary') or ''}"))
+    if method.get("curvature"):
+        rows.append(("curvature", str(method["curvature"])))
+    settings = method.get("settings") or {}
+    if settings:
+        rows.append(("settings", ", ".join(f"{name} {value}" for name, value in settings.items())))
+    if index.get("path"):
+        rows.append(("index", str(index["path"])))
+    if index.get("bytes"):
+        each = (
+            f", {_bytes(index['bytes'] / index['examples'])} an example"
+            if index.get("examples")
+            else ""
+        )
+        rows.append(("size", f"{_bytes(index['bytes'])}{each}"))
+    if index.get("layers"):
+        rows.append(("layers", f"{index['layers']} linear layers"))
+    if _finite(index.get("seconds")):
+        rows.append(("building took", f"{index['seconds']:.3g} s"))
+    if _finite(results.get("seconds")):
+        rows.append(("this query took", f"{results['seconds']:.3g} s"))
+    return rows
+
+
+def _bytes(number: float) -> str:
+    for size, unit in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if number >= size:
+            return f"{number / size:.3g} {unit}"
+    return f"{number:.0f} B"
+
+
+def _count(number: float) -> str:
+    return f"{number:,.0f}"
+
+
+def _number(value: float, signed: bool = False) -> str:
+    """Three digits, with a real minus; powers of ten where a plain number would be long."""
+    if not _finite(value):
+        return "\u2013"
+    sign = _MINUS if value < 0 else "+" if signed and value > 0 else ""
+    size = abs(value)
+    if size and not 1e-3 <= size < 1e5:
+        exponent = math.floor(math.log10(size))
+        power = str(exponent).replace("-", _MINUS)
+        return f"{sign}{size / 10**exponent:.2f} \u00d7 10^{power}"
+    return f"{sign}{size:,.0f}" if size >= 1000 else f"{sign}{size:.3g}"
+
+
+def _folded(command: str, width: int = 78) -> str:
+    """A command in lines of at most ``width`` letters where its options allow, to be pasted as it is."""
+    lines: list[str] = []
+    for number, part in enumerate(command.split(" --")):
+        word = part if number == 0 else f"--{part}"
+        if lines and len(lines[-1]) + len(word) + 3 <= width:
+            lines[-1] += f" {word}"
+        else:
+            lines.append(word if number == 0 else f"    {word}")
+    return " \\\n".join(lines)
+
+
+def _finite(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

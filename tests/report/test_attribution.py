@@ -1,0 +1,238 @@
+"""The page of an attribution query: what it says, and how it looks in a real browser."""
+
+from __future__ import annotations
+
+import html
+import json
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from postlude.report.attribution import render
+
+from .attributed import TEXT, answer
+
+NAMES = ("chromium", "chromium-browser", "google-chrome")
+WIDTHS = (360, 1440)
+
+
+class Reader(HTMLParser):
+    """Text, marked tokens, and whether every element is closed."""
+
+    VOID = ("meta", "link", "br", "img")
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.text = ""
+        self.marked: list[tuple[str, str, str]] = []
+        self.loads: list[str] = []
+        self._mark: tuple[str, str] | None = None
+        self.feed(page)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        given = dict(attrs)
+        self.loads += [str(given[name]) for name in ("src", "href") if given.get(name)]
+        if tag not in self.VOID:
+            self.open.append(tag)
+        self._mark = (
+            (str(given["class"]), str(given["title"])) if tag == "i" and "title" in given else None
+        )
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if self._mark:
+            self.marked.append((data, *self._mark))
+            self._mark = None
+        if not self.open or self.open[-1] != "style":
+            self.text += data
+
+
+def words(page: str) -> str:
+    return " ".join(Reader(page).text.split())
+
+
+def test_it_says_what_was_asked_and_found() -> None:
+    page = render(answer())
+    text = words(page)
+    assert (
+        "Of the 2,000 examples that tiny was trained on, these support the text below most." in text
+    )
+    assert "story-0, is 13.7 standard deviations above the mean score of all 2,000 examples" in text
+    for expected in (
+        "story-37",
+        "61.5",
+        "+6.8 deviations",
+        "1.23 MB, 617 B an example",
+        "0.0123 s",
+    ):
+        assert expected in text
+    assert "The last 12 tokens of this example lie beyond the model's context" in text
+    assert " ".join(TEXT.split()) in text
+    assert "strongest: model.layers.0.self_attn.q_proj" in text
+    assert "postlude attribute query index/" in text
+
+
+def test_it_is_whole_and_loads_nothing() -> None:
+    page = render(answer())
+    reader = Reader(page)
+    assert reader.open == []
+    assert "<script" not in page
+    assert all(link.startswith(("#", "data:")) for link in reader.loads)
+    assert "url(" not in page
+
+
+def test_marks_follow_the_contributions() -> None:
+    marks = Reader(render(answer())).marked
+    classes = {mark for _, mark, _ in marks}
+    assert {"p6", "n6"} & classes
+    for _, mark, value in marks:
+        assert ("\u2212" in value[:1]) == mark.startswith("n")
+    # The space before a word is not part of the mark.
+    assert all(word == word.lstrip() for word, _, _ in marks)
+
+
+def test_a_break_that_carries_weight_is_shown() -> None:
+    results = answer()
+    results["queries"][0]["tokens"] = [{"text": "\n", "score": 1.0}, {"text": " ", "score": -1.0}]
+    marked = Reader(render(results)).marked
+    assert [word for word, _, _ in marked[:2]] == ["\u21b5\n", "\u2423"]
+
+
+def test_a_long_example_is_cut_to_its_strongest_stretch() -> None:
+    results = answer()
+    quiet = [{"text": f" w{number}", "score": 0.0} for number in range(1000)]
+    quiet[700]["score"] = 5.0
+    results["queries"][0]["results"] = [
+        {"id": "long", "score": 1.0, "text": "", "tokens": quiet, "query_tokens": [], "layers": {}}
+    ]
+    page = render(results)
+    before, after = re.search(r"\((\d+) tokens before\).*\((\d+) tokens after\)", page).groups()  # type: ignore[union-attr]
+    assert int(before) <= 700 < 1000 - int(after)
+    assert int(before) + int(after) == 840
+    assert "The whole example" in page
+
+
+def test_everything_from_outside_is_escaped() -> None:
+    bad = "<script>alert('x')</script>&amp;"
+    results = answer(title=bad, command=bad)
+    results["queries"][0]["text"] = bad
+    results["queries"][0]["tokens"] = [{"text": bad, "score": 1.0}]
+    results["queries"][0]["results"][0] |= {"id": bad, "tokens": [{"text": bad, "score": 1.0}]}
+    results["queries"][0]["results"][0]["layers"] = {bad: 1.0}
+    page = render(results)
+    assert "<script" not in page
+    assert Reader(page).text.count(bad) >= 5
+
+
+def test_parts_that_are_absent_are_left_out() -> None:
+    bare = {
+        "queries": [
+            {"text": "one", "results": [{"id": 3, "score": -2.5e-7, "text": "what it says"}]},
+            {"text": "two", "results": []},
+        ]
+    }
+    page = render(bare)
+    text = words(page)
+    assert "2. The model said" in text
+    assert "\u22122.50 \u00d7 10^\u22127" in text
+    assert "what it says" in text
+    for absent in ("opposes", "Score by layer", "Do it again", "How it was measured", "deviations"):
+        assert absent not in text
+
+
+def test_nothing_that_stands_out_is_said() -> None:
+    results = answer()
+    results["queries"][0] |= {"mean": 100.0, "deviation": 20.0}
+    assert "None stands out" in words(render(results))
+
+
+@pytest.fixture(scope="module")
+def chromium() -> str:
+    for name in NAMES:
+        path = shutil.which(name)
+        if path is not None:
+            return path
+    pytest.skip(f"no browser: none of {', '.join(NAMES)} is installed")
+
+
+# Frames of both widths in one page, so that the browser starts once.
+HOST = """<!doctype html><link rel="icon" href="data:,"><body>{frames}<script>
+addEventListener("load", () => {{
+  const found = [...document.querySelectorAll("iframe")].map(frame => {{
+    const page = frame.contentDocument, root = page.documentElement;
+    const box = element => element.getBoundingClientRect();
+    const bars = [...page.querySelectorAll(".bars > span")].map(box);
+    const drawn = [...page.querySelectorAll(".bars > span > span")].map(box);
+    return {{
+      visible: root.clientWidth,
+      needed: root.scrollWidth,
+      marks: [...page.querySelectorAll("i[title]")].filter(mark => box(mark).width > 0).length,
+      lines: new Set([...page.querySelectorAll("i.p6, i.n6")].map(
+        mark => frame.contentWindow.getComputedStyle(mark).borderBottomStyle)).size,
+      bars: bars.length,
+      narrowest: Math.min(...bars.map(bar => bar.width)),
+      outside: drawn.filter((bar, n) => bar.top < bars[n].top - 1 || bar.bottom > bars[n].bottom + 1).length,
+      tallest: Math.max(...drawn.map(bar => bar.height)),
+      hits: page.querySelectorAll("ol.hits > li").length,
+    }};
+  }});
+  document.body.innerHTML = "<pre id=found>" + JSON.stringify(found) + "</pre>";
+}});
+</script>"""
+
+
+def test_the_page_in_a_browser(chromium: str, tmp_path: Path) -> None:
+    results = answer(title="a-model-with-a-name-that-nobody-would-want-to-type-twice")
+    results["environment"]["processor"] = "x" * 200
+    results["queries"][0]["results"][2] |= {
+        "id": "y" * 150,
+        "tokens": [{"text": "of" * 300, "score": 1.0}],
+    }
+    page = render(results)
+    frames = "".join(
+        f'<iframe width="{width}" height="800" style="border:0" srcdoc="{html.escape(page)}"></iframe>'
+        for width in WIDTHS
+    )
+    file = tmp_path / "host.html"
+    file.write_text(HOST.format(frames=frames), encoding="utf-8")
+    arguments = [
+        "--headless=new",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--disable-background-networking",
+        "--disable-dev-shm-usage",
+        "--hide-scrollbars",
+        f"--user-data-dir={tmp_path / 'profile'}",
+        "--window-size=1600,900",
+        "--virtual-time-budget=5000",
+        "--enable-logging=stderr",
+        "--dump-dom",
+    ]
+    done = subprocess.run(
+        [chromium, *arguments, file.as_uri()], capture_output=True, text=True, timeout=100
+    )
+    found = re.search(r'<pre id="found">(.*?)</pre>', done.stdout, re.DOTALL)
+    assert found, f"{done.returncode}: {done.stderr[-2000:]}"
+    # What a page says on the console is logged with the word CONSOLE.
+    assert not [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+    phone, desk = json.loads(html.unescape(found[1]))
+    assert (phone["visible"], desk["visible"]) == WIDTHS
+    for seen, width in ((phone, 360), (desk, 1440)):
+        measured: dict[str, Any] = seen
+        assert measured["needed"] == width
+        assert measured["hits"] == 3
+        assert measured["marks"] > 20
+        assert measured["lines"] == 2  # solid and dotted
+        assert measured["bars"] == 3 * 9
+        assert measured["outside"] == 0
+        assert measured["tallest"] > 20
+    assert phone["narrowest"] > 4
