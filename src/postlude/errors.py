@@ -9,8 +9,10 @@
     |   |-- UnknownNameError        a name that is not registered; carries the nearest ones
     |   |-- DataError               text or data that is empty, too short or malformed
     |   |-- OutputExistsError       the output is already there and overwriting was not asked for
-    |   `-- RunDirectoryError       a run directory that belongs to another model, method or data
-    `-- MissingDependencyError      an optional library is needed; names the extra to install
+    |   |-- RunDirectoryError       a run directory that belongs to another model, method or data
+    |   `-- StoreError              a tensor store or index: damaged, unfinished, of another version, model or data
+    |-- MissingDependencyError      an optional library is needed; names the extra to install
+    `-- VerificationError           what was written, read again, does not compute what it was made from
 
 A message says what was found, what was expected, and what to do next.
 """
@@ -32,6 +34,7 @@ __all__ = [
     "RunDirectoryError",
     "SettingsError",
     "UnknownNameError",
+    "VerificationError",
 ]
 
 
@@ -75,10 +78,18 @@ class RunDirectoryError(InputError):
     """A run directory that belongs to another run."""
 
 
+class StoreError(InputError):
+    """A tensor store or index that cannot be used as it is."""
+
+
 class MissingDependencyError(PostludeError, ImportError):
     """An optional library that is not installed."""
 
     exit_code = 2
+
+
+class VerificationError(PostludeError):
+    """An output that, read again by a fresh process, does not compute what it was made from."""
 
 
 class UnknownNameError(InputError):

@@ -26,6 +26,7 @@ PACKAGES = {
     "quantize": "postlude.quantization",
     "tune": "postlude.tuning",
     "attribute": "postlude.attribution",
+    "export": "postlude.exporting",
 }
 
 

@@ -24,7 +24,14 @@ from postlude.numerics.rotation import (
     is_hadamard_order,
 )
 
-__all__ = ["BlockHadamard", "Execution", "QuantizedLinear", "build_transform", "hold_dense"]
+__all__ = [
+    "BlockHadamard",
+    "Execution",
+    "InputOrder",
+    "QuantizedLinear",
+    "build_transform",
+    "hold_dense",
+]
 
 
 class Execution(Protocol):
@@ -96,6 +103,30 @@ class BlockHadamard(nn.Module):
         return f"width={self.width}, block={self.block}, inner={self.inner}"
 
 
+class InputOrder(nn.Module):
+    """``x -> x[..., order]``: the order in which a layer's weight keeps its inputs.
+
+    GPTQ with ``act_order`` shares scales between inputs that are not neighbours; sorted by group they are.
+
+    Args:
+        width: entries of the axis.
+    """
+
+    order: Tensor
+
+    def __init__(self, width: int, device: Any = None) -> None:
+        super().__init__()
+        self.register_buffer("order", torch.zeros(width, dtype=torch.int32, device=device))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[..., width]`` to the same shape."""
+        return x.index_select(-1, self.order)
+
+    def spec(self) -> dict[str, Any]:
+        """What :func:`build_transform` needs to make an empty one."""
+        return {"kind": "order", "width": len(self.order)}
+
+
 def _mix(x: Tensor, order: int) -> Tensor:
     """``x @ H`` along the last axis, ``H`` orthonormal of this order with a constant first row."""
     if is_hadamard_order(order):
@@ -123,6 +154,8 @@ def build_transform(spec: dict[str, Any] | None, device: Any = None) -> nn.Modul
     """An empty online transform from its description."""
     if spec is None:
         return None
+    if spec.get("kind") == "order":
+        return InputOrder(spec["width"], device=device)
     if spec.get("kind") != "hadamard":
         raise CheckpointError(
             f"online transform {spec.get('kind')!r} is not known to this version of Postlude; "
@@ -315,7 +348,7 @@ class QuantizedLinear(nn.Module):
             "weight": self.weight_scheme.to_dict() if self.weight_scheme else None,
             "input": self.input_scheme.to_dict() if self.input_scheme else None,
             "transform": self.transform.spec()
-            if isinstance(self.transform, BlockHadamard)
+            if isinstance(self.transform, BlockHadamard | InputOrder)
             else None,
         }
 
