@@ -27,7 +27,7 @@ from postlude.errors import RunDirectoryError
 from postlude.runs.atomic import atomic_write, is_partial, sync_directory
 from postlude.runs.weights import weight_files
 
-__all__ = ["RunDirectory", "fingerprint"]
+__all__ = ["RunDirectory", "differences", "fingerprint", "hash_file"]
 
 _MANIFEST = "manifest.json"
 _UNITS = "units"
@@ -97,7 +97,7 @@ class RunDirectory:
         with atomic_write(self._units / f"{name}.new") as temporary:
             save_file(tensors, temporary)
         fresh = self._units / f"{name}.new"
-        stored = self._units / f"{name}@{_hash_file(fresh)}.safetensors"
+        stored = self._units / f"{name}@{hash_file(fresh)}.safetensors"
         os.replace(fresh, stored)
         sync_directory(self._units)
         return load_file(stored)
@@ -113,7 +113,7 @@ class RunDirectory:
     def _finished(self, name: str) -> Path | None:
         for file in sorted(self._units.glob(f"{name}@*.safetensors")):
             expected = file.stem.rpartition("@")[2]
-            found = _hash_file(file)
+            found = hash_file(file)
             if found == expected:
                 return file
             _log.warning(
@@ -133,7 +133,7 @@ class RunDirectory:
                 f"{file} is not valid JSON ({error}): the run directory is damaged. "
                 "Remove it, or choose another output (-o) or run directory (--run)."
             ) from error
-        differences = _differences(found, self.manifest)
+        differences = differences(found, self.manifest)
         if not differences:
             return
         if not overwrite:
@@ -166,7 +166,7 @@ def fingerprint(path: str | os.PathLike[str]) -> str:
     directory = Path(path)
     digest = hashlib.sha256()
     for file in [directory / "config.json", *weight_files(directory)]:
-        digest.update(f"{file.name} {_hash_file(file)}\n".encode())
+        digest.update(f"{file.name} {hash_file(file)}\n".encode())
     return digest.hexdigest()
 
 
@@ -184,7 +184,8 @@ def _separate(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return result
 
 
-def _hash_file(file: Path) -> str:
+def hash_file(file: Path) -> str:
+    """SHA-256 of the bytes of a file, in hexadecimal."""
     with open(file, "rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
@@ -198,7 +199,8 @@ def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _differences(found: Any, expected: Any) -> list[str]:
+def differences(found: Any, expected: Any) -> list[str]:
+    """One line per value in which two manifests differ, nested keys joined by dots."""
     here, wanted = _flatten(found), _flatten(expected)
     return [
         f"{key}: found {_show(here, key)}, expected {_show(wanted, key)}"
