@@ -9,7 +9,7 @@ Row vectors: a linear map is ``y = x @ M`` with ``M [in_features, out_features]`
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
@@ -19,9 +19,12 @@ from postlude.errors import DataError, SettingsError
 
 __all__ = [
     "SVD",
+    "StreamedSVD",
+    "batched_power_iteration",
     "block_power_iteration",
     "error_reconstruction",
     "randomized_svd",
+    "streamed_svd",
     "truncated_svd",
     "uncentred_pca",
     "weighted_svd",
@@ -184,6 +187,146 @@ def randomized_svd(
         generator=generator,
         device=m.device,
     )
+
+
+def batched_power_iteration(m: Tensor, start: Tensor, iterations: int) -> tuple[Tensor, Tensor]:
+    """Factors ``U, V`` with ``M ~ U @ V.T`` of many small matrices at once (LoRIF, arXiv:2601.21929, section 4).
+
+        V <- orth(start);  repeat: U <- orth(M V), V <- orth(M^T U);  U <- M V
+
+    ``V`` has orthonormal columns (or columns of zeros, where a matrix has less rank), ``U`` holds the singular
+    values. 8 iterations for one column and 16 for more lose no more than a few permille above the SVD's optimum.
+
+    Args:
+        m: ``[..., rows, columns]``, fp32 or fp64, which is also the precision of the work.
+        start: ``[columns, rank]``, shared by all matrices: random, of a seed that depends on nothing else.
+        iterations: at least 1.
+
+    Returns:
+        ``U [..., rows, rank]`` and ``V [..., columns, rank]`` in the type of ``m``.
+    """
+    rows, columns = m.shape[-2:]
+    rank = start.shape[-1]
+    if start.shape[0] != columns or not 1 <= rank <= min(rows, columns):
+        raise SettingsError(
+            f"A start of shape {tuple(start.shape)} does not fit matrices of {rows} by {columns}; expected "
+            f"({columns}, rank) with a rank of 1 to {min(rows, columns)}."
+        )
+    if iterations < 1:
+        raise SettingsError(f"iterations is {iterations}; expected at least 1")
+    if columns > rows:
+        # M M^T is the smaller of the two Gram matrices, and only it is iterated.
+        gram = m @ m.mT
+        u = _orthonormal(m @ start.to(m))
+        for _ in range(iterations - 1):
+            u = _orthonormal(gram @ u)
+        v = _orthonormal(m.mT @ u)
+    else:
+        gram = m.mT @ m
+        v = _orthonormal(start.to(m).expand(*m.shape[:-2], columns, rank))
+        for _ in range(iterations):
+            v = _orthonormal(gram @ v)
+    return m @ v, v
+
+
+def _orthonormal(x: Tensor) -> Tensor:
+    """Orthonormal columns with the span of ``x [..., n, rank]``; a column that depends on others becomes zero.
+
+    Gram-Schmidt over the batch, every column projected twice, which holds orthogonality to rounding.
+    """
+    columns: list[Tensor] = []
+    eps = torch.finfo(x.dtype).eps
+    for index in range(x.shape[-1]):
+        column = x[..., index : index + 1]
+        size = column.norm(dim=-2, keepdim=True)
+        for _ in range(2 if columns else 0):
+            basis = torch.cat(columns, dim=-1)
+            column = column - basis @ (basis.mT @ column)
+        rest = column.norm(dim=-2, keepdim=True)
+        tiny = torch.finfo(x.dtype).tiny
+        scale = torch.where(rest > 4 * eps * size, 1 / rest.clamp_min(tiny), torch.zeros_like(rest))
+        columns.append(column * scale)
+    return torch.cat(columns, dim=-1) if len(columns) > 1 else columns[0]
+
+
+class StreamedSVD(NamedTuple):
+    """Leading right singular vectors of a matrix that was seen in batches of rows.
+
+    Attributes:
+        values: ``[rank]`` descending singular values.
+        vectors: ``[columns, rank]``.
+        sketch_values: ``[rank + oversample]``, all that the sketch found, descending.
+        energy: ``sum_i |row_i|^2``, which is the sum of all squared singular values.
+    """
+
+    values: Tensor
+    vectors: Tensor
+    sketch_values: Tensor
+    energy: float
+
+
+def streamed_svd(
+    batches: Callable[[], Iterable[Tensor]],
+    columns: int,
+    rank: int,
+    *,
+    rows: int,
+    oversample: int = 10,
+    iterations: int = 3,
+    generator: torch.Generator | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+) -> StreamedSVD:
+    """Right singular vectors of a matrix of many rows that never exists as a whole (LoRIF, arXiv:2601.21929).
+
+    Subspace iteration with the Gram matrix, ``iterations + 1`` passes over the rows with one QR each, and a last
+    pass for the Rayleigh-Ritz step (arXiv:0909.4061). Unlike :func:`block_power_iteration` it needs one product per
+    pass, since ``M`` and ``M.T`` are applied to a batch while it is there.
+
+    Args:
+        batches: called once per pass; yields ``[n, columns]``, the same rows every time.
+        columns: of the matrix.
+        rank: triplets wanted; fewer come back where the matrix is smaller.
+        rows: of the matrix, in all batches together.
+        oversample: additional directions carried along.
+        iterations: power iterations after the first product.
+        generator: for the Gaussian start, on the CPU; None draws from the global one of torch.
+        dtype: fp32 or fp64, of all products; the small eigenproblem is fp64 in any case.
+        device: where the basis lives.
+    """
+    if rank < 1 or oversample < 0 or iterations < 0 or rows < 1 or columns < 1:
+        raise SettingsError(
+            f"Got rank {rank}, oversample {oversample}, iterations {iterations} for {rows} by {columns}; expected "
+            "a rank from 1 and the others not negative."
+        )
+    if dtype not in (torch.float32, torch.float64):
+        raise SettingsError(f"a streamed SVD is computed in float32 or float64; got {dtype}")
+    width = min(rank + oversample, columns, rows)
+    rank = min(rank, width)
+    basis = torch.randn(columns, width, generator=generator, dtype=dtype).to(device)
+    for _ in range(iterations + 1):
+        image = torch.zeros_like(basis)
+        for batch in batches():
+            image.addmm_(batch.mT, batch @ basis)
+        basis = torch.linalg.qr(_checked(image)).Q
+    small = torch.zeros(width, width, dtype=torch.float64, device=device)
+    energy = 0.0
+    for batch in batches():
+        image = batch @ basis
+        small += (image.mT @ image).double()
+        energy += float(batch.double().square().sum())
+    values, vectors = torch.linalg.eigh((_checked(small) + small.mT) / 2)
+    values = values.flip(0).clamp_(min=0).sqrt()
+    vectors = vectors.flip(1)[:, :rank]
+    return StreamedSVD(values[:rank], basis @ vectors.to(dtype), values, energy)
+
+
+def _checked(x: Tensor) -> Tensor:
+    if not bool(torch.isfinite(x).all()):
+        raise DataError(
+            "The rows of a streamed SVD hold NaN or infinity; check the gradients or the index."
+        )
+    return x
 
 
 def uncentred_pca(
