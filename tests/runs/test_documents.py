@@ -14,6 +14,7 @@ from postlude.runs.documents import (
     encode,
     leading_tokens,
     read_documents,
+    token_pieces,
 )
 
 
@@ -135,3 +136,31 @@ def test_settings_and_text_that_do_not_fit(tiny_tokenizer: Any) -> None:
         calibration_windows(tiny_tokenizer, text, 1, 1, seed=0)
     with pytest.raises(SettingsError, match="at most 8"):
         calibration_windows(tiny_tokenizer, text, 1, 9, seed=0, context=8)
+
+
+def test_pieces_of_a_text_are_its_tokens(tiny_tokenizer: Any) -> None:
+    text = "a b\n\nc"
+    tokens = encode(tiny_tokenizer, text)
+    pieces = token_pieces(tiny_tokenizer, tokens)
+    assert pieces == [("<s>", 1), *((character, 1) for character in text)]
+    assert token_pieces(tiny_tokenizer, []) == []
+
+
+def test_tokens_of_one_character_are_one_piece(tiny_tokenizer: Any) -> None:
+    text = "né 東🙂x"  # 2, 3 and 4 bytes, each a token
+    pieces = token_pieces(tiny_tokenizer, encode(tiny_tokenizer, text, False))
+    assert pieces == [("n", 1), ("é", 2), (" ", 1), ("東", 3), ("🙂", 4), ("x", 1)]
+    # Cut in the middle of a character: what is left of it is one piece.
+    cut = encode(tiny_tokenizer, text, False)[:5]
+    assert sum(count for _, count in token_pieces(tiny_tokenizer, cut)) == 5
+
+
+def test_pieces_keep_spaces_that_a_tokenizer_drops_at_the_start(stories_dir: Path) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(stories_dir)
+    text = "Once upon a time, there was a little girl."
+    tokens = encode(tokenizer, text)
+    pieces = token_pieces(tokenizer, tokens)
+    assert "".join(piece for piece, _ in pieces) in (tokenizer.decode(tokens), f"<s> {text}")
+    assert " upon" in {piece for piece, _ in pieces} or " u" in {piece for piece, _ in pieces}

@@ -21,9 +21,12 @@ __all__ = [
     "leading_tokens",
     "read_documents",
     "text_files",
+    "token_pieces",
 ]
 
 _ENDINGS = (".txt", ".jsonl")
+# Bytes of the longest character of UTF-8; a token is at least one of them.
+_TOKENS_OF_A_CHARACTER = 4
 
 
 def text_files(path: str | os.PathLike[str]) -> list[Path]:
@@ -106,6 +109,34 @@ def leading_tokens(tokenizer: Any) -> list[int]:
         if full[start : start + len(plain)] == plain:
             return full[:start]
     return []
+
+
+def token_pieces(tokenizer: Any, tokens: Sequence[int]) -> list[tuple[str, int]]:
+    """The text of a sequence in pieces, each with the number of tokens that it is made of.
+
+    One piece a token, except where a character takes several; special tokens are written out. Tokens are
+    decoded together with those before, because a tokenizer may drop the space at the start of a text.
+
+    Returns:
+        ``(text, tokens)``; the counts add up to ``len(tokens)``.
+    """
+    ids = [int(token) for token in tokens]
+    found: list[tuple[str, int]] = []
+    first = second = (
+        0  # tokens from the first are decoded again, those from the second are not yet in a piece
+    )
+    for end in range(1, len(ids) + 1):
+        before = tokenizer.decode(ids[first:second]) if second > first else ""
+        whole = tokenizer.decode(ids[first:end])
+        if whole.endswith("\ufffd") and end < len(ids) and end - second < _TOKENS_OF_A_CHARACTER:
+            continue
+        # A tokenizer that writes the text before differently now is taken at its word for this token alone.
+        piece = (
+            whole[len(before) :] if whole.startswith(before) else tokenizer.decode(ids[second:end])
+        )
+        found.append((piece, end - second))
+        first, second = second, end
+    return found
 
 
 def calibration_windows(
