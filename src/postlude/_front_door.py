@@ -18,6 +18,7 @@ from postlude import registry
 from postlude.errors import DataError, InputError, OutputExistsError, SettingsError
 from postlude.evaluation.perplexity import evaluate as _evaluate
 from postlude.inspection.signature import compare as _compare
+from postlude.inspection.update import Comparison, Update
 from postlude.quantization.engine import Quantizer
 from postlude.quantization.engine import quantize as _quantize
 from postlude.runs.atomic import check_replaceable, discard
@@ -138,16 +139,38 @@ def _inspection_tokens(
 
 
 def compare(
-    checkpoints: Sequence[Path_ | Checkpoint], *, text: Text | None = None, seed: int = 0
-) -> Any:
-    """Tell how checkpoints are related, by the angles between their signatures (arXiv:2502.07004).
+    checkpoints: Sequence[Path_ | Checkpoint],
+    *,
+    text: Text | None = None,
+    layers: Sequence[int] | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Comparison:
+    """Tell how checkpoints are related, and what was changed from the first to each of the others.
+
+    Args:
+        checkpoints: two or more, loaded or paths; the first is the base of the updates.
+        text: what to run through the models for their signatures (arXiv:2502.07004); the help texts of Python
+            otherwise.
+        layers: blocks whose singular values are computed, the costly part of an update; all when None.
+        seed: of the choice of text.
+        progress: where to show it.
 
     Raises:
-        SettingsError: fewer than two checkpoints, or models of different hidden size.
+        SettingsError: fewer than two checkpoints, models of different hidden size, or blocks that there are not.
     """
     opened = [_open(one) for one in checkpoints]
     tokens = [_inspection_tokens(one, text, _INSPECT_SAMPLES, None, seed) for one in opened]
-    return _compare(opened, tokens, seed)
+    signatures = _compare(opened, tokens, seed)
+    names = list(signatures.reports)
+    update = Update(layers=None if layers is None else tuple(layers))
+    return Comparison(
+        signatures,
+        tuple(
+            update.compare(opened[0], other, (names[0], name), progress)
+            for name, other in zip(names[1:], opened[1:], strict=True)
+        ),
+    )
 
 
 def kernels(checkpoint: Path_ | Checkpoint, kernel: str = AUTO) -> dict[str, Any]:

@@ -91,7 +91,21 @@ def test_compare(door: Any, postlude_command: Any) -> None:
     door.results["compare"] = {"angle": 4.0}
     done = postlude_command("inspect", "compare", "a", "b", "c", "--seed", 1, "--json")
     assert done.json == {"angle": 4.0}
-    assert door.calls[-1] == ("compare", (["<a>", "<b>", "<c>"],), {"text": None, "seed": 1})
+    expected = {"text": None, "layers": None, "seed": 1}
+    assert door.calls[-1] == ("compare", (["<a>", "<b>", "<c>"],), expected)
+
+
+def test_compare_takes_some_blocks(door: Any, postlude_command: Any) -> None:
+    assert postlude_command("inspect", "compare", "a", "b", "--layers", "0, 4-6").code == 0
+    assert door.calls[-1][2]["layers"] == [0, 4, 5, 6]
+
+
+@pytest.mark.parametrize("layers", ["", "x", "3-1", "1,,2", "-1"])
+def test_compare_refuses_other_words(door: Any, postlude_command: Any, layers: str) -> None:
+    done = postlude_command("inspect", "compare", "a", "b", f"--layers={layers}")
+    assert done.code == 2
+    assert "expected numbers and ranges of them, as in 0,4-7" in " ".join(done.err.split())
+    assert door.calls == []
 
 
 def test_compare_needs_two(door: Any, postlude_command: Any) -> None:

@@ -13,8 +13,9 @@ from typing import Any
 from postlude.errors import SettingsError, UnknownNameError
 from postlude.registry import MethodInfo
 
-__all__ = ["make_settings", "parse_bits", "parse_granularity"]
+__all__ = ["make_settings", "parse_bits", "parse_granularity", "parse_numbers"]
 
+_RANGE = re.compile(r"(\d+)(?:-(\d+))?", re.ASCII)
 _BITS = re.compile(r"(?:w(?P<weights>\d+))?(?:a(?P<activations>\d+))?(?:kv(?P<kv>\d+))?", re.ASCII)
 
 
@@ -47,6 +48,24 @@ def parse_granularity(option: str, text: str, words: tuple[str, ...]) -> str | i
     raise SettingsError(
         f"{option} {text!r} is not understood: expected {', '.join(words)} or a group size such as 128."
     )
+
+
+def parse_numbers(option: str, text: str) -> list[int]:
+    """``"0,4-7"`` as ``[0, 4, 5, 6, 7]``.
+
+    Raises:
+        SettingsError: anything else.
+    """
+    numbers: list[int] = []
+    for part in text.split(","):
+        found = _RANGE.fullmatch(part.strip())
+        first, last = (int(found[1]), int(found[2] or found[1])) if found else (1, 0)
+        if first > last:
+            raise SettingsError(
+                f"{option} {text!r} is not understood: expected numbers and ranges of them, as in 0,4-7."
+            )
+        numbers += range(first, last + 1)
+    return numbers
 
 
 def make_settings(

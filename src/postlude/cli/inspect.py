@@ -72,6 +72,14 @@ def checkpoint(
 def compare(
     checkpoints: options.Checkpoints,
     text: Text = None,
+    layers: Annotated[
+        str | None,
+        typer.Option(
+            "--layers",
+            metavar="0,4-7",
+            help="Blocks whose ranks and intruder dimensions are computed, the slow part; all otherwise.",
+        ),
+    ] = None,
     dtype: options.Dtype = "auto",
     device: options.Device = None,
     output: options.NewFile = None,
@@ -79,15 +87,19 @@ def compare(
     seed: options.Seed = 0,
     json: options.Json = False,
 ) -> Result:
-    """Tell how two or more checkpoints are related, by the angle between their signatures."""
+    """Tell how checkpoints are related, and what tuning changed from the first to each of the others."""
     from postlude import _front_door
+    from postlude.cli._settings import parse_numbers
     from postlude.errors import SettingsError
+    from postlude.runs.progress import Progress
 
     if len(checkpoints) < 2:
         raise SettingsError(f"compare takes two or more checkpoints, got {len(checkpoints)}.")
+    blocks = None if layers is None else parse_numbers("--layers", layers)
     refuse_existing(output, overwrite=overwrite)
     models = [_front_door.load(path, dtype=dtype, device=device) for path in checkpoints]
-    result = _front_door.compare(models, text=text, seed=seed)
+    with Progress(show=True) as progress:
+        result = _front_door.compare(models, text=text, layers=blocks, seed=seed, progress=progress)
     write_json(result, output, overwrite=overwrite)
     return Result(result)
 
