@@ -1,0 +1,130 @@
+"""What every target shares: refuse early, write whole or not at all, read again before saying it is done."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import shutil
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, ClassVar
+
+from postlude import registry
+from postlude.errors import OutputExistsError
+from postlude.runs.atomic import atomic_directory, atomic_write, check_replaceable
+from postlude.runs.checkpoint import Checkpoint
+from postlude.runs.selfcheck import Reload
+
+__all__ = ["Exporter", "export"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Exporter(ABC):
+    """Base of the settings of every target.
+
+    Attributes:
+        marker: for targets that are directories, a file that every output has; None for a single file.
+    """
+
+    marker: ClassVar[str | None] = None
+
+    @abstractmethod
+    def write(self, checkpoint: Checkpoint, out: Path) -> dict[str, Any]:
+        """Write to a path that nobody sees yet; returns what is worth reporting.
+
+        Raises:
+            SettingsError: the target cannot hold this checkpoint; says why, and what to export instead.
+        """
+
+    @abstractmethod
+    def check(self, checkpoint: Checkpoint, out: Path) -> Reload:
+        """Read the output in a fresh process, as its users do, and compare logits.
+
+        Raises:
+            VerificationError: it is another model.
+        """
+
+
+def export(
+    checkpoint: Checkpoint,
+    settings: Exporter,
+    out: str | os.PathLike[str],
+    *,
+    overwrite: bool = False,
+    check: bool = True,
+) -> dict[str, Any]:
+    """Write a checkpoint in another library's format.
+
+    Args:
+        checkpoint: float or quantized.
+        settings: the target.
+        out: a directory, or a file where the target is one.
+        overwrite: replace an output that is already there.
+        check: read the output again before it takes its place.
+
+    Returns:
+        ``output``, ``to``, ``bytes``, what the target reports, and with ``check`` ``reload_max_difference`` and
+        ``reload_relative_difference``, see :class:`postlude.runs.selfcheck.Reload`.
+
+    Raises:
+        SettingsError: the target cannot hold this checkpoint.
+        OutputExistsError: ``out`` exists.
+        VerificationError: the output, read again, is another model; nothing is left of it.
+    """
+    _refuse_existing(settings, Path(os.path.realpath(out)), overwrite)
+    with _place(settings, out, overwrite) as temporary:
+        report = settings.write(checkpoint, temporary)
+        if check:
+            found = settings.check(checkpoint, temporary)
+            report["reload_max_difference"] = found.max_difference
+            report["reload_relative_difference"] = found.relative
+    return {
+        "output": os.fspath(out),
+        "to": registry.info_of(settings).name,
+        "bytes": _bytes(Path(out)),
+        **report,
+    }
+
+
+@contextlib.contextmanager
+def _place(settings: Exporter, out: str | os.PathLike[str], overwrite: bool) -> Iterator[Path]:
+    if settings.marker is not None:
+        with atomic_directory(out, overwrite, settings.marker) as directory:
+            yield directory
+            _same_permissions(directory)
+        return
+    Path(out).resolve().parent.mkdir(parents=True, exist_ok=True)
+    # A reader may go by the ending of the name, so the file is made in a directory of its own.
+    with atomic_write(out) as temporary:
+        work = temporary.with_name(temporary.name + ".d")
+        work.mkdir()
+        try:
+            made = work / Path(out).name
+            yield made
+            os.replace(made, temporary)
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+
+
+def _refuse_existing(settings: Exporter, out: Path, overwrite: bool) -> None:
+    if settings.marker is not None:
+        check_replaceable(out, overwrite, settings.marker)
+    elif out.is_dir():
+        raise OutputExistsError(f"{out} is a directory, and the output is a file: name a file.")
+    elif out.exists() and not overwrite:
+        raise OutputExistsError(
+            f"{out} already exists. Choose another output, or pass --overwrite (overwrite=True) to replace it."
+        )
+
+
+def _same_permissions(directory: Path) -> None:
+    # The library writes weights for their owner alone; give them the permissions of the rest.
+    for file in directory.glob("*.safetensors"):
+        shutil.copymode(directory / "config.json", file)
+
+
+def _bytes(out: Path) -> int:
+    files = [out] if out.is_file() else [file for file in out.rglob("*") if file.is_file()]
+    return sum(file.stat().st_size for file in files)
