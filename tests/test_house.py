@@ -26,6 +26,7 @@ def test_public_names() -> None:
         "__version__",
         "errors",
         "evaluate",
+        "export",
         "generate",
         "inspect",
         "load",
@@ -38,7 +39,7 @@ def test_public_names() -> None:
 def test_verbs_come_from_the_front_door() -> None:
     from postlude import _front_door
 
-    for name in ("evaluate", "generate", "inspect", "load", "quantize"):
+    for name in ("evaluate", "export", "generate", "inspect", "load", "quantize"):
         assert getattr(postlude, name) is getattr(_front_door, name)
 
 

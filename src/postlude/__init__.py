@@ -22,13 +22,14 @@ from postlude import _transformers_hook, errors
 from postlude.errors import PostludeError
 
 if TYPE_CHECKING:
-    from postlude._front_door import evaluate, generate, inspect, load, quantize
+    from postlude._front_door import evaluate, export, generate, inspect, load, quantize
 
 __all__ = [
     "PostludeError",
     "__version__",
     "errors",
     "evaluate",
+    "export",
     "generate",
     "inspect",
     "load",
@@ -37,7 +38,7 @@ __all__ = [
 
 __version__ = "0.1.0"
 
-_VERBS = ("evaluate", "generate", "inspect", "load", "quantize")
+_VERBS = ("evaluate", "export", "generate", "inspect", "load", "quantize")
 
 _transformers_hook.install()
 

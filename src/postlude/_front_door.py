@@ -17,6 +17,8 @@ import postlude
 from postlude import registry
 from postlude.errors import DataError, InputError, OutputExistsError, SettingsError
 from postlude.evaluation.perplexity import evaluate as _evaluate
+from postlude.exporting.engine import Exporter
+from postlude.exporting.engine import export as _export
 from postlude.inspection.signature import compare as _compare
 from postlude.inspection.update import Comparison, Update
 from postlude.quantization.engine import Quantizer
@@ -36,6 +38,7 @@ __all__ = [
     "compare",
     "demo",
     "evaluate",
+    "export",
     "generate",
     "inspect",
     "kernels",
@@ -209,6 +212,7 @@ def quantize(
     overwrite: bool = False,
     run: Path_ | None = None,
     inplace: bool = False,
+    check: bool = False,
     progress: Progress | None = None,
 ) -> Checkpoint:
     """Make a smaller checkpoint.
@@ -224,6 +228,7 @@ def quantize(
         overwrite: replace ``out``, and start a run of something else afresh.
         run: keep finished blocks in this directory instead, also afterwards.
         inplace: rewrite the given model rather than a copy of it.
+        check: read what is saved again in a fresh process, see :meth:`Checkpoint.save`.
         progress: where to show it.
 
     Returns:
@@ -267,7 +272,7 @@ def quantize(
             discard(_run_beside(out), out)
         raise
     if out is not None:
-        small.save(out, overwrite=overwrite)
+        small.save(out, overwrite=overwrite, check=check)
         if run is None:
             discard(_run_beside(out), out)
     return small
@@ -323,6 +328,39 @@ def evaluate(
         _open(checkpoint), text, reference=base, max_length=max_length, progress=progress
     )
     return {**result, "seconds": time.perf_counter() - started}
+
+
+def export(
+    checkpoint: Path_ | Checkpoint,
+    to: str | Exporter,
+    out: Path_,
+    *,
+    overwrite: bool = False,
+    check: bool = True,
+) -> dict[str, Any]:
+    """Write a checkpoint in another engine's format, and read it again before saying so.
+
+    Args:
+        checkpoint: loaded, or a path; float or quantized.
+        to: a settings object such as ``GGUF()``, or a name for its defaults.
+        out: a directory, or a file where the format is one.
+        overwrite: replace an output that is already there.
+        check: compare logits with those that a fresh process computes from the output.
+
+    Returns:
+        See :func:`postlude.exporting.engine.export`.
+
+    Raises:
+        SettingsError: the format cannot hold this checkpoint; says why, and what to do instead.
+        OutputExistsError: ``out`` exists.
+        VerificationError: the output is another model; nothing is left of it.
+    """
+    settings = registry.find("export", to).settings() if isinstance(to, str) else to
+    if not isinstance(settings, Exporter):
+        raise SettingsError(
+            f"export takes the name or the settings of a format, got {type(to).__name__}"
+        )
+    return _export(_open(checkpoint), settings, out, overwrite=overwrite, check=check)
 
 
 def generate(

@@ -11,7 +11,7 @@ import pytest
 
 from postlude import errors
 
-VERBS = ["inspect", "quantize", "evaluate", "generate", "methods", "demo"]
+VERBS = ["inspect", "quantize", "evaluate", "generate", "export", "methods", "demo"]
 
 
 @pytest.mark.parametrize("words", [["--help"], ["-h"], *([verb, "--help"] for verb in VERBS)])

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import typer
 import typer.main
 
-from postlude.cli import demo, evaluate, generate, inspect, methods, quantize
+from postlude.cli import demo, evaluate, export, generate, inspect, methods, quantize
 from postlude.cli._group import OrderedGroup
 from postlude.cli._output import Result, to_json
 from postlude.errors import PostludeError
@@ -55,6 +55,7 @@ app.add_typer(inspect.app, name="inspect")
 app.command("quantize")(quantize.quantize)
 app.command("evaluate")(evaluate.evaluate)
 app.command("generate")(generate.generate)
+app.command("export")(export.export)
 app.command("methods")(methods.methods)
 app.command("demo")(demo.demo)
 
