@@ -157,6 +157,7 @@ def test_quantize(door: Any, postlude_command: Any) -> None:
         "overwrite": True,
         "run": "r",
         "inplace": True,
+        "check": True,
     }
 
 

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 __all__ = [
+    "Check",
     "Checkpoint",
     "Checkpoints",
     "Device",
@@ -24,6 +25,13 @@ Checkpoint = Annotated[
         metavar="CHECKPOINT",
         help="A Hugging Face model directory (safetensors), or the built-in `zoo:tiny-lm`.",
         show_default=False,
+    ),
+]
+Check = Annotated[
+    bool,
+    typer.Option(
+        "--check/--no-check",
+        help="Have a fresh process read the output and compare its logits before saying it is done.",
     ),
 ]
 Checkpoints = Annotated[

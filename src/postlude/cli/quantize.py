@@ -80,6 +80,7 @@ def quantize(
     dtype: options.Dtype = "auto",
     device: options.Device = None,
     overwrite: options.Overwrite = False,
+    check: options.Check = True,
     seed: options.Seed = 0,
     json: options.Json = False,
 ) -> Result:
@@ -113,7 +114,11 @@ def quantize(
         overwrite=overwrite,
         run=run,
         inplace=True,
+        check=check,
         progress=Progress(show=True),
     )
-    size = size_of(small)
-    return Result({"output": output, "method": method, **size, "seed": seed, "settings": settings})
+    result: dict[str, object] = {"output": output, "method": method, **size_of(small), "seed": seed}
+    reload = getattr(small, "reload", None)
+    if reload is not None:
+        result["reload_max_difference"] = reload.max_difference
+    return Result({**result, "settings": settings})

@@ -14,6 +14,7 @@ import torch
 
 from postlude.runs.atomic import atomic_directory
 from postlude.runs.quiet import quiet_transformers
+from postlude.runs.selfcheck import RELOAD, Reload, compare_reload
 from postlude.surgery.anatomy import Anatomy
 
 __all__ = ["Checkpoint"]
@@ -29,19 +30,23 @@ class Checkpoint:
         anatomy: where the parts of ``model`` are.
         path: the directory it was loaded from or saved to; None while ``model`` exists only in
             memory.
+        reload: what a fresh process made of the files when it was last saved with ``check``.
     """
 
     model: Any
     tokenizer: Any
     anatomy: Anatomy
     path: Path | None = None
+    reload: Reload | None = None
 
     @property
     def context(self) -> int:
         """The longest sequence, in tokens, that the model was made for."""
         return self.anatomy.context
 
-    def save(self, out: str | os.PathLike[str], overwrite: bool = False) -> Path:
+    def save(
+        self, out: str | os.PathLike[str], overwrite: bool = False, check: bool = False
+    ) -> Path:
         """Write a Hugging Face directory that transformers loads after ``import postlude``.
 
         The directory appears by a rename once everything in it is on the disk: a kill leaves the old one, or
@@ -50,9 +55,12 @@ class Checkpoint:
         Args:
             out: the directory.
             overwrite: replace a checkpoint that is already there.
+            check: have a fresh process load the files, and compare its logits with those of the model in memory,
+                before the directory appears. Takes seconds, and the memory of a second model.
 
         Raises:
             OutputExistsError: ``out`` exists and ``overwrite`` is False, or ``out`` is no checkpoint.
+            VerificationError: the files, read again, are another model; the directory does not appear.
         """
         with atomic_directory(out, overwrite, marker="config.json") as directory:
             with quiet_transformers():
@@ -62,8 +70,16 @@ class Checkpoint:
             for file in directory.glob("*.safetensors"):
                 # The library writes weights for their owner alone; give them the permissions of the rest.
                 shutil.copymode(directory / "config.json", file)
+            if check:
+                self.reload = self._read_again(directory, os.fspath(out))
         self.path = Path(out).resolve()
         return self.path
+
+    def _read_again(self, directory: Path, name: str) -> Reload:
+        wide = self.model.dtype not in (torch.float16, torch.bfloat16)
+        dtype = str(self.model.dtype).removeprefix("torch.") if wide else "float32"
+        arguments = [str(directory), dtype, str(self.model.device)]
+        return compare_reload(self.model, self.anatomy, RELOAD, arguments, what=name)
 
     def fingerprint(self) -> str:
         """SHA-256 over the configuration, and names, types, shapes and bytes of parameters and buffers."""
