@@ -127,7 +127,7 @@ class Outcome:
 class Objective(abc.ABC):
     """What is minimised or maximised."""
 
-    def check(self, job: Job) -> None:
+    def check(self, job: Job) -> None:  # noqa: B027 - most have nothing to refuse
         """Refuse, before anything is computed, what cannot be done."""
 
     @abc.abstractmethod

@@ -1,0 +1,448 @@
+"""Demonstrations from a .jsonl file, as tokens and which of them are the response.
+
+One JSON object a line, in one of three forms, told apart by their keys:
+
+    {"prompt": "...", "completion": "..."}      or both as lists of messages
+    {"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}
+    {"text": "..."}
+
+The response is the completion with the end-of-sequence token, every assistant turn with the token that ends it, or
+all of a text with its end of sequence. The rest, the prompt, is read by the model and not learned.
+
+A prompt and its completion are tokenized together, and the response starts where the tokens of the prompt alone end.
+Where the tokenizer merges letters across that border they are tokenized apart, as they are when the model is asked;
+such lines are counted (``retokenized``).
+
+Messages go through the chat template of the tokenizer. Where the template marks ``{% generation %}``, transformers
+tells which tokens are the assistant's. Elsewhere the template is applied to the first turns only, again and again;
+each result must be a prefix of the next, which is checked, and what an assistant turn adds is a response.
+"""
+
+from __future__ import annotations
+
+import bisect
+import dataclasses
+import hashlib
+import json
+import os
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from postlude.errors import DataError, SettingsError
+from postlude.runs.documents import encode
+from postlude.runs.progress import Progress
+
+__all__ = ["Examples", "Row", "read_examples", "read_rows"]
+
+_GENERATION = re.compile(r"\{%-?\s*generation\b")
+_FORMS = '"prompt" and "completion", "messages", or "text"'
+_NAMED = 5
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One line of a .jsonl file."""
+
+    file: Path
+    line: int
+    fields: Mapping[str, Any]
+
+    @property
+    def where(self) -> str:
+        """``FILE line N``."""
+        return f"{self.file} line {self.line}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Examples:
+    """Sequences of tokens and which tokens are the response.
+
+    Attributes:
+        tokens: ``int64 [N]``, one sequence after the other.
+        response: bool ``[N]``.
+        starts: ``int64 [n + 1]``, where each sequence starts in them.
+        truncated: sequences that lost their end.
+        lost_tokens: how many tokens they lost.
+        retokenized: sequences whose prompt and completion had to be tokenized apart.
+    """
+
+    tokens: Tensor
+    response: Tensor
+    starts: Tensor
+    truncated: int = 0
+    lost_tokens: int = 0
+    retokenized: int = 0
+
+    def __post_init__(self) -> None:
+        # The first token of a sequence is never predicted.
+        targets = self.response.clone()
+        targets[self.starts[:-1]] = False
+        counts = torch.zeros(len(self.tokens) + 1, dtype=torch.int64)
+        counts[1:] = targets.cumsum(0)
+        object.__setattr__(self, "_targets", targets)
+        object.__setattr__(self, "_target_starts", counts[self.starts])
+        object.__setattr__(self, "_starts", self.starts.tolist())
+
+    def __len__(self) -> int:
+        return len(self.starts) - 1
+
+    def ids(self, index: int) -> Tensor:
+        """``int64 [length]``: the tokens of a sequence."""
+        starts: list[int] = self._starts  # type: ignore[attr-defined]
+        return self.tokens[starts[index] : starts[index + 1]]
+
+    def targets(self, index: int) -> Tensor:
+        """bool ``[length]``: which tokens of a sequence are learned."""
+        starts: list[int] = self._starts  # type: ignore[attr-defined]
+        chosen: Tensor = self._targets[starts[index] : starts[index + 1]]  # type: ignore[attr-defined]
+        return chosen
+
+    @property
+    def target_starts(self) -> Tensor:
+        """``int64 [n + 1]``: where the learned tokens of each sequence start among all learned tokens."""
+        starts: Tensor = self._target_starts  # type: ignore[attr-defined]
+        return starts
+
+    @property
+    def lengths(self) -> Tensor:
+        """``int64 [n]``: tokens of each sequence."""
+        return self.starts[1:] - self.starts[:-1]
+
+    def digest(self) -> str:
+        """A SHA-256 over tokens, bounds and which are learned, in hexadecimal."""
+        found = hashlib.sha256()
+        for tensor in (self.tokens, self.starts, self.response.to(torch.uint8)):
+            found.update(tensor.contiguous().numpy().tobytes())
+        return found.hexdigest()
+
+    def counts(self) -> dict[str, int]:
+        """What was read, in numbers."""
+        return {
+            "sequences": len(self),
+            "tokens": len(self.tokens),
+            "response_tokens": int(self.target_starts[-1]),
+            "truncated": self.truncated,
+            "lost_tokens": self.lost_tokens,
+            "retokenized": self.retokenized,
+        }
+
+
+def read_rows(path: str | os.PathLike[str]) -> list[Row]:
+    """The objects of a .jsonl file, or of every .jsonl file of a directory in sorted order; blank lines are left out.
+
+    Raises:
+        DataError: no such file, another kind of file, a line that is no JSON object, or no line at all.
+    """
+    source = Path(path)
+    if source.is_dir():
+        files = sorted(file for file in source.glob("*.jsonl") if file.is_file())
+        if not files:
+            raise DataError(f"{source} holds no .jsonl file: expected {_FORMS}, one object a line.")
+    elif not source.is_file():
+        raise DataError(f"There is no data at {source}: expected a .jsonl file.")
+    elif source.suffix != ".jsonl":
+        raise DataError(
+            f"{source} ends in {source.suffix or 'nothing'}; expected .jsonl with one JSON object a line."
+        )
+    else:
+        files = [source]
+    rows = [row for file in files for row in _rows(file)]
+    if not rows:
+        raise DataError(f"{source} holds no line: expected one JSON object a line.")
+    return rows
+
+
+def read_examples(
+    path: str | os.PathLike[str],
+    tokenizer: Any,
+    max_length: int,
+    progress: Progress | None = None,
+) -> Examples:
+    """Read and tokenize demonstrations; see the top of this file.
+
+    Args:
+        path: a .jsonl file, or a directory of them.
+        tokenizer: of the model.
+        max_length: sequences beyond it lose their end.
+        progress: where to show a bar.
+
+    Raises:
+        DataError: names file and line: not one of the three forms, a completion that is empty or that truncation
+            leaves nothing of, messages that the template refuses.
+        SettingsError: ``max_length`` below 2.
+    """
+    if max_length < 2:
+        raise SettingsError(f"max_length is {max_length}; expected at least 2 tokens")
+    rows = read_rows(path)
+    if tokenizer is None:
+        raise DataError(
+            "The checkpoint has no tokenizer, so demonstrations cannot be read with it: add its "
+            "tokenizer.json and tokenizer_config.json to the checkpoint directory."
+        )
+    read: list[_Tokens] = []
+    for row in rows if progress is None else progress.iterate(rows, "read data"):
+        read.append(_form(row)(tokenizer, row))
+    _refuse([row for row, one in zip(rows, read, strict=True) if not any(one.content)], "is empty")
+    kept = [one.cut(max_length) for one in read]
+    _refuse(
+        [row for row, one in zip(rows, kept, strict=True) if not any(one.response[1:])],
+        f"has no token left within max_length {max_length}, which the prompt takes whole",
+    )
+    lengths = [len(one.ids) for one in kept]
+    return Examples(
+        tokens=torch.tensor([token for one in kept for token in one.ids], dtype=torch.int64),
+        response=torch.tensor([mark for one in kept for mark in one.response], dtype=torch.bool),
+        starts=torch.tensor([0, *lengths]).cumsum(0),
+        truncated=sum(len(one.ids) > max_length for one in read),
+        lost_tokens=sum(len(one.ids) for one in read) - sum(lengths),
+        retokenized=sum(one.retokenized for one in read),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Tokens:
+    """One sequence.
+
+    Attributes:
+        ids: tokens.
+        response: which are the response.
+        content: which say something: the response without special tokens.
+        retokenized: prompt and completion were tokenized apart.
+    """
+
+    ids: list[int]
+    response: list[bool]
+    content: list[bool]
+    retokenized: bool = False
+
+    def cut(self, length: int) -> _Tokens:
+        return dataclasses.replace(
+            self,
+            ids=self.ids[:length],
+            response=self.response[:length],
+            content=self.content[:length],
+        )
+
+
+def _refuse(rows: Sequence[Row], what: str) -> None:
+    if not rows:
+        return
+    lines = ", ".join(str(row.line) for row in rows[:_NAMED])
+    more = f" and {len(rows) - _NAMED} more" if len(rows) > _NAMED else ""
+    many = "s" if len(rows) > 1 else ""
+    raise DataError(
+        f"{rows[0].file} line{many} {lines}{more}: the response {what}, so there is nothing to learn. "
+        "Remove such lines, or give their responses more room."
+    )
+
+
+def _rows(file: Path) -> list[Row]:
+    try:
+        content = file.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{file} is not UTF-8: byte {error.start} is 0x{error.object[error.start]:02x}. "
+            "Expected UTF-8 text; convert it first (iconv -f ... -t utf-8)."
+        ) from error
+    rows = []
+    # Not splitlines: JSON strings may hold U+2028 and other separators as they are.
+    for line, text in enumerate(content.split("\n"), start=1):
+        if not text.strip():
+            continue
+        try:
+            fields = json.loads(text)
+        except ValueError as error:
+            raise DataError(f"{file} line {line} is not valid JSON: {error}.") from error
+        if not isinstance(fields, dict):
+            raise DataError(
+                f"{file} line {line} is a JSON {type(fields).__name__}; expected an object with {_FORMS}."
+            )
+        rows.append(Row(file, line, fields))
+    return rows
+
+
+def _form(row: Row) -> Callable[[Any, Row], _Tokens]:
+    keys = row.fields.keys()
+    if "messages" in keys:
+        return _messages
+    if {"prompt", "completion"} <= keys:
+        both = (row.fields["prompt"], row.fields["completion"])
+        return _messages if any(isinstance(part, list) for part in both) else _completion
+    if "text" in keys:
+        return _text
+    raise DataError(f"{row.where} has keys {sorted(keys)}; expected {_FORMS}.")
+
+
+def _string(row: Row, name: str) -> str:
+    value = row.fields[name]
+    if not isinstance(value, str):
+        raise DataError(f'{row.where} has "{name}" as a {type(value).__name__}; expected a string.')
+    return value
+
+
+def _ended(tokenizer: Any, ids: list[int]) -> list[int]:
+    end = tokenizer.eos_token_id
+    return ids if end is None or (ids and ids[-1] == end) else [*ids, end]
+
+
+def _started(tokenizer: Any, text: str) -> list[int]:
+    """Tokens of a text that goes on: without the end of sequence that some tokenizers add."""
+    ids = encode(tokenizer, text)
+    while ids and ids[-1] == tokenizer.eos_token_id and not text.endswith(tokenizer.eos_token):
+        ids = ids[:-1]
+        if len(ids) == 1 and ids[0] == tokenizer.bos_token_id:
+            break
+    return ids
+
+
+def _says(tokenizer: Any, ids: Iterable[int]) -> list[bool]:
+    special = set(tokenizer.all_special_ids)
+    return [token not in special for token in ids]
+
+
+def _text(tokenizer: Any, row: Row) -> _Tokens:
+    text = _string(row, "text")
+    ids = _ended(tokenizer, encode(tokenizer, text)) if text else []
+    return _Tokens(ids, [True] * len(ids), _says(tokenizer, ids))
+
+
+def _completion(tokenizer: Any, row: Row) -> _Tokens:
+    prompt, completion = _string(row, "prompt"), _string(row, "completion")
+    before = _started(tokenizer, prompt)
+    ids = _started(tokenizer, prompt + completion)
+    apart = ids[: len(before)] != before
+    if apart:
+        ids = before + encode(tokenizer, completion, add_special_tokens=False)
+    says = [False] * len(before) + _says(tokenizer, ids[len(before) :])
+    whole = _ended(tokenizer, ids) if len(ids) > len(before) else ids
+    says += [False] * (len(whole) - len(ids))
+    response = [False] * len(before) + [True] * (len(whole) - len(before))
+    return _Tokens(whole, response, says, retokenized=apart)
+
+
+def _messages(tokenizer: Any, row: Row) -> _Tokens:
+    if "messages" in row.fields:
+        first, messages = 0, row.fields["messages"]
+    else:
+        prompt = _turns(row.fields["prompt"], "user")
+        completion = _turns(row.fields["completion"], "assistant")
+        first, messages = len(prompt), [*prompt, *completion]
+    _check_messages(row, messages)
+    if tokenizer.chat_template is None:
+        raise DataError(
+            f"{row.where} holds messages, and the model's tokenizer has no chat template to write them with. "
+            'Give "prompt" and "completion" as strings instead, or put the chat_template.jinja that the model '
+            "was made for beside its tokenizer."
+        )
+    if _GENERATION.search(str(tokenizer.chat_template)):
+        ids, response = _by_mask(tokenizer, row, messages, first)
+    else:
+        ids, response = _by_prefix(tokenizer, row, messages, first)
+    says = [a and b for a, b in zip(response, _says(tokenizer, ids), strict=True)]
+    if (
+        any(says)
+        and not tokenizer.decode(
+            [token for token, mark in zip(ids, says, strict=True) if mark]
+        ).strip()
+    ):
+        says = [False] * len(says)
+    return _Tokens(ids, response, says)
+
+
+def _turns(part: Any, role: str) -> list[Any]:
+    return part if isinstance(part, list) else [{"role": role, "content": part}]
+
+
+def _check_messages(row: Row, messages: Any) -> None:
+    expected = 'a list of objects with "role" and "content", both strings'
+    if not isinstance(messages, list) or not messages:
+        raise DataError(f"{row.where} has no messages; expected {expected}.")
+    for number, message in enumerate(messages, start=1):
+        if not isinstance(message, dict) or not all(
+            isinstance(message.get(key), str) for key in ("role", "content")
+        ):
+            raise DataError(f"{row.where}, message {number}: expected {expected}.")
+    if not any(message["role"] == "assistant" for message in messages):
+        raise DataError(
+            f'{row.where} has no message of the role "assistant", so there is nothing to learn.'
+        )
+
+
+def _template(tokenizer: Any, row: Row, messages: Sequence[Any], **options: Any) -> Any:
+    from transformers.utils import chat_template_utils
+
+    try:
+        return tokenizer.apply_chat_template(
+            list(messages), tools=row.fields.get("tools"), **options
+        )
+    except (chat_template_utils.jinja2.exceptions.TemplateError, TypeError, KeyError) as error:
+        raise DataError(
+            f"{row.where}: the chat template refuses {len(messages)} messages of the roles "
+            f"{', '.join(message['role'] for message in messages)}: {error}."
+        ) from error
+
+
+def _applied(tokenizer: Any, row: Row, messages: Sequence[Any], goes_on: bool = False) -> list[int]:
+    text = _template(tokenizer, row, messages, tokenize=False, add_generation_prompt=goes_on)
+    return encode(tokenizer, text, add_special_tokens=False)
+
+
+def _by_mask(
+    tokenizer: Any, row: Row, messages: Sequence[Any], first: int
+) -> tuple[list[int], list[bool]]:
+    found = _template(
+        tokenizer, row, messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+    )
+    ids, response = list(found["input_ids"]), [bool(mark) for mark in found["assistant_masks"]]
+    # Templates differ in whether the token that ends a turn lies inside of what they mark.
+    for index in range(1, len(ids)):
+        if response[index - 1] and ids[index] == tokenizer.eos_token_id:
+            response[index] = True
+    if first:
+        given = _applied(tokenizer, row, messages[:first])
+        _check_prefix(tokenizer, row, given, ids, first)
+        response[: len(given)] = [False] * len(given)
+    return ids, response
+
+
+def _by_prefix(
+    tokenizer: Any, row: Row, messages: Sequence[Any], first: int
+) -> tuple[list[int], list[bool]]:
+    ids = _applied(tokenizer, row, messages)
+    response = [False] * len(ids)
+    for index in range(first, len(messages)):
+        if messages[index]["role"] != "assistant":
+            continue
+        before = _applied(tokenizer, row, messages[:index], goes_on=True)
+        after = _applied(tokenizer, row, messages[: index + 1])
+        _check_prefix(tokenizer, row, before, after, index + 1)
+        _check_prefix(tokenizer, row, after, ids, index + 1)
+        stop = _end_of_turn(tokenizer, after, len(before))
+        response[len(before) : stop] = [True] * (stop - len(before))
+    return ids, response
+
+
+def _end_of_turn(tokenizer: Any, ids: list[int], start: int) -> int:
+    """Behind the last special token of a turn, if only blanks follow it: the line end is not the assistant's."""
+    special = set(tokenizer.all_special_ids)
+    last = next((i for i in range(len(ids) - 1, start, -1) if ids[i] in special), None)
+    if last is None or tokenizer.decode(ids[last + 1 :]).strip():
+        return len(ids)
+    return last + 1
+
+
+def _check_prefix(tokenizer: Any, row: Row, part: list[int], whole: list[int], turn: int) -> None:
+    if whole[: len(part)] == part:
+        return
+    same = bisect.bisect_left(range(len(part)), True, key=lambda n: whole[: n + 1] != part[: n + 1])
+    near = tokenizer.decode(part[max(0, same - 8) : same + 8])
+    raise DataError(
+        f"{row.where}: the chat template writes the turns up to message {turn} otherwise when more follows (near "
+        f"{near!r}), so it cannot be told which tokens are the response. Use a template that marks them with "
+        "{% generation %}, or give each answer as a line of its own."
+    )
