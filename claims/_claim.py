@@ -13,12 +13,15 @@ import platform
 import resource
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from postlude.runs.atomic import atomic_write
+from postlude.runs.directory import RunDirectory
 from postlude.runs.documents import read_documents
 from postlude.runs.progress import Progress
 
@@ -27,6 +30,7 @@ __all__ = ["Claim", "data_directory", "documents", "share", "spread"]
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "claims.md"
 SEEDS = 5
+_SECONDS = "_cpu_seconds"
 
 
 class Claim:
@@ -35,24 +39,30 @@ class Claim:
     Args:
         name: of the script and of its section.
         description: the script's docstring.
+        parts: what the script can measure, one at a time; each part has a section of its own, called ``NAME-PART``.
 
     Attributes:
         seeds: what to repeat the measurement with.
         quick: whether this is only a trial of the script, with less of everything.
+        part: which of the parts was asked for.
         progress: where to show how far it is.
     """
 
-    def __init__(self, name: str, description: str) -> None:
-        self.name = name
-        options = self._options(description)
+    def __init__(self, name: str, description: str, parts: Sequence[str] = ()) -> None:
+        options = self._options(description, name, parts)
         self.quick: bool = options.quick
+        self.part: str = options.part if parts else ""
+        self.name = f"{name}-{self.part}" if self.part else name
+        self._command = f"python claims/{name}.py" + (f" --part {self.part}" if self.part else "")
+        self._run: Path = options.run
+        self._earlier = 0.0
         self.seeds = range(2 if options.quick and options.seeds == SEEDS else options.seeds)
         self.progress = Progress(show=True)
         self._write: bool = options.write
         self._started = time.perf_counter()
         self._printed: list[str] = []
 
-    def _options(self, description: str) -> argparse.Namespace:
+    def _options(self, description: str, name: str, parts: Sequence[str]) -> argparse.Namespace:
         parser = argparse.ArgumentParser(description=description.split("\n", 1)[0])
         parser.add_argument(
             "--seeds", type=int, default=SEEDS, help="how many (default %(default)s)"
@@ -63,6 +73,14 @@ class Claim:
         parser.add_argument(
             "--write", action="store_true", help=f"store the result in {PAGE.relative_to(ROOT)}"
         )
+        parser.add_argument(
+            "--run",
+            type=Path,
+            default=Path("runs", "claims", name),
+            help="where finished measurements are kept, if the script keeps them (default %(default)s)",
+        )
+        if parts:
+            parser.add_argument("--part", choices=parts, required=True, help="what to measure")
         options = parser.parse_args()
         if options.seeds < 1:
             parser.error(f"--seeds {options.seeds}: expected 1 or more")
@@ -71,6 +89,29 @@ class Claim:
                 f"--write stores whole measurements, of {SEEDS} seeds or more without --quick"
             )
         return options
+
+    def directory(self, settings: Mapping[str, Any]) -> RunDirectory:
+        """Where finished measurements of this section are kept; ``settings`` decide whether they are the same ones."""
+        manifest = {"claim": self.name, "quick": self.quick, "torch": torch.__version__, **settings}
+        folder = f"{self.name}-quick" if self.quick else self.name
+        return RunDirectory(self._run / folder, manifest)
+
+    def measured(
+        self, kept: RunDirectory, name: str, measure: Callable[[], Mapping[str, Tensor | float]]
+    ) -> dict[str, Tensor]:
+        """What ``measure`` returns, from the disk if an earlier run of the script already measured it."""
+        spent = 0.0
+
+        def timed() -> dict[str, Tensor]:
+            nonlocal spent
+            started = time.process_time()
+            found = {key: torch.as_tensor(value) for key, value in measure().items()}
+            spent = time.process_time() - started
+            return {**found, _SECONDS: torch.tensor(spent)}
+
+        found = kept.unit(name, timed)
+        self._earlier += float(found.pop(_SECONDS)) - spent
+        return found
 
     def say(self, text: str) -> None:
         """Print a paragraph."""
@@ -86,10 +127,12 @@ class Claim:
     def finish(self) -> None:
         """Say what the measurement took and how to repeat it; store it if that was asked for."""
         used = resource.getrusage(resource.RUSAGE_SELF)
+        # Of a script that was stopped and run again, only the CPU time adds up to that of one run.
+        wall = (time.perf_counter() - self._started) / 60
         self.say(
-            f"`python claims/{self.name}.py`: {len(self.seeds)} seeds, "
-            f"{(used.ru_utime + used.ru_stime) / 60:.1f} minutes of CPU time "
-            f"({(time.perf_counter() - self._started) / 60:.1f} of wall time, {torch.get_num_threads()} threads, "
+            f"`{self._command}`: {len(self.seeds)} seeds, "
+            f"{(used.ru_utime + used.ru_stime + self._earlier) / 60:.1f} minutes of CPU time "
+            f"({'' if self._earlier > 1 else f'{wall:.1f} of wall time, '}{torch.get_num_threads()} threads, "
             f"{used.ru_maxrss / 2**20:.1f} GiB), Python {platform.python_version()}, torch {torch.__version__}."
         )
         if self._write:

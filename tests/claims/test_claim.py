@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from postlude.errors import RunDirectoryError
+
 FOLDER = Path(__file__).resolve().parents[2] / "claims"
 PAGE = """# Claims
 
@@ -43,9 +45,9 @@ def run(shared: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     monkeypatch.setattr(shared, "PAGE", page)
     monkeypatch.setattr(shared, "ROOT", tmp_path)
 
-    def start(*arguments: str, name: str = "one") -> Any:
+    def start(*arguments: str, name: str = "one", parts: tuple[str, ...] = ()) -> Any:
         monkeypatch.setattr(sys, "argv", ["claim", *arguments])
-        return shared.Claim(name, "A claim.\n\nMore of it.")
+        return shared.Claim(name, "A claim.\n\nMore of it.", parts)
 
     start.page = page  # type: ignore[attr-defined]
     return start
@@ -111,3 +113,28 @@ def test_seeds(run: Any) -> None:
     assert list(run().seeds) == [0, 1, 2, 3, 4]
     assert list(run("--quick").seeds) == [0, 1]
     assert list(run("--quick", "--seeds", "3").seeds) == [0, 1, 2]
+
+
+def test_a_part_has_a_section_of_its_own(run: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    claim = run("--part", "small", parts=("small", "large"))
+    claim.finish()
+    assert (claim.part, claim.name) == ("small", "one-small")
+    assert "`python claims/one.py --part small`: 5 seeds" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        run(parts=("small", "large"))
+
+
+def test_what_was_measured_is_not_measured_again(run: Any, tmp_path: Path) -> None:
+    calls = []
+
+    def measure() -> dict[str, float]:
+        calls.append(1)
+        return {"loss": 0.1}
+
+    for _ in range(2):
+        claim = run("--run", str(tmp_path / "kept"))
+        found = claim.measured(claim.directory({"steps": 3}), "seed-0", measure)
+        assert {name: float(value) for name, value in found.items()} == {"loss": pytest.approx(0.1)}
+    assert len(calls) == 1
+    with pytest.raises(RunDirectoryError, match="steps: found 3, expected 4"):
+        claim.directory({"steps": 4})
