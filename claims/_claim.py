@@ -105,7 +105,13 @@ class Claim:
         def timed() -> dict[str, Tensor]:
             nonlocal spent
             started = time.process_time()
-            found = {key: torch.as_tensor(value) for key, value in measure().items()}
+            # Numbers keep their precision.
+            found = {
+                key: value
+                if isinstance(value, Tensor)
+                else torch.tensor(value, dtype=torch.float64)
+                for key, value in measure().items()
+            }
             spent = time.process_time() - started
             return {**found, _SECONDS: torch.tensor(spent)}
 
