@@ -60,7 +60,9 @@ class Shard:
         file, sha256, bytes: of its file.
     """
 
-    def __init__(self, number: int, start: int, stop: int, file: Path, sha256: str, size: int) -> None:
+    def __init__(
+        self, number: int, start: int, stop: int, file: Path, sha256: str, size: int
+    ) -> None:
         self.number, self.start, self.stop = number, start, stop
         self.file, self.sha256, self.bytes = file, sha256, size
         self._map: Any = None
@@ -81,7 +83,9 @@ class Shard:
         try:
             found: Tensor = self._open().get_tensor(name)
         except SafetensorError as error:
-            raise StoreError(f"{self.file} cannot give {name!r}: {error}; verify the store") from error
+            raise StoreError(
+                f"{self.file} cannot give {name!r}: {error}; verify the store"
+            ) from error
         if len(found) != len(self):
             raise StoreError(
                 f"{self.file} holds {len(found)} rows of {name!r}, expected {len(self)}: it is damaged; "
@@ -130,7 +134,9 @@ class TensorStore:
     def __init__(self, path: Path, manifest: dict[str, Any], rows: list[int], kind: str) -> None:
         self.path, self.manifest, self.rows, self.kind = path, manifest, rows, kind
         self._folder = path / _SHARDS
-        self._starts = [sum(rows[:number]) for number in range(len(rows))] if len(rows) < 64 else _sums(rows)
+        self._starts = (
+            [sum(rows[:number]) for number in range(len(rows))] if len(rows) < 64 else _sums(rows)
+        )
         self._shards: list[Shard] | None = None
 
     @classmethod
@@ -211,7 +217,9 @@ class TensorStore:
         try:
             store = cls(directory, dict(body["content"]), [int(n) for n in body["rows"]], kind)
         except (KeyError, TypeError, ValueError) as error:
-            raise StoreError(f"{file} lacks or garbles a part ({error!r}): it is damaged.") from error
+            raise StoreError(
+                f"{file} lacks or garbles a part ({error!r}): it is damaged."
+            ) from error
         store._shards = store._listed()
         return store
 
@@ -241,7 +249,9 @@ class TensorStore:
         found: set[int] = set()
         for number, file, expected in self._files():
             if number in found or number >= len(self.rows) or hash_file(file) != expected:
-                _log.warning("%s is damaged or not part of the %s: it is made again.", file, self.kind)
+                _log.warning(
+                    "%s is damaged or not part of the %s: it is made again.", file, self.kind
+                )
                 file.unlink()
                 continue
             found.add(number)
@@ -328,17 +338,26 @@ class TensorStore:
             )
         entries = _read_json(file, self.kind).get("shards")
         if not isinstance(entries, list) or len(entries) != len(self.rows):
-            raise StoreError(f"{file} does not list the {len(self.rows)} shards of the manifest: damaged.")
+            raise StoreError(
+                f"{file} does not list the {len(self.rows)} shards of the manifest: damaged."
+            )
         shards = []
         for number, entry in enumerate(entries):
             try:
                 name, sha, size = str(entry["file"]), str(entry["sha256"]), int(entry["bytes"])
             except (KeyError, TypeError, ValueError) as error:
-                raise StoreError(f"{file} garbles shard {number} ({error!r}): it is damaged.") from error
+                raise StoreError(
+                    f"{file} garbles shard {number} ({error!r}): it is damaged."
+                ) from error
             match = _FILE.fullmatch(name)
             path = self._folder / name
             # A name with separators never matches; a link could still lead elsewhere.
-            if not match or int(match[1]) != number or match[2] != sha or _escapes(path, self._folder):
+            if (
+                not match
+                or int(match[1]) != number
+                or match[2] != sha
+                or _escapes(path, self._folder)
+            ):
                 raise StoreError(
                     f"{file} names {name!r} as shard {number}; expected a file of its own in {self._folder}. "
                     "A list that points elsewhere is not read."

@@ -101,7 +101,9 @@ class Projection:
         for name, least in (("factor", 1), ("side", 0)):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise SettingsError(f"projection {name} is {value!r}; expected an integer from {least}")
+                raise SettingsError(
+                    f"projection {name} is {value!r}; expected an integer from {least}"
+                )
         if self.side and self.factor != 1:
             raise SettingsError(
                 f"a projection goes by a factor or by a side; got factor {self.factor} and side {self.side}"
@@ -181,7 +183,9 @@ def _collected_path(model: nn.Module, path: str) -> str:
         module = model.get_submodule(path)
     except AttributeError as error:
         raise ArchitectureError(f"the model has no module {path!r}") from error
-    return f"{path}.base_layer" if isinstance(getattr(module, "base_layer", None), nn.Module) else path
+    return (
+        f"{path}.base_layer" if isinstance(getattr(module, "base_layer", None), nn.Module) else path
+    )
 
 
 class GradientCollector:
@@ -294,7 +298,9 @@ class GradientCollector:
                 if total.requires_grad:
                     total.backward()  # type: ignore[no-untyped-call]
             by_path = {layer.module: layer for layer in self.layers}
-            for path in list(self._sums):  # calls whose output the loss did not depend on left these open
+            for path in list(
+                self._sums
+            ):  # calls whose output the loss did not depend on left these open
                 self._finish(by_path[path])
             missing = [path for path in by_path if path not in self._results]
             if missing:
@@ -356,7 +362,9 @@ class GradientCollector:
             )
         return x.reshape(self._examples, -1, x.shape[-1])
 
-    def _add(self, layer: CollectedLayer, kept: Tensor, gradient: Tensor, raw: Tensor | None) -> None:
+    def _add(
+        self, layer: CollectedLayer, kept: Tensor, gradient: Tensor, raw: Tensor | None
+    ) -> None:
         with torch.no_grad():
             rows = gradient.detach().reshape(self._examples, -1, gradient.shape[-1])
             if self._observer is not None and raw is not None:
@@ -365,7 +373,9 @@ class GradientCollector:
             projected = rows if p_out is None else rows @ p_out
             wide = self.dtype or torch.promote_types(kept.dtype, torch.float32)
             product = kept.to(wide).mT @ projected.to(wide)
-            scale = self.projection.scale(layer.in_features) * self.projection.scale(layer.out_features)
+            scale = self.projection.scale(layer.in_features) * self.projection.scale(
+                layer.out_features
+            )
             if scale != 1:
                 product *= scale
             if layer.module in self._sums:

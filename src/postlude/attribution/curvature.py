@@ -1,0 +1,368 @@
+"""Curvature of one layer: from the rows of an index to scores of queries.
+
+Every class here turns query gradients and the rows of a layer into scores ``[Q, N]``. :class:`Plain` has no
+curvature. The others invert ``H + lam I``, ``H = sum_i vec(G_i) vec(G_i)^T``:
+
+    =============  =========================================  =====================================
+    name           fit                                        memory
+    =============  =========================================  =====================================
+    ``exact``      ``N D^2 + D^3 / 3``                        ``D^2``
+    ``truncated``  ``18 N D k + 16 D k^2`` (3 iterations)     ``D k``,  ``k = rank + oversampling``
+    ``dual``       ``N^2 c^2 (d1 + d2) + N^3 / 3``            ``N^2``
+    =============  =========================================  =====================================
+
+``exact`` and ``dual`` give the same numbers; ``truncated`` is exact where its rank reaches ``D`` or ``N``.
+:func:`choose` takes the one of least arithmetic that fits into memory.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import ClassVar, Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from postlude.attribution.representation import Rows
+from postlude.errors import SettingsError, UnknownNameError
+from postlude.numerics.curvature import (
+    DenseInverse,
+    GramInverse,
+    SpectralInverse,
+    trace_damping,
+)
+from postlude.numerics.factorize import streamed_svd
+from postlude.surgery.gradients import CollectedLayer
+
+__all__ = [
+    "BACKENDS",
+    "Choice",
+    "CurvatureSettings",
+    "Dual",
+    "Exact",
+    "LayerCurvature",
+    "Plain",
+    "Source",
+    "Truncated",
+    "choose",
+]
+
+# Bytes that the matrices of one layer may take.
+MEMORY = 4 << 30
+
+
+class Source(Protocol):
+    """Gradients of one layer of all training examples, read in chunks."""
+
+    @property
+    def layer(self) -> CollectedLayer: ...
+
+    def __len__(self) -> int: ...
+
+    def chunks(self, rows: int = 0) -> Iterator[tuple[int, Rows]]: ...
+
+    def rows(self, start: int = 0, stop: int | None = None) -> Rows: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class CurvatureSettings:
+    """What decides the damped inverse of a layer.
+
+    Attributes:
+        rank, oversampling, iterations: of the streamed SVD.
+        damping: multiplier of the damping rule.
+        rule: ``release``: ``lam = damping * trace / D``. ``paper``: ``lam = damping * mean(s_1^2 .. s_{r+p}^2)``.
+        tail: ``corrected`` or ``truncated``, see :class:`postlude.numerics.curvature.SpectralInverse`.
+        seed: of the start of the SVD.
+        precision: of the streamed SVD and of scoring, fp32 or fp64.
+    """
+
+    rank: int = 1024
+    oversampling: int = 10
+    iterations: int = 3
+    damping: float = 0.5
+    rule: Literal["release", "paper"] = "release"
+    tail: Literal["corrected", "truncated"] = "corrected"
+    seed: int = 0
+    precision: torch.dtype = torch.float32
+
+
+class LayerCurvature(ABC):
+    """How one layer scores."""
+
+    name: ClassVar[str]
+
+    @classmethod
+    @abstractmethod
+    def fit(cls, source: Source, settings: CurvatureSettings) -> LayerCurvature:
+        """From the rows of an index."""
+
+    @abstractmethod
+    def scores(self, queries: Rows, source: Source) -> Tensor:
+        """``[Q, N]`` in fp32."""
+
+    def state(self) -> dict[str, Tensor]:
+        """What :meth:`from_state` needs, to keep a fit."""
+        raise NotImplementedError
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Tensor]) -> LayerCurvature:
+        raise NotImplementedError
+
+    @staticmethod
+    def cost(count: int, layer: CollectedLayer, columns: int, settings: CurvatureSettings) -> float:
+        """Floating-point operations of fitting."""
+        return 0.0
+
+    @staticmethod
+    def memory(count: int, layer: CollectedLayer, settings: CurvatureSettings) -> float:
+        """Bytes while fitting."""
+        return 0.0
+
+
+def stream(matrices: Tensor, source: Source) -> Tensor:
+    """``[Q, N]`` Frobenius products of ``[Q, d1, d2]`` with every row: one pass over the layer."""
+    scores = torch.empty(len(matrices), len(source), dtype=matrices.dtype)
+    for first, rows in source.chunks():
+        if matrices.dtype == torch.float64:
+            rows = rows.double()
+        scores[:, first : first + len(rows)] = rows.against(matrices)
+    return scores
+
+
+def stream_products(queries: Rows, source: Source) -> Tensor:
+    """``[Q, N]`` Frobenius products of query gradients with every row: one pass over the layer."""
+    parts = [queries.products(rows) for _, rows in source.chunks()]
+    return torch.cat(parts, dim=1)
+
+
+class Plain(LayerCurvature):
+    """No curvature: the inner product of gradients."""
+
+    name = "none"
+
+    @classmethod
+    def fit(cls, source: Source, settings: CurvatureSettings) -> Plain:
+        return cls()
+
+    def scores(self, queries: Rows, source: Source) -> Tensor:
+        return stream_products(queries, source)
+
+
+class Exact(LayerCurvature):
+    """``(H + lam I)^-1`` by Cholesky of the ``D x D`` matrix."""
+
+    name = "exact"
+
+    def __init__(self, inverse: DenseInverse) -> None:
+        self.inverse = inverse
+
+    @classmethod
+    def fit(cls, source: Source, settings: CurvatureSettings) -> Exact:
+        size = source.layer.size
+        h = torch.zeros(size, size, dtype=torch.float64)
+        for _, rows in source.chunks():
+            flat = rows.flat().to(settings.precision)
+            h += (flat.mT @ flat).double()
+        damping = _damping(
+            settings, float(h.diagonal().sum()), size, lambda: torch.linalg.eigvalsh(h)
+        )
+        return cls(DenseInverse.of(h, damping))
+
+    def scores(self, queries: Rows, source: Source) -> Tensor:
+        dense = queries.dense()
+        return stream(self.inverse.apply(dense.flatten(1)).view_as(dense), source)
+
+    def state(self) -> dict[str, Tensor]:
+        return {"lower": self.inverse.lower}
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Tensor]) -> Exact:
+        return cls(DenseInverse(state["lower"]))
+
+    @staticmethod
+    def cost(count: int, layer: CollectedLayer, columns: int, settings: CurvatureSettings) -> float:
+        return count * layer.size**2 + layer.size**3 / 3
+
+    @staticmethod
+    def memory(count: int, layer: CollectedLayer, settings: CurvatureSettings) -> float:
+        return 3 * 8 * layer.size**2
+
+
+class Truncated(LayerCurvature):
+    """The streamed SVD with Woodbury's identity: LoRIF."""
+
+    name = "truncated"
+
+    def __init__(self, inverse: SpectralInverse) -> None:
+        self.inverse = inverse
+
+    @classmethod
+    def fit(cls, source: Source, settings: CurvatureSettings) -> Truncated:
+        layer, precision = source.layer, settings.precision
+        if settings.rank == 0:
+            energy = sum(float(rows.energies().double().sum()) for _, rows in source.chunks())
+            if settings.rule == "paper":
+                raise SettingsError(
+                    "the paper's damping rule needs singular values: curvature_rank from 1"
+                )
+            damping = trace_damping(energy, layer.size, settings.damping)
+            tail = energy / layer.size if settings.tail == "corrected" else 0.0
+            empty = torch.zeros(layer.size, 0, dtype=precision)
+            return cls(SpectralInverse(empty, torch.zeros(0, dtype=torch.float64), damping, tail))
+        digest = hashlib.sha256(f"sketch {settings.seed} {layer.module}".encode()).digest()
+        svd = streamed_svd(
+            lambda: (rows.flat().to(precision) for _, rows in source.chunks()),
+            layer.size,
+            settings.rank,
+            rows=len(source),
+            oversample=settings.oversampling,
+            iterations=settings.iterations,
+            generator=torch.Generator().manual_seed(int.from_bytes(digest[:4])),
+            dtype=precision,
+        )
+        damping = _damping(settings, svd.energy, layer.size, lambda: svd.sketch_values.square())
+        return cls(SpectralInverse.of(svd, damping, corrected=settings.tail == "corrected"))
+
+    def scores(self, queries: Rows, source: Source) -> Tensor:
+        dense = queries.dense()
+        return stream(self.inverse.apply(dense.flatten(1)).view_as(dense), source)
+
+    def state(self) -> dict[str, Tensor]:
+        numbers = torch.tensor([self.inverse.damping, self.inverse.tail], dtype=torch.float64)
+        return {
+            "vectors": self.inverse.vectors,
+            "squares": self.inverse.squares,
+            "numbers": numbers,
+        }
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Tensor]) -> Truncated:
+        damping, tail = state["numbers"].tolist()
+        return cls(SpectralInverse(state["vectors"], state["squares"], damping, tail))
+
+    @staticmethod
+    def cost(count: int, layer: CollectedLayer, columns: int, settings: CurvatureSettings) -> float:
+        k = min(settings.rank + settings.oversampling, layer.size, count)
+        passes = settings.iterations + 1
+        return count * layer.size * k * (4 * passes + 2) + passes * 4 * layer.size * k**2
+
+    @staticmethod
+    def memory(count: int, layer: CollectedLayer, settings: CurvatureSettings) -> float:
+        k = min(settings.rank + settings.oversampling, layer.size, count)
+        return 3 * 4 * layer.size * k
+
+
+class Dual(LayerCurvature):
+    """The ``N x N`` matrix of inner products; nothing of size ``D``."""
+
+    name = "dual"
+
+    def __init__(self, inverse: GramInverse) -> None:
+        self.inverse = inverse
+
+    @classmethod
+    def fit(cls, source: Source, settings: CurvatureSettings) -> Dual:
+        rows = source.rows()
+        if settings.precision == torch.float64:
+            rows = rows.double()
+        gram = rows.products(rows).double()
+        trace = float(gram.diagonal().sum())
+        damping = _damping(settings, trace, source.layer.size, lambda: torch.linalg.eigvalsh(gram))
+        return cls(GramInverse.of(gram, damping))
+
+    def scores(self, queries: Rows, source: Source) -> Tensor:
+        return self.inverse.scores(stream_products(queries, source))
+
+    def state(self) -> dict[str, Tensor]:
+        return {"lower": self.inverse.lower}
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Tensor]) -> Dual:
+        return cls(GramInverse(state["lower"]))
+
+    @staticmethod
+    def cost(count: int, layer: CollectedLayer, columns: int, settings: CurvatureSettings) -> float:
+        return count**2 * columns**2 * (layer.in_width + layer.out_width) + count**3 / 3
+
+    @staticmethod
+    def memory(count: int, layer: CollectedLayer, settings: CurvatureSettings) -> float:
+        return 3 * 8 * count**2
+
+
+BACKENDS: dict[str, type[LayerCurvature]] = {one.name: one for one in (Dual, Exact, Truncated)}
+
+
+def _damping(
+    settings: CurvatureSettings, trace: float, size: int, spectrum: Callable[[], Tensor]
+) -> float:
+    """``lam`` by the rule; ``spectrum`` gives squared singular values in any order."""
+    if settings.rule == "paper":
+        kept = settings.rank + settings.oversampling
+        leading = spectrum().clamp(min=0).sort(descending=True).values[:kept]
+        return trace_damping(float(leading.mean()), 1, settings.damping)
+    return trace_damping(trace, size, settings.damping)
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """Which way of inverting the curvature was taken, and why.
+
+    Attributes:
+        name: of the class.
+        forced: whether it was asked for.
+        costs: floating-point operations of fitting all layers, by name.
+        memory: bytes that the widest layer takes, by name.
+    """
+
+    name: str
+    forced: bool
+    costs: dict[str, float]
+    memory: dict[str, float]
+
+    def __str__(self) -> str:
+        costs = ", ".join(f"{name} {flops:.2g}" for name, flops in self.costs.items())
+        why = "asked for" if self.forced else "least arithmetic of those that fit into memory"
+        return f"curvature: {self.name} ({why}; operations: {costs})"
+
+
+def choose(
+    asked: str,
+    count: int,
+    layers: Sequence[CollectedLayer],
+    columns: Callable[[CollectedLayer], int],
+    settings: CurvatureSettings,
+    memory: float = MEMORY,
+) -> Choice:
+    """The way of inverting the curvature of an index.
+
+    Args:
+        asked: ``auto``, or the name of one.
+        count: training examples.
+        layers: of the index.
+        columns: factor columns of a layer.
+        settings: rank and so on.
+        memory: bytes that one layer may take; ``truncated`` is taken where nothing fits.
+
+    Raises:
+        UnknownNameError: no such way.
+    """
+    if asked != "auto" and asked not in BACKENDS:
+        raise UnknownNameError("curvature", asked, ["auto", *BACKENDS])
+    costs = {
+        name: sum(one.cost(count, layer, columns(layer), settings) for layer in layers)
+        for name, one in BACKENDS.items()
+    }
+    bytes_ = {
+        name: max(one.memory(count, layer, settings) for layer in layers)
+        for name, one in BACKENDS.items()
+    }
+    if asked != "auto":
+        return Choice(asked, True, costs, bytes_)
+    fitting = [name for name in costs if bytes_[name] <= memory] or ["truncated"]
+    if settings.rank == 0:
+        fitting = ["truncated"]  # rank 0 asks for no curvature, which the others cannot give
+    return Choice(min(fitting, key=costs.__getitem__), False, costs, bytes_)

@@ -1,0 +1,247 @@
+"""One scoring engine: what is kept of an example, times curvature.
+
+An attribution method is a settings class, a subclass of :class:`Attributor`. It says what it keeps of an example
+(:meth:`Attributor.representation`) and how queries are scored against an index that keeps just that
+(:meth:`Attributor.score`). Methods whose representations are equal share an index: an index built for LoRIF answers
+GradDot, and every damping, without another pass over the data.
+
+:class:`InfluenceAttributor` is the engine of all that score by gradients: the score is a sum over layers, one
+layer at a time is fitted, scored and dropped.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from postlude import registry
+from postlude.attribution.curvature import (
+    Choice,
+    CurvatureSettings,
+    LayerCurvature,
+    Plain,
+)
+from postlude.attribution.examples import Example, Records, batches, tokenize
+from postlude.attribution.index import Index
+from postlude.attribution.representation import GradientRepresentation, Representation, Rows
+from postlude.errors import SettingsError
+from postlude.runs.checkpoint import Checkpoint
+from postlude.runs.directory import RunDirectory
+from postlude.runs.progress import Progress
+from postlude.surgery.gradients import CollectedLayer
+
+__all__ = ["Attributor", "InfluenceAttributor", "Queries", "Scores", "record_queries"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Queries:
+    """Queries as an index's representation has them, in full precision.
+
+    Attributes:
+        examples: tokenized.
+        tensors: rows by name, ``[queries, ...]`` each.
+        representation: how to read them.
+        layers: of the index.
+    """
+
+    examples: list[Example]
+    tensors: dict[str, Tensor]
+    representation: Representation
+    layers: tuple[CollectedLayer, ...]
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def rows(self, layer: CollectedLayer) -> Rows:
+        """The gradients of one layer."""
+        if not isinstance(self.representation, GradientRepresentation):
+            raise SettingsError(f"{self.representation.kind!r} has no gradients of layers")
+        return self.representation.rows(
+            layer, lambda name: self.tensors[f"{layer.module}/{name}"], 0, len(self)
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Scores:
+    """Scores of every training example for every query; larger supports more.
+
+    Attributes:
+        total: ``[queries, examples]`` fp32.
+        layers: by module path, the part of every layer, if they were asked for.
+        curvature: which one was taken and why; None for methods without.
+    """
+
+    total: Tensor
+    layers: dict[str, Tensor] | None = None
+    curvature: Choice | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Attributor(ABC):
+    """Base of the settings of every attribution method."""
+
+    @abstractmethod
+    def representation(self) -> Representation:
+        """What an index for this method keeps."""
+
+    @abstractmethod
+    def score(
+        self,
+        index: Index,
+        queries: Queries,
+        *,
+        per_layer: bool = False,
+        keep: bool = False,
+        progress: Progress | None = None,
+    ) -> Scores:
+        """Score every example of an index for every query.
+
+        Args:
+            index: that keeps this method's representation.
+            queries: recorded for that index, see :func:`record_queries`.
+            per_layer: also return the part of every layer.
+            keep: keep what was fitted to the index beside it, so that the next call reads the index once.
+            progress: where to show it.
+        """
+
+    @property
+    def name(self) -> str:
+        return registry.info_of(self).name
+
+    def check(self, index: Index) -> None:
+        """Refuse an index that keeps something else.
+
+        Raises:
+            SettingsError: names every setting that differs.
+        """
+        ours, theirs = self.representation(), index.representation
+        if self.reads(theirs):
+            return
+        mine, found = ours.to_dict(), theirs.to_dict()
+        different = [
+            f"{key} {found.get(key)!r} (asked for {mine.get(key)!r})"
+            for key in sorted(mine.keys() | found.keys())
+            if mine.get(key) != found.get(key)
+        ]
+        raise SettingsError(
+            f"{index.path} was built for {index.manifest['method']['name']} with {', '.join(different)}; build an "
+            f"index for {self.name}, or query with the settings of this one"
+        )
+
+    def reads(self, representation: Representation) -> bool:
+        """Whether this method can score from an index that keeps ``representation``."""
+        return self.representation() == representation
+
+
+@dataclasses.dataclass(frozen=True)
+class InfluenceAttributor(Attributor):
+    """Base of the methods that score by gradients: a curvature per layer, and the sum over layers."""
+
+    def chosen_curvature(
+        self, index: Index
+    ) -> tuple[type[LayerCurvature], CurvatureSettings, Choice | None]:
+        """Which curvature to fit to an index, with which settings; none by default."""
+        return Plain, CurvatureSettings(), None
+
+    def layer_scores(
+        self, index: Index, queries: Queries, *, keep: bool = False
+    ) -> Iterator[tuple[str, Tensor]]:
+        """``(module path, [queries, examples])``, layer by layer."""
+        kind, settings, _ = self.chosen_curvature(index)
+        run = self._kept(index, kind, settings) if keep and kind is not Plain else None
+        for layer in index.layers:
+            source = index.layer(layer.module)
+            if run is None:
+                fitted = kind.fit(source, settings)
+            else:
+                state = run.unit(
+                    _unit(layer.module), lambda source=source: kind.fit(source, settings).state()
+                )
+                fitted = kind.from_state(state)
+            rows = queries.rows(layer)
+            if settings.precision == torch.float64:
+                rows = rows.double()
+            yield layer.module, fitted.scores(rows, source)
+
+    def score(
+        self,
+        index: Index,
+        queries: Queries,
+        *,
+        per_layer: bool = False,
+        keep: bool = False,
+        progress: Progress | None = None,
+    ) -> Scores:
+        self.check(index)
+        _, _, choice = self.chosen_curvature(index)
+        total: Tensor | None = None
+        parts: dict[str, Tensor] = {}
+        with progress or Progress(show=False) as shown:
+            if choice is not None:
+                shown.log(str(choice))
+            found = self.layer_scores(index, queries, keep=keep)
+            for module, scores in shown.iterate(found, "layers", total=len(index.layers)):
+                total = scores.clone() if total is None else total.add_(scores)
+                if per_layer:
+                    parts[module] = scores
+        assert total is not None
+        return Scores(total.float(), parts if per_layer else None, choice)
+
+    def _kept(
+        self, index: Index, kind: type[LayerCurvature], settings: CurvatureSettings
+    ) -> RunDirectory:
+        """Where fits to this index are kept, tied to its hash."""
+        values = {
+            key: str(value) if isinstance(value, torch.dtype) else value
+            for key, value in dataclasses.asdict(settings).items()
+        }
+        manifest = {"index": index.hash(), "curvature": kind.name, "settings": values}
+        key = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()[:16]
+        return RunDirectory(index.path / "curvature" / f"{kind.name}-{key}", manifest)
+
+
+def _unit(module: str) -> str:
+    return "".join(letter if letter.isalnum() or letter in "._-" else "_" for letter in module)
+
+
+def record_queries(
+    index: Index, checkpoint: Checkpoint, source: Records | Sequence[Mapping[str, Any] | str]
+) -> Queries:
+    """Run queries through the model as the training examples were, but keep them in full precision.
+
+    Raises:
+        StoreError: another model than the index was built with.
+        DataError: an empty query.
+    """
+    index.check_model(checkpoint)
+    records = source if isinstance(source, Records) else Records(source)
+    collection = index.collection
+    length = collection.max_length or checkpoint.context
+    examples = tokenize(checkpoint.tokenizer, records, 0, len(records), length, collection)
+    full = index.representation.full_precision()
+    with full.recorder(checkpoint, collection) as record:
+        tensors = record_rows(record, examples, collection.tokens_per_batch)
+    return Queries(examples, tensors, full, index.layers)
+
+
+def record_rows(
+    record: Any, examples: Sequence[Example], tokens_per_batch: int, advance: Any = None
+) -> dict[str, Tensor]:
+    """Rows of named tensors of examples, in their order, batch by batch."""
+    tensors: dict[str, Tensor] = {}
+    for batch in batches(examples, tokens_per_batch):
+        for name, rows in record(batch).items():
+            kept = rows.detach().cpu()
+            if name not in tensors:
+                tensors[name] = kept.new_empty(len(examples), *kept.shape[1:])
+            tensors[name][batch.rows] = kept
+        if advance is not None:
+            advance(len(batch))
+    return tensors

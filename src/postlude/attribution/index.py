@@ -1,0 +1,218 @@
+"""An index on disk: a row per training example, and what it was made from."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from postlude.attribution.examples import Collection, Records
+from postlude.attribution.representation import GradientRepresentation, Representation, Rows
+from postlude.errors import SettingsError, StoreError
+from postlude.runs.checkpoint import Checkpoint
+from postlude.runs.store import Damage, TensorStore
+from postlude.surgery.gradients import CollectedLayer
+
+__all__ = ["KIND", "Index", "LayerSource"]
+
+KIND = "attribution index"
+# Numbers of one layer that are decoded at a time: as fp32 they fit into a core's cache.
+_CHUNK = 1 << 18
+
+
+class Index:
+    """A finished index, opened for reading.
+
+    Attributes:
+        store: its tensors.
+        manifest: what it was made from: ``postlude`` (version), ``model`` (path, fingerprint, tokenizer), ``data``
+            (path, hash, examples), ``method`` (name and settings it was built for), ``representation``,
+            ``collection``, ``layers``.
+        representation, collection: from the manifest.
+        layers: those whose gradients are kept, in the order of the forward pass.
+
+    Raises:
+        StoreError: not an index, unfinished, damaged or of another version.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.store = TensorStore.open(path, kind=KIND)
+        self.manifest = self.store.manifest
+        try:
+            self.representation = Representation.from_dict(self.manifest["representation"])
+            self.collection = Collection(**self.manifest["collection"])
+            self.layers = tuple(CollectedLayer(**one) for one in self.manifest["layers"])
+        except (KeyError, TypeError, SettingsError) as error:
+            raise StoreError(
+                f"the manifest of {self.path} lacks or garbles a part ({error}): it is damaged, or of another "
+                "version of Postlude; build the index again"
+            ) from error
+
+    @property
+    def path(self) -> Path:
+        return self.store.path
+
+    def __len__(self) -> int:
+        """Number of examples."""
+        return len(self.store)
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of the shards on disk."""
+        return self.store.bytes
+
+    def hash(self) -> str:
+        """SHA-256 of the whole index."""
+        return self.store.hash()
+
+    def tensor(self, name: str) -> Tensor:
+        """A tensor of all examples, copied out of the shards: ``[examples, ...]``."""
+        return torch.cat([shard.tensor(name) for shard in self.store.shards])
+
+    def layer(self, module: str) -> LayerSource:
+        """The gradients of one layer.
+
+        Raises:
+            SettingsError: this index keeps no gradients, or not of that layer.
+        """
+        if not isinstance(self.representation, GradientRepresentation):
+            raise SettingsError(
+                f"{self.path} keeps {self.representation.kind!r}, not gradients of layers: build an index with a "
+                "gradient method"
+            )
+        for layer in self.layers:
+            if layer.module == module:
+                return LayerSource(self, layer, self.representation)
+        raise SettingsError(
+            f"{self.path} keeps no gradients of {module!r}; it has {len(self.layers)} layers such as "
+            f"{self.layers[0].module!r}"
+        )
+
+    def check_model(self, checkpoint: Checkpoint) -> None:
+        """Refuse a model that is not the one the index was built with.
+
+        Raises:
+            StoreError: weights, configuration or tokenizer differ.
+        """
+        expected = self.manifest["model"]
+        found = describe_model(checkpoint)
+        for key, what in (("fingerprint", "model"), ("tokenizer", "tokenizer")):
+            if found[key] != expected[key]:
+                raise StoreError(
+                    f"{self.path} was built with another {what} ({expected['path'] or 'in memory'}, "
+                    f"{str(expected[key])[:12]}...) than the one given ({found['path'] or 'in memory'}, "
+                    f"{str(found[key])[:12]}...). Gradients of two models cannot be compared: query with the model "
+                    "the index was built with, or build an index for this one."
+                )
+
+    def records(self, path: str | os.PathLike[str] | None = None) -> Records:
+        """The training examples, read from where they were at the build, or from ``path``.
+
+        Raises:
+            DataError: the file is not there.
+            StoreError: it has changed since the build.
+        """
+        given = self.manifest["data"]
+        source = path or given["path"]
+        if source is None:
+            raise StoreError(
+                f"{self.path} was built from examples in memory, so their text is not at hand: give the data"
+            )
+        records = Records(source)
+        if records.hash != given["hash"]:
+            raise StoreError(
+                f"{source} has changed since {self.path} was built: {len(records)} examples with hash "
+                f"{records.hash[:12]}..., expected {given['examples']} with {given['hash'][:12]}.... Put the old file "
+                "back, or build the index again."
+            )
+        return records
+
+    def verify(self) -> list[Damage]:
+        """Read every byte; what is damaged, shard by shard."""
+        return [damage for damage in self.store.verify() if damage is not None]
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerSource:
+    """The gradients of one layer of all examples of an index."""
+
+    index: Index
+    layer: CollectedLayer
+    representation: GradientRepresentation
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of this layer in one row."""
+        return self.representation.row_bytes((self.layer,))
+
+    def rows(self, start: int = 0, stop: int | None = None) -> Rows:
+        """The gradients of some examples; fp32, decoded here."""
+        end = len(self) if stop is None else stop
+        parts = list(self._parts(start, end, end - start or 1))
+        if len(parts) == 1:
+            return parts[0][1]
+        first = parts[0][1]
+        fields = [f.name for f in dataclasses.fields(first)]  # type: ignore[arg-type]
+        joined = {name: torch.cat([getattr(rows, name) for _, rows in parts]) for name in fields}
+        return type(first)(**joined)
+
+    def chunks(self, rows: int = 0) -> Iterator[tuple[int, Rows]]:
+        """``(first example, gradients)`` of consecutive examples, in order, at most ``rows`` of them at a time.
+
+        By default as many as fit into a core's cache.
+        """
+        if not rows:
+            width = max(1, self.representation.row_numbers(self.layer))
+            rows = max(64, _CHUNK // width)
+        yield from self._parts(0, len(self), rows)
+
+    def _parts(self, start: int, stop: int, rows: int) -> Iterator[tuple[int, Rows]]:
+        for shard in self.index.store.shards:
+            low, high = max(start, shard.start), min(stop, shard.stop)
+            if low >= high:
+                continue
+            mapped: dict[str, Tensor] = {}
+
+            def read(
+                name: str,
+                shard: Any = shard,
+                mapped: dict[str, Tensor] = mapped,
+            ) -> Tensor:
+                if name not in mapped:
+                    mapped[name] = shard.tensor(f"{self.layer.module}/{name}")
+                return mapped[name]
+
+            for first in range(low, high, rows):
+                last = min(first + rows, high)
+                found = self.representation.rows(
+                    self.layer, read, first - shard.start, last - shard.start
+                )
+                yield first, found
+
+
+def describe_model(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What an index remembers of a model."""
+    tokenizer = None
+    if checkpoint.tokenizer is not None:
+        backend = getattr(checkpoint.tokenizer, "backend_tokenizer", None)
+        text = (
+            backend.to_str()
+            if backend is not None
+            else json.dumps(sorted(checkpoint.tokenizer.get_vocab().items()))
+        )
+        tokenizer = hashlib.sha256(text.encode()).hexdigest()
+    return {
+        "path": None if checkpoint.path is None else str(checkpoint.path),
+        "fingerprint": checkpoint.fingerprint(),
+        "tokenizer": tokenizer,
+    }
