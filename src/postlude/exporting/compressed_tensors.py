@@ -13,7 +13,7 @@ Codes keep their bits: what is packed here is unsigned with the offset ``2^(bits
 it. One scale for a whole tensor is written once per channel, which every reader takes.
 
 Readers multiply in the type of the scale, so a scale has to fit the model's type: fp16 scales do not fit bf16.
-``dtype="auto"`` then writes the model in fp16 if all its floats survive that, else in fp32, and says so.
+``dtype="auto"`` then writes the model in fp16 if its floats survive that, else in fp32, and says so.
 
 Activations rounded at run time are a promise, not data: the reader rounds them its own way (transformers divides by
 127.5 where vLLM and Postlude divide by 127). So the check compares weights with the rounding switched off on both
@@ -26,6 +26,7 @@ import contextlib
 import dataclasses
 import importlib.metadata
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -41,7 +42,7 @@ from postlude.numerics.packing import pack, unpack
 from postlude.registry import method
 from postlude.runs.checkpoint import Checkpoint
 from postlude.runs.quiet import quiet_transformers
-from postlude.runs.selfcheck import Reload, compare_reload
+from postlude.runs.selfcheck import compare_reload
 from postlude.surgery.layers import QuantizedLinear
 
 __all__ = ["CompressedTensors", "as_words", "float8_levels"]
@@ -114,13 +115,21 @@ class CompressedTensors(Exporter):
         candidates = [own, torch.float16, torch.float32]
         floats = [t for t in parts.tensors.values() if t.is_floating_point()]
         floats += [layer.bias for layer in parts.layers.values() if layer.bias is not None]
-        return next(dtype for dtype in candidates if _exact([*scales, *floats], dtype))
+        return next(
+            dtype for dtype in candidates if _exact(scales, dtype) and _close(floats, dtype)
+        )
 
-    def check(self, checkpoint: Checkpoint, out: Path) -> Reload:
+    def check(self, checkpoint: Checkpoint, out: Path) -> dict[str, float]:
         model, anatomy = checkpoint.model, checkpoint.anatomy
-        what = f"{out.name} for {_NAME}"
+        what = f"the export to {_NAME}"
         with _rounding_off(model):
-            return compare_reload(model, anatomy, _LOAD, [str(out), "weights"], what=what)
+            found = compare_reload(model, anatomy, _LOAD, [str(out), "weights"], what=what)
+        report = {"reload_max_difference": found.max_difference}
+        if any(isinstance(m, QuantizedLinear) and m.input_scheme for m in model.modules()):
+            arguments = [str(out), "rounded"]
+            found = compare_reload(model, anatomy, _LOAD, arguments, tolerance=math.inf, what=what)
+            report["rounded_activations_max_difference"] = found.max_difference
+        return report
 
 
 def float8_levels() -> tuple[float, ...]:
@@ -131,7 +140,9 @@ def float8_levels() -> tuple[float, ...]:
 
 def as_words(packed: Tensor) -> Tensor:
     """``uint8 [rows, bytes]`` as ``int32 [rows, words]``, filled with zeros."""
-    return torch.nn.functional.pad(packed, (0, -packed.shape[-1] % 4)).contiguous().view(torch.int32)
+    return (
+        torch.nn.functional.pad(packed, (0, -packed.shape[-1] % 4)).contiguous().view(torch.int32)
+    )
 
 
 def _groups(parts: Plain) -> list[dict[str, Any]]:
@@ -144,7 +155,9 @@ def _groups(parts: Plain) -> list[dict[str, Any]]:
             reasons.append(f"{path} {reason}")
             continue
         arguments = _arguments(layer)
-        same = next((g for g in groups if {**g, "targets": []} == {**arguments, "targets": []}), None)
+        same = next(
+            (g for g in groups if {**g, "targets": []} == {**arguments, "targets": []}), None
+        )
         if same is None:
             groups.append({**arguments, "targets": [path]})
         else:
@@ -280,6 +293,15 @@ def _layer(layer: QuantizedLinear, dtype: torch.dtype) -> dict[str, Tensor]:
 
 def _exact(tensors: list[Tensor], dtype: torch.dtype) -> bool:
     return all(bool((t.to(dtype).double() == t.double()).all()) for t in tensors)
+
+
+def _close(tensors: list[Tensor], dtype: torch.dtype) -> bool:
+    """Whether the error of a cast is far below that of bf16; entries near zero lose digits in fp16."""
+    for tensor in tensors:
+        error = (tensor.to(dtype).double() - tensor.double()).abs().max()
+        if not bool(error <= tensor.double().square().mean().sqrt() / 4096):
+            return False
+    return True
 
 
 def _save(tensors: dict[str, Tensor], out: Path) -> None:

@@ -15,7 +15,6 @@ from postlude import registry
 from postlude.errors import OutputExistsError
 from postlude.runs.atomic import atomic_directory, atomic_write, check_replaceable
 from postlude.runs.checkpoint import Checkpoint
-from postlude.runs.selfcheck import Reload
 
 __all__ = ["Exporter", "export"]
 
@@ -39,8 +38,8 @@ class Exporter(ABC):
         """
 
     @abstractmethod
-    def check(self, checkpoint: Checkpoint, out: Path) -> Reload:
-        """Read the output in a fresh process, as its users do, and compare logits.
+    def check(self, checkpoint: Checkpoint, out: Path) -> dict[str, float]:
+        """Read the output in a fresh process, as its users do, and compare logits; returns what is reported.
 
         Raises:
             VerificationError: it is another model.
@@ -65,8 +64,8 @@ def export(
         check: read the output again before it takes its place.
 
     Returns:
-        ``output``, ``to``, ``bytes``, what the target reports, and with ``check`` ``reload_max_difference`` and
-        ``reload_relative_difference``, see :class:`postlude.runs.selfcheck.Reload`.
+        ``output``, ``to``, ``bytes``, what the target reports, and with ``check`` ``reload_max_difference``: of
+        any logit, see :mod:`postlude.runs.selfcheck`.
 
     Raises:
         SettingsError: the target cannot hold this checkpoint.
@@ -77,9 +76,7 @@ def export(
     with _place(settings, out, overwrite) as temporary:
         report = settings.write(checkpoint, temporary)
         if check:
-            found = settings.check(checkpoint, temporary)
-            report["reload_max_difference"] = found.max_difference
-            report["reload_relative_difference"] = found.relative
+            report |= settings.check(checkpoint, temporary)
     return {
         "output": os.fspath(out),
         "to": registry.info_of(settings).name,

@@ -65,7 +65,9 @@ def plain(
     model = checkpoint.model
     refuse(target, _reasons(checkpoint, transforms, instead))
     layers: dict[str, QuantizedLinear] = {
-        path: module for path, module in model.named_modules() if isinstance(module, QuantizedLinear)
+        path: module
+        for path, module in model.named_modules()
+        if isinstance(module, QuantizedLinear)
     }
     tensors: dict[str, Tensor] = {}
     inside = tuple(f"{path}." for path in layers)
