@@ -202,7 +202,7 @@ def test_an_assistant_turn_that_is_empty_after_templating(
 def test_bad_files(tmp_path: Path, tiny_tokenizer: Any) -> None:
     with pytest.raises(DataError, match="There is no data at"):
         read_rows(tmp_path / "none.jsonl")
-    with pytest.raises(DataError, match="holds no .jsonl file"):
+    with pytest.raises(DataError, match=r"holds no \.jsonl file"):
         read_rows(tmp_path)
     (tmp_path / "a.txt").write_text("x")
     with pytest.raises(DataError, match=r"ends in .txt; expected .jsonl"):
