@@ -14,7 +14,7 @@ Paper: LoRIF (arXiv:2601.21929); Li, Le, Xu, Salzmann. What differs here, and wh
 
 * the directions outside of ``Psi`` are weighted by their mean (``tail="corrected"``); the release divides by ``lam``
   alone (``tail="truncated"``), which at small ``r`` weighs them far too much;
-* ``H`` is inverted exactly, by the dual form or a ``D x D`` Cholesky, where that is the cheaper way (``curvature="auto"``);
+* ``H`` is inverted exactly, by the dual form or a ``D x D`` Cholesky, where that is cheaper (``curvature="auto"``);
 * factors can be stored in int8, one scale a vector;
 * a side of ``n`` features is ``ceil(n / projection_factor)`` wide: the paper does not say how it rounds.
 
