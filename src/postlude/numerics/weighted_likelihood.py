@@ -159,8 +159,9 @@ def weighted_cross_entropy(
 ) -> WeightedCrossEntropy:
     """Sum over tokens of ``w * (-log p(target)) + strength * KL(prior || p)``, weights detached.
 
-    Differentiable once in ``hidden``, ``weight`` and ``bias``; the gradients are kept from the forward pass, so a second
-    backward pass is refused. Memory beyond the inputs: those gradients (the head's in at least fp32) and a few pieces.
+    Differentiable once in ``hidden``, ``weight`` and ``bias``; the gradients are kept from the forward pass, so a
+    second backward pass is refused. Memory beyond the inputs: those gradients (the head's in at least fp32) and a few
+    pieces.
 
     Args:
         hidden: ``[T, D]`` states that the head reads.

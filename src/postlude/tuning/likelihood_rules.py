@@ -7,15 +7,15 @@
     profit     1[s > tau]; divided by all tokens                                         (arXiv:2601.09195)
     talr       max(s^(1/tau), w_min)            tau = mean token loss of the step before (arXiv:2509.20758)
 
-With the signal ``online``, ``s`` is ``p_t(y_t)`` of the model in training, detached; with ``reference`` or ``cached`` it
-is ``q_t(y_t)`` of the frozen reference, which turns ``dft`` into ``prift-prob``. A loss of another form than a weighted
-logarithm, such as ``1 - p``, is trained through the weight that has its gradient; the value reported is that of the
-weighted logarithm.
+With the signal ``online``, ``s`` is ``p_t(y_t)`` of the model in training, detached; with ``reference`` or ``cached``
+it is ``q_t(y_t)`` of the frozen reference, which turns ``dft`` into ``prift-prob``. A loss of another form than a
+weighted logarithm, such as ``1 - p``, is trained through the weight that has its gradient; the value reported is that
+of the weighted logarithm.
 
-Our choices, where the papers' text was not at hand: ProFit divides by all tokens and its ``tau`` is 0.1, an example of its
-readme; the temperature of TALR. The paper's is a statistic of the batch (the median of mean token losses, by one account
-of it); that of a step is not known before its last micro-batch has run, so TALR here reads the mean over the step before,
-which does not depend on how a step is cut, and starts with a step of plain SFT.
+Our choices, where the papers' text was not at hand: ProFit divides by all tokens and its ``tau`` is 0.1, an example
+of its readme; the temperature of TALR. The paper's is a statistic of the batch (the median of mean token losses, by
+one account of it); that of a step is not known before its last micro-batch has run, so TALR here reads the mean over
+the step before, which does not depend on how a step is cut, and starts with a step of plain SFT.
 
 Cost: nothing beside plain SFT.
 """

@@ -3,15 +3,16 @@
     prift-prob   w = q(y)
     prift-mass   w = 1[u >= tau],   u = sum over v with q(v) <= q(y) of q(v) = 1 - (mass strictly above q(y))
 
-DFT reads the probability from the model in training, so weights follow the drift that they cause; PriFT reads it from the
-checkpoint that tuning starts from, so weights are constant and can be computed once (``postlude tune prior``). The loss is
-divided by all response tokens, not by the kept ones.
+DFT reads the probability from the model in training, so weights follow the drift that they cause; PriFT reads it from
+the checkpoint that tuning starts from, so weights are constant and can be computed once (``postlude tune prior``).
+The loss is divided by all response tokens, not by the kept ones.
 
-Paper: "PriFT" (arXiv:2606.09396). What differs here from the authors' code: the denominator is that of the whole optimiser
-step (theirs averages the means of micro-batches), and ties. Their final readme counts the whole group of words tied with
-the target (``le``, the default here: it does not depend on the order of words and keeps exactly the targets with at most
-``1 - tau`` of mass above them); their code counts the target alone (``strict``). The two differ where logits are equal, as
-logits in bfloat16 often are; to compare with their code, form the reference's logits in bfloat16 as well.
+Paper: "PriFT" (arXiv:2606.09396). What differs here from the authors' code: the denominator is that of the whole
+optimiser step (theirs averages the means of micro-batches), and ties. Their final readme counts the whole group of
+words tied with the target (``le``, the default here: it does not depend on the order of words and keeps exactly the
+targets with at most ``1 - tau`` of mass above them); their code counts the target alone (``strict``). The two differ
+where logits are equal, as logits in bfloat16 often are; to compare with their code, form the reference's logits in
+bfloat16 as well.
 
 A target at the border ``u = tau`` is kept, within 1e-6 of it: there rounding would decide.
 

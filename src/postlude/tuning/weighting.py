@@ -2,9 +2,9 @@
 
     L = 1/N sum_t mask_t sg[w_t] (-log p_t(y_t))  +  lambda/n sum_t mask_t KL(q_t || p_t)
 
-A *rule* (a :class:`TokenRule`, one short file per family) gives the weight. A *signal* says whose probabilities the rule
-reads: those of the model in training (``online``), of a frozen reference run beside it (``reference``), or of that
-reference as stored columns (``cached``). The *denominator* ``N`` is counted over the whole optimiser step: all
+A *rule* (a :class:`TokenRule`, one short file per family) gives the weight. A *signal* says whose probabilities the
+rule reads: those of the model in training (``online``), of a frozen reference run beside it (``reference``), or of
+that reference as stored columns (``cached``). The *denominator* ``N`` is counted over the whole optimiser step: all
 micro-batches, all ranks.
 
 How to train with it, in a plain loop of one micro-batch per step::
@@ -20,9 +20,9 @@ and with accumulation or several ranks:
 1. ``num_items`` = response tokens of the step, over all its micro-batches and ranks; pass it with every micro-batch.
    (Where ranks *average* gradients, as DDP does, multiply the loss by the number of ranks.)
 2. Add up ``result.statistics`` with ``+``; over ranks, ``all_reduce(statistics.values)``.
-3. Where ``weighting.rescales``, multiply all gradients by ``statistics.gradient_scale`` before clipping: the denominator
-   (kept tokens, or the sum of weights) is not known until the last micro-batch has been seen, and gradients are linear
-   in it. The scale is 0 where nothing was kept; ``statistics.empty`` says so.
+3. Where ``weighting.rescales``, multiply all gradients by ``statistics.gradient_scale`` before clipping: the
+   denominator (kept tokens, or the sum of weights) is not known until the last micro-batch has been seen, and
+   gradients are linear in it. The scale is 0 where nothing was kept; ``statistics.empty`` says so.
 4. Pass the sum as ``previous`` to the next step, for rules that read the mean loss (TALR).
 
 The order of the options is our choice: rule, then ``floor`` and ``ceil``, then ``always_keep_ids`` (those tokens weigh
@@ -262,12 +262,12 @@ class TokenWeighting:
 
     Attributes:
         rule: gives the weight.
-        signal: ``online``, ``reference`` or ``cached``; None is the paper's. For a rule that compares the model with the
-            reference: where the reference comes from.
+        signal: ``online``, ``reference`` or ``cached``; None is the paper's. For a rule that compares the model with
+            the reference: where the reference comes from.
         floor: lower bound of every weight.
         ceil: upper bound of every weight.
-        normalize: ``none`` divides by the rule's denominator, ``kept`` by the tokens of non-zero weight, ``mean1`` by the
-            sum of weights, which makes the mean weight 1. All over the whole step.
+        normalize: ``none`` divides by the rule's denominator, ``kept`` by the tokens of non-zero weight, ``mean1`` by
+            the sum of weights, which makes the mean weight 1. All over the whole step.
         always_keep_ids: tokens that weigh exactly 1 whatever the rule says: end of sequence, added tokens.
         eos_ids: tokens whose share of the weight is logged.
     """
@@ -360,8 +360,8 @@ class TokenWeighting:
             weight: ``[V, D]`` of the head.
             tokens: targets, mask and sequences of the same ``T``.
             bias: ``[V]`` of the head.
-            reference: of the same ``T`` tokens, the reference's :class:`Head` (signal ``reference``, or a divergence) or
-                its :class:`TokenColumns` (signal ``cached``).
+            reference: of the same ``T`` tokens, the reference's :class:`Head` (signal ``reference``, or a divergence)
+                or its :class:`TokenColumns` (signal ``cached``).
             num_items: response tokens of the optimiser step; None: of this micro-batch.
             previous: statistics of the step before, summed.
             precision: dtype of the products, by default that of the model. Under autocast, pass its dtype.
@@ -466,13 +466,14 @@ class TokenWeighting:
         if self.needs_reference_model:
             if not isinstance(reference, Head):
                 raise DataError(
-                    f"{self.rule.name} with signal {self.signal!r} needs the reference's hidden states and head on every "
-                    f"micro-batch (a Head); got {type(reference).__name__}."
+                    f"{self.rule.name} with signal {self.signal!r} needs the reference's hidden states and head "
+                    f"on every micro-batch (a Head); got {type(reference).__name__}."
                 )
             if len(reference.weight) != len(weight):
                 raise DataError(
-                    f"The reference has a vocabulary of {len(reference.weight)} words and the model one of {len(weight)}; "
-                    "they must be the same. Use the checkpoint that tuning starts from as the reference."
+                    f"The reference has a vocabulary of {len(reference.weight)} words and the model one of "
+                    f"{len(weight)}; they must be the same. Use the checkpoint that tuning starts from as the "
+                    "reference."
                 )
             length = len(reference.hidden)
         elif self.needs_reference:
