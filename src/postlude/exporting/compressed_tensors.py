@@ -37,6 +37,7 @@ from torch import Tensor, nn
 from postlude.errors import SettingsError
 from postlude.exporting.engine import Exporter
 from postlude.exporting.plain import Plain, plain, refuse
+from postlude.numerics.float8 import float8_e4m3fn
 from postlude.numerics.formats import Format, Integer, Scheme
 from postlude.numerics.packing import pack, unpack
 from postlude.registry import method
@@ -45,7 +46,7 @@ from postlude.runs.quiet import quiet_transformers
 from postlude.runs.selfcheck import compare_reload
 from postlude.surgery.layers import QuantizedLinear
 
-__all__ = ["CompressedTensors", "as_words", "float8_levels"]
+__all__ = ["CompressedTensors"]
 
 _NAME = "compressed-tensors"
 _INSTEAD = (
@@ -132,13 +133,7 @@ class CompressedTensors(Exporter):
         return report
 
 
-def float8_levels() -> tuple[float, ...]:
-    """The 253 values of ``float8_e4m3fn``, ascending."""
-    values = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
-    return tuple(sorted(set(values[torch.isfinite(values)].tolist())))
-
-
-def as_words(packed: Tensor) -> Tensor:
+def _as_words(packed: Tensor) -> Tensor:
     """``uint8 [rows, bytes]`` as ``int32 [rows, words]``, filled with zeros."""
     return (
         torch.nn.functional.pad(packed, (0, -packed.shape[-1] % 4)).contiguous().view(torch.int32)
@@ -223,7 +218,7 @@ def _input_reason(scheme: Scheme, inputs: Scheme) -> str | None:
 
 def _is_float8(format: Format) -> bool:
     levels = getattr(format, "levels", None)
-    return levels is not None and set(levels()) <= set(float8_levels())
+    return levels is not None and set(levels()) <= set(float8_e4m3fn().levels())
 
 
 def _arguments(layer: QuantizedLinear) -> dict[str, Any]:
@@ -281,13 +276,13 @@ def _layer(layer: QuantizedLinear, dtype: torch.dtype) -> dict[str, Tensor]:
     elif layer.input_scheme is not None:
         out["weight"] = (layer.codes.to(torch.int16) - 128).to(torch.int8)
     else:
-        out["weight_packed"] = as_words(layer.codes)
+        out["weight_packed"] = _as_words(layer.codes)
         out["weight_shape"] = torch.tensor([layer.out_features, layer.in_features])
         if layer.zero_point is not None:
             zero = layer.zero_point
             if scheme.granularity.kind == "tensor":
                 zero = zero.expand(layer.out_features, 1)
-            out["weight_zero_point"] = as_words(pack(zero.T.contiguous(), bits)).T.contiguous()
+            out["weight_zero_point"] = _as_words(pack(zero.T.contiguous(), bits)).T.contiguous()
     return out
 
 

@@ -14,16 +14,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 
 from postlude.errors import CheckpointError, SettingsError, UnknownNameError
 from postlude.runs.checkpoint import Checkpoint
+from postlude.runs.importing import READERS, Foreign, Reader
 from postlude.runs.quiet import quiet_transformers
 from postlude.runs.weights import check_finite, read_json, weight_files
 from postlude.surgery.anatomy import anatomy_of, check_supported
+from postlude.surgery.layers import check_scales
 
 __all__ = ["load", "resolve"]
 
 _ZOO = "zoo:"
+# The name of Postlude's own format; its module imports transformers, so it is not asked for it here.
+_METHOD = "postlude"
 _TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer.model",
@@ -41,7 +46,8 @@ def load(
 ) -> Checkpoint:
     """Load a language model from a Hugging Face directory; never from the network.
 
-    Float checkpoints and those that Postlude quantized load alike. Reads the weights twice: once to
+    Float checkpoints, those that Postlude quantized and those in the layouts of GPTQ, AWQ and compressed-tensors
+    load alike; the last become Postlude's own quantized layers, bit for bit. Reads the weights twice: once to
     see that they are finite, once to build the model.
 
     Args:
@@ -61,7 +67,11 @@ def load(
     config = _config(directory)
     check_supported(config["model_type"])
     check_finite(weight_files(directory))
-    model = _model(directory, target_dtype)
+    quantization = config.get("quantization_config") or {}
+    reader = READERS.get(quantization.get("quant_method"))
+    source = None if reader is None else _foreign(directory, quantization, reader)
+    model = _model(directory, target_dtype, source)
+    check_scales(model, zero=reader is not None)
     model.eval()
     model.to(target_device)
     return Checkpoint(
@@ -130,25 +140,51 @@ def _config(directory: Path) -> dict[str, Any]:
     quantization = config.get("quantization_config")
     if quantization is not None:
         scheme = quantization.get("quant_method") if isinstance(quantization, dict) else None
-        if scheme != "postlude":
+        if scheme != _METHOD and scheme not in READERS:
             raise CheckpointError(
-                f"{directory} is already quantized by {scheme!r}; expected float weights, or a "
-                "checkpoint that Postlude quantized. Start from the float model it was made from."
+                f"{directory} is already quantized by {scheme!r}; expected float weights, a checkpoint that "
+                f"Postlude quantized, or one in the layout of {', '.join(READERS)}. Start from the float model it "
+                "was made from."
             )
     return config
 
 
-def _model(directory: Path, dtype: torch.dtype | str) -> Any:
+def _foreign(directory: Path, quantization: dict[str, Any], reader: Reader) -> dict[str, Any]:
+    """What ``from_pretrained`` is given for a checkpoint in another library's layout."""
+    transformers = importlib.import_module("transformers")
+    huggingface = importlib.import_module("postlude.surgery.huggingface")
+    found = Foreign({})
+    for file in weight_files(directory):
+        with safe_open(file, framework="pt") as store:
+            found.tensors.update({name: store.get_tensor(name) for name in store.keys()})  # noqa: SIM118
+    reader(quantization, found)
+    with quiet_transformers():
+        config = transformers.AutoConfig.from_pretrained(directory, local_files_only=True)
+    made_by = {"method": quantization["quant_method"], "settings": quantization, "imported": True}
+    config.quantization_config = huggingface.PostludeConfig(
+        description=huggingface.describe_linears(found.specs), made_by=made_by
+    ).to_dict()
+    return {"pretrained_model_name_or_path": None, "config": config, "state_dict": found.tensors}
+
+
+def _model(directory: Path, dtype: torch.dtype | str, source: dict[str, Any] | None = None) -> Any:
     # Not at the top: importing it takes seconds, and a refused directory should be refused at once.
     transformers = importlib.import_module("transformers")
     with quiet_transformers():
         try:
-            model, info = transformers.AutoModelForCausalLM.from_pretrained(
-                directory,
+            if source is None:
+                build = transformers.AutoModelForCausalLM.from_pretrained
+                source = {"pretrained_model_name_or_path": directory, "trust_remote_code": False}
+            else:
+                # The class by its configuration: there is no directory to look for one in.
+                build = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[
+                    type(source["config"])
+                ].from_pretrained
+            model, info = build(
+                **source,
                 dtype=dtype,
                 local_files_only=True,
                 use_safetensors=True,
-                trust_remote_code=False,
                 output_loading_info=True,
             )
         except (ValueError, KeyError, OSError, RuntimeError, TypeError, AttributeError) as error:

@@ -31,6 +31,7 @@ __all__ = [
     "PostludeConfig",
     "PostludeQuantizer",
     "describe",
+    "describe_linears",
     "mark",
     "register",
 ]
@@ -65,6 +66,16 @@ def describe(model: nn.Module) -> dict[str, Any]:
         path = next(path for path, module in model.named_modules() if module is head)
         modules[path] = len(kinds)
         kinds.append({"module": "bias", "features": head.out_features})
+    return {"kinds": kinds, "modules": modules}
+
+
+def describe_linears(specs: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """The description of a model whose only replaced modules are these layers, by their paths."""
+    kinds: list[dict[str, Any]] = []
+    for spec in specs.values():
+        if {"module": "linear", **spec} not in kinds:
+            kinds.append({"module": "linear", **spec})
+    modules = {path: kinds.index({"module": "linear", **spec}) for path, spec in specs.items()}
     return {"kinds": kinds, "modules": modules}
 
 

@@ -30,6 +30,7 @@ __all__ = [
     "InputOrder",
     "QuantizedLinear",
     "build_transform",
+    "check_scales",
     "hold_dense",
 ]
 
@@ -148,6 +149,28 @@ def hold_dense(module: nn.Module) -> Iterator[None]:
     finally:
         for layer in layers:
             layer._held = None
+
+
+def check_scales(model: nn.Module, *, zero: bool = False) -> None:
+    """Refuse a model with scales that cannot be.
+
+    Args:
+        model: any; its quantized layers are looked at.
+        zero: whether a scale of zero may be, which Postlude never writes.
+
+    Raises:
+        CheckpointError: a scale that is NaN, infinite, negative or zero; names the layer.
+    """
+    for path, layer in model.named_modules():
+        if not isinstance(layer, QuantizedLinear) or layer.weight_scheme is None:
+            continue
+        scale = layer.scale.float()
+        good = torch.isfinite(scale) & ((scale >= 0) if zero else (scale > 0))
+        if not bool(good.all()):
+            raise CheckpointError(
+                f"{path} has {int((~good).sum())} scales of {scale.numel()} that are NaN, infinite, negative or "
+                "zero; expected positive numbers. The checkpoint is damaged: copy it again, or quantize again."
+            )
 
 
 def build_transform(spec: dict[str, Any] | None, device: Any = None) -> nn.Module | None:
