@@ -104,6 +104,10 @@ class LayerCurvature(ABC):
     def scores(self, queries: Rows, source: Source) -> Tensor:
         """``[Q, N]`` in fp32."""
 
+    @abstractmethod
+    def matrices(self, queries: Rows, source: Source) -> Tensor:
+        """``(H + lam)^-1 G_q [Q, d1, d2]``: a score is the Frobenius product of it with a row."""
+
     def state(self) -> dict[str, Tensor]:
         """What :meth:`from_state` needs, to keep a fit."""
         raise NotImplementedError
@@ -113,7 +117,9 @@ class LayerCurvature(ABC):
         raise NotImplementedError
 
     @staticmethod
-    def cost(count: int, layer: CollectedLayer, columns: int, settings: CurvatureSettings) -> float:
+    def cost(
+        count: int, layer: CollectedLayer, columns: float, settings: CurvatureSettings
+    ) -> float:
         """Floating-point operations of fitting."""
         return 0.0
 
@@ -133,6 +139,27 @@ def stream(matrices: Tensor, source: Source) -> Tensor:
     return scores
 
 
+@dataclasses.dataclass(frozen=True)
+class _Double:
+    """A source in fp64."""
+
+    source: Source
+
+    @property
+    def layer(self) -> CollectedLayer:
+        return self.source.layer
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def chunks(self, rows: int = 0) -> Iterator[tuple[int, Rows]]:
+        for first, found in self.source.chunks(rows):
+            yield first, found.double()
+
+    def rows(self, start: int = 0, stop: int | None = None) -> Rows:
+        return self.source.rows(start, stop).double()
+
+
 def stream_products(queries: Rows, source: Source) -> Tensor:
     """``[Q, N]`` Frobenius products of query gradients with every row: one pass over the layer."""
     parts = [queries.products(rows) for _, rows in source.chunks()]
@@ -150,6 +177,9 @@ class Plain(LayerCurvature):
 
     def scores(self, queries: Rows, source: Source) -> Tensor:
         return stream_products(queries, source)
+
+    def matrices(self, queries: Rows, source: Source) -> Tensor:
+        return queries.dense()
 
 
 class Exact(LayerCurvature):
@@ -173,8 +203,11 @@ class Exact(LayerCurvature):
         return cls(DenseInverse.of(h, damping))
 
     def scores(self, queries: Rows, source: Source) -> Tensor:
+        return stream(self.matrices(queries, source), source)
+
+    def matrices(self, queries: Rows, source: Source) -> Tensor:
         dense = queries.dense()
-        return stream(self.inverse.apply(dense.flatten(1)).view_as(dense), source)
+        return self.inverse.apply(dense.flatten(1)).view_as(dense)
 
     def state(self) -> dict[str, Tensor]:
         return {"lower": self.inverse.lower}
@@ -184,7 +217,9 @@ class Exact(LayerCurvature):
         return cls(DenseInverse(state["lower"]))
 
     @staticmethod
-    def cost(count: int, layer: CollectedLayer, columns: int, settings: CurvatureSettings) -> float:
+    def cost(
+        count: int, layer: CollectedLayer, columns: float, settings: CurvatureSettings
+    ) -> float:
         return count * layer.size**2 + layer.size**3 / 3
 
     @staticmethod
@@ -228,8 +263,11 @@ class Truncated(LayerCurvature):
         return cls(SpectralInverse.of(svd, damping, corrected=settings.tail == "corrected"))
 
     def scores(self, queries: Rows, source: Source) -> Tensor:
+        return stream(self.matrices(queries, source), source)
+
+    def matrices(self, queries: Rows, source: Source) -> Tensor:
         dense = queries.dense()
-        return stream(self.inverse.apply(dense.flatten(1)).view_as(dense), source)
+        return self.inverse.apply(dense.flatten(1)).view_as(dense)
 
     def state(self) -> dict[str, Tensor]:
         numbers = torch.tensor([self.inverse.damping, self.inverse.tail], dtype=torch.float64)
@@ -245,7 +283,9 @@ class Truncated(LayerCurvature):
         return cls(SpectralInverse(state["vectors"], state["squares"], damping, tail))
 
     @staticmethod
-    def cost(count: int, layer: CollectedLayer, columns: int, settings: CurvatureSettings) -> float:
+    def cost(
+        count: int, layer: CollectedLayer, columns: float, settings: CurvatureSettings
+    ) -> float:
         k = min(settings.rank + settings.oversampling, layer.size, count)
         passes = settings.iterations + 1
         return count * layer.size * k * (4 * passes + 2) + passes * 4 * layer.size * k**2
@@ -277,15 +317,28 @@ class Dual(LayerCurvature):
     def scores(self, queries: Rows, source: Source) -> Tensor:
         return self.inverse.scores(stream_products(queries, source))
 
+    def matrices(self, queries: Rows, source: Source) -> Tensor:
+        # (H + lam)^-1 g = (g - sum_t s_t g_t) / lam with the scores s of g, by Woodbury's identity. In fp64: where
+        # the training set explains a query, both terms are large and nearly equal.
+        dense = queries.dense().double()
+        weights = self.inverse.scores(stream_products(queries.double(), _Double(source)))
+        for first, rows in source.chunks():
+            flat = rows.flat().double()
+            dense -= (weights[:, first : first + len(rows)] @ flat).view_as(dense)
+        return (dense / self.inverse.damping).to(queries.dense().dtype)
+
     def state(self) -> dict[str, Tensor]:
-        return {"lower": self.inverse.lower}
+        damping = torch.tensor(self.inverse.damping, dtype=torch.float64)
+        return {"lower": self.inverse.lower, "damping": damping}
 
     @classmethod
     def from_state(cls, state: Mapping[str, Tensor]) -> Dual:
-        return cls(GramInverse(state["lower"]))
+        return cls(GramInverse(state["lower"], float(state["damping"])))
 
     @staticmethod
-    def cost(count: int, layer: CollectedLayer, columns: int, settings: CurvatureSettings) -> float:
+    def cost(
+        count: int, layer: CollectedLayer, columns: float, settings: CurvatureSettings
+    ) -> float:
         return count**2 * columns**2 * (layer.in_width + layer.out_width) + count**3 / 3
 
     @staticmethod
@@ -333,9 +386,10 @@ def choose(
     asked: str,
     count: int,
     layers: Sequence[CollectedLayer],
-    columns: Callable[[CollectedLayer], int],
+    columns: Callable[[CollectedLayer], float],
     settings: CurvatureSettings,
     memory: float = MEMORY,
+    among: Sequence[str] = (),
 ) -> Choice:
     """The way of inverting the curvature of an index.
 
@@ -345,7 +399,8 @@ def choose(
         layers: of the index.
         columns: factor columns of a layer.
         settings: rank and so on.
-        memory: bytes that one layer may take; ``truncated`` is taken where nothing fits.
+        memory: bytes that one layer may take; where nothing fits, the one that takes least is taken.
+        among: names to choose from; all by default.
 
     Raises:
         UnknownNameError: no such way.
@@ -362,7 +417,9 @@ def choose(
     }
     if asked != "auto":
         return Choice(asked, True, costs, bytes_)
-    fitting = [name for name in costs if bytes_[name] <= memory] or ["truncated"]
+    known = list(among or BACKENDS)
+    fitting = [name for name in known if bytes_[name] <= memory]
+    fitting = fitting or [min(known, key=bytes_.__getitem__)]
     if settings.rank == 0:
         fitting = ["truncated"]  # rank 0 asks for no curvature, which the others cannot give
     return Choice(min(fitting, key=costs.__getitem__), False, costs, bytes_)

@@ -29,7 +29,8 @@ from postlude.attribution.curvature import (
     Plain,
 )
 from postlude.attribution.examples import Example, Records, batches, tokenize
-from postlude.attribution.index import Index
+from postlude.attribution.explain import Parts, influence_parts
+from postlude.attribution.index import Index, LayerSource
 from postlude.attribution.representation import GradientRepresentation, Representation, Rows
 from postlude.errors import SettingsError
 from postlude.runs.checkpoint import Checkpoint
@@ -49,12 +50,14 @@ class Queries:
         tensors: rows by name, ``[queries, ...]`` each.
         representation: how to read them.
         layers: of the index.
+        checkpoint: the model they were recorded with, for methods that compute training gradients again.
     """
 
     examples: list[Example]
     tensors: dict[str, Tensor]
     representation: Representation
     layers: tuple[CollectedLayer, ...]
+    checkpoint: Checkpoint
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -111,6 +114,37 @@ class Attributor(ABC):
             progress: where to show it.
         """
 
+    def explain(
+        self,
+        index: Index,
+        queries: Queries,
+        pairs: Sequence[tuple[int, int]],
+        train: Sequence[Example],
+        *,
+        tokens: bool = False,
+        keep: bool = False,
+    ) -> list[Parts]:
+        """The parts of single scores, by layer and by token; none where a method has no such parts.
+
+        Args:
+            index, queries: as for :meth:`score`.
+            pairs: ``(query, example number)`` of each score.
+            train: the training examples of the pairs, tokenized.
+            tokens: also by token, which runs the model on the examples again.
+            keep: as for :meth:`score`.
+        """
+        return [Parts() for _ in pairs]
+
+    def prepare(
+        self, index: Index, checkpoint: Checkpoint, progress: Progress | None = None
+    ) -> None:
+        """Make what queries need beside the rows; called at the end of a build, and safe to call again."""
+
+    @property
+    def unit(self) -> str:
+        """What a score is measured in."""
+        return "influence"
+
     @property
     def name(self) -> str:
         return registry.info_of(self).name
@@ -150,10 +184,59 @@ class InfluenceAttributor(Attributor):
         """Which curvature to fit to an index, with which settings; none by default."""
         return Plain, CurvatureSettings(), None
 
+    def weights(self, index: Index, queries: Queries) -> tuple[Tensor, Tensor] | None:
+        """Factors ``[queries]`` and ``[examples]`` on scores, for methods that scale them; none by default."""
+        return None
+
     def layer_scores(
         self, index: Index, queries: Queries, *, keep: bool = False
     ) -> Iterator[tuple[str, Tensor]]:
         """``(module path, [queries, examples])``, layer by layer."""
+        weights = self.weights(index, queries)
+        for layer, fitted, source in self.fits(index, keep=keep):
+            scores = fitted.scores(self.query_rows(index, queries, layer), source)
+            if weights is not None:
+                scores = weights[0][:, None].to(scores) * scores * weights[1].to(scores)
+            yield layer.module, scores
+
+    def query_rows(self, index: Index, queries: Queries, layer: CollectedLayer) -> Rows:
+        """Query gradients of a layer in the precision of scoring."""
+        rows = queries.rows(layer)
+        _, settings, _ = self.chosen_curvature(index)
+        return rows.double() if settings.precision == torch.float64 else rows
+
+    def explain(
+        self,
+        index: Index,
+        queries: Queries,
+        pairs: Sequence[tuple[int, int]],
+        train: Sequence[Example],
+        *,
+        tokens: bool = False,
+        keep: bool = False,
+    ) -> list[Parts]:
+        representation = queries.representation
+        if not isinstance(representation, GradientRepresentation):
+            raise SettingsError(f"{representation.kind!r} has no gradients of layers")
+        return influence_parts(
+            queries.checkpoint,
+            index.collection,
+            representation,
+            queries.examples,
+            train,
+            pairs,
+            (
+                (layer, fitted, source, self.query_rows(index, queries, layer))
+                for layer, fitted, source in self.fits(index, keep=keep)
+            ),
+            self.weights(index, queries),
+            tokens=tokens,
+        )
+
+    def fits(
+        self, index: Index, *, keep: bool = False
+    ) -> Iterator[tuple[CollectedLayer, LayerCurvature, LayerSource]]:
+        """The curvature of every layer, one at a time, with the rows it was fitted to."""
         kind, settings, _ = self.chosen_curvature(index)
         run = self._kept(index, kind, settings) if keep and kind is not Plain else None
         for layer in index.layers:
@@ -165,10 +248,7 @@ class InfluenceAttributor(Attributor):
                     _unit(layer.module), lambda source=source: kind.fit(source, settings).state()
                 )
                 fitted = kind.from_state(state)
-            rows = queries.rows(layer)
-            if settings.precision == torch.float64:
-                rows = rows.double()
-            yield layer.module, fitted.scores(rows, source)
+            yield layer, fitted, source
 
     def score(
         self,
@@ -228,7 +308,7 @@ def record_queries(
     full = index.representation.full_precision()
     with full.recorder(checkpoint, collection) as record:
         tensors = record_rows(record, examples, collection.tokens_per_batch)
-    return Queries(examples, tensors, full, index.layers)
+    return Queries(examples, tensors, full, index.layers, checkpoint)
 
 
 def record_rows(
@@ -240,8 +320,10 @@ def record_rows(
         for name, rows in record(batch).items():
             kept = rows.detach().cpu()
             if name not in tensors:
-                tensors[name] = kept.new_empty(len(examples), *kept.shape[1:])
-            tensors[name][batch.rows] = kept
+                tensors[name] = kept.new_zeros(len(examples), *kept.shape[1:])
+            # Rows as wide as their batch fill the front of those of the first batch, which is the widest.
+            place = tensors[name] if kept.ndim < 2 else tensors[name][:, : kept.shape[1]]
+            place[batch.rows] = kept
         if advance is not None:
             advance(len(batch))
     return tensors

@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,8 @@ class Index:
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
+        self._records: Records | None = None
+        self._cache: dict[str, Tensor] = {}
         self.store = TensorStore.open(path, kind=KIND)
         self.manifest = self.store.manifest
         try:
@@ -95,6 +97,12 @@ class Index:
             f"{self.layers[0].module!r}"
         )
 
+    def cached(self, name: str, make: Callable[[Index], Tensor]) -> Tensor:
+        """What ``make`` computes from this index, computed once for as long as it is open."""
+        if name not in self._cache:
+            self._cache[name] = make(self)
+        return self._cache[name]
+
     def check_model(self, checkpoint: Checkpoint) -> None:
         """Refuse a model that is not the one the index was built with.
 
@@ -112,13 +120,17 @@ class Index:
                     "the index was built with, or build an index for this one."
                 )
 
-    def records(self, path: str | os.PathLike[str] | None = None) -> Records:
-        """The training examples, read from where they were at the build, or from ``path``.
+    def records(
+        self, path: str | os.PathLike[str] | Sequence[Mapping[str, Any] | str] | None = None
+    ) -> Records:
+        """The training examples, read from where they were at the build, or from ``path``; read once.
 
         Raises:
             DataError: the file is not there.
             StoreError: it has changed since the build.
         """
+        if self._records is not None and path is None:
+            return self._records
         given = self.manifest["data"]
         source = path or given["path"]
         if source is None:
@@ -127,11 +139,13 @@ class Index:
             )
         records = Records(source)
         if records.hash != given["hash"]:
+            name = source if isinstance(source, str | os.PathLike) else "the list of examples"
             raise StoreError(
-                f"{source} has changed since {self.path} was built: {len(records)} examples with hash "
+                f"{name} has changed since {self.path} was built: {len(records)} examples with hash "
                 f"{records.hash[:12]}..., expected {given['examples']} with {given['hash'][:12]}.... Put the old file "
                 "back, or build the index again."
             )
+        self._records = records
         return records
 
     def verify(self) -> list[Damage]:

@@ -134,9 +134,11 @@ class GramInverse:
 
     Attributes:
         lower: ``[N, N]`` fp64, Cholesky factor of ``K + lam I``.
+        damping: ``lam``.
     """
 
     lower: Tensor
+    damping: float
 
     @classmethod
     def of(cls, gram: Tensor, damping: float) -> GramInverse:
@@ -144,7 +146,7 @@ class GramInverse:
         matrix = gram.double()
         matrix = (matrix + matrix.mT) / 2
         matrix.diagonal().add_(damping)
-        return cls(_cholesky(matrix, damping))
+        return cls(_cholesky(matrix, damping), damping)
 
     def scores(self, products: Tensor) -> Tensor:
         """``[Q, N]`` damped scores from the inner products ``[Q, N]`` of queries with all rows."""
