@@ -40,8 +40,8 @@ class LanguageHead:
             or type(head) is not nn.Linear
         ):
             raise ArchitectureError(
-                f"The head {anatomy.head} is a {type(head).__name__}; expected a plain linear layer. Leave the head out "
-                "of adapters and quantization."
+                f"The head {anatomy.head} is a {type(head).__name__}; expected a plain linear layer. Leave the head "
+                "out of adapters and quantization."
             )
         self.model = model
         self.module: nn.Linear = head

@@ -37,6 +37,7 @@ class Plan:
             other; of those, every ``ranks``-th from the r-th on is for rank r.
         steps: optimiser steps.
         targets: learned tokens of each step, on all ranks.
+        tokens: all tokens of each step, likewise.
         epochs: where in the data each step ends, in passes over it.
         padding: share of the places in all batches that hold no token.
     """
@@ -44,6 +45,7 @@ class Plan:
     batches: list[Rows]
     steps: int
     targets: list[int]
+    tokens: list[int]
     epochs: list[float]
     padding: float
 
@@ -66,8 +68,9 @@ def make_plan(examples: Examples, run: TuneRun, max_length: int, *, ranks: int =
     counts = examples.target_starts.diff().tolist()
     batches: list[Rows] = []
     targets: list[int] = []
+    tokens: list[int] = []
     epochs: list[float] = []
-    places = tokens = 0
+    places = 0
     epoch = 0
     while len(targets) < run.steps if run.steps is not None else epoch < run.epochs:
         generator = torch.Generator().manual_seed(run.seed * 1_000_003 + epoch)
@@ -88,11 +91,12 @@ def make_plan(examples: Examples, run: TuneRun, max_length: int, *, ranks: int =
                 chosen = sized[len(sized) * part // parts : len(sized) * (part + 1) // parts]
                 batches.append([row for _, row in chosen])
                 places += len(chosen) * max((size for size, _ in chosen), default=0)
-            tokens += sum(size for size, _ in sized)
+            tokens.append(sum(size for size, _ in sized))
             targets.append(sum(counts[index] for _, row in sized for index in row))
             epochs.append(epoch + min(1.0, (start + whole) / len(rows)))
         epoch += 1
-    return Plan(batches, len(targets), targets, epochs, 1 - tokens / max(places, 1))
+    padding = 1 - sum(tokens) / max(places, 1)
+    return Plan(batches, len(targets), targets, tokens, epochs, padding)
 
 
 def pack(order: Sequence[int], lengths: Sequence[int], max_length: int) -> list[list[int]]:

@@ -1,0 +1,577 @@
+"""transformers' Trainer with the loss of a token rule, and with states that are safe to keep.
+
+Two sets of overrides, joined with a Trainer class when a run starts (importing it takes seconds):
+
+:class:`Steady`, for any Trainer of transformers or TRL:
+    - what a killed run resumes from is written as safetensors and JSON, whole or not at all. Trainer itself writes
+      pickles, which can run code when they are read.
+    - one row a step in ``steps.jsonl``, a progress bar, nothing printed.
+    - a loss or a gradient that is not finite stops the run before the step is taken, by an error that names it.
+
+:class:`TokenLoss`, for supervised tuning:
+    - the model runs once a micro-batch, up to the states that its head reads; only those that predict a learned token
+      reach the head, piece by piece (``numerics.weighted_likelihood``).
+    - the denominator is counted over all micro-batches and ranks of an optimiser step.
+    - a step whose weights are all zero is left out, optimizer moments included, and counted.
+
+The numbers of a step are read from the device once, before the optimizer moves.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import random
+import re
+import shutil
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from postlude.errors import MissingDependencyError, NonFiniteError
+from postlude.numerics.weighted_likelihood import TokenColumns
+from postlude.runs.atomic import atomic_directory, sync_directory
+from postlude.runs.progress import Progress
+from postlude.surgery.head import LanguageHead
+from postlude.tuning.batches import Plan, collate
+from postlude.tuning.examples import Examples
+from postlude.tuning.weighting import StepStatistics, TargetTokens, TokenWeighting
+
+if TYPE_CHECKING:
+    from postlude.tuning.prior import Prior, Reference
+    from postlude.tuning.run import TuneRun
+
+__all__ = [
+    "Batches",
+    "Steady",
+    "TokenLoss",
+    "arguments",
+    "joined",
+    "last_state",
+    "seeded",
+]
+
+LOG = "steps.jsonl"
+_STATE, _TENSORS, _TRAINER = "state.json", "tensors.safetensors", "trainer_state.json"
+_STEP = re.compile(r"step-(\d+)")
+_SECONDS_BETWEEN_STATES = 60.0
+_STATES_PER_RUN = 20
+
+
+def arguments(
+    run: TuneRun,
+    directory: Path,
+    model: Any,
+    steps: int,
+    kind: type | None = None,
+    **settings: Any,
+) -> Any:
+    """transformers' ``TrainingArguments`` for a run.
+
+    Args:
+        run: rate, schedule, accumulation, seed.
+        directory: where the Trainer may write.
+        model: what is trained; decides the device and whether autocast is on.
+        steps: optimiser steps.
+        kind: a subclass of ``TrainingArguments``, such as TRL's configurations.
+        settings: more of them, or others.
+
+    Raises:
+        MissingDependencyError: accelerate is not installed.
+    """
+    try:
+        import accelerate  # noqa: F401
+    except ImportError as error:
+        raise MissingDependencyError(
+            "tune needs accelerate: pip install 'postlude[tune]'"
+        ) from error
+    from transformers import TrainingArguments
+
+    device = model.device.type
+    schedule = {"constant": "constant_with_warmup"}.get(run.schedule, run.schedule)
+    chosen = {
+        "output_dir": str(directory),
+        "per_device_train_batch_size": 1,
+        "gradient_accumulation_steps": run.accumulate,
+        "max_steps": steps,
+        "learning_rate": run.learning_rate,
+        "lr_scheduler_type": schedule,
+        "warmup_steps": int(run.warmup * steps),
+        "optim": "adamw_torch_fused" if device in ("cpu", "cuda") else "adamw_torch",
+        "adam_beta2": 0.95,
+        "weight_decay": run.weight_decay,
+        "max_grad_norm": run.clip,
+        "seed": run.seed,
+        "use_cpu": device == "cpu",
+        "bf16": autocasts(model),
+        "logging_strategy": "no",
+        "logging_nan_inf_filter": False,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "log_level": "error",
+        "remove_unused_columns": False,
+        "dataloader_pin_memory": device == "cuda",
+        "ddp_find_unused_parameters": False,
+        **settings,
+    }
+    made = (kind or TrainingArguments)(**chosen)
+    # One process drives one device: several are torchrun's business, not that of threads.
+    made._n_gpu = min(made.n_gpu, 1)
+    return made
+
+
+def autocasts(model: Any) -> bool:
+    """Whether products are formed in bfloat16: on a device that is fast at it, where weights are kept in fp32."""
+    trained = {p.dtype for p in model.parameters() if p.requires_grad}
+    return bool(
+        model.device.type == "cuda"
+        and torch.cuda.is_bf16_supported()
+        and trained == {torch.float32}
+    )
+
+
+def joined(*classes: type) -> type:
+    """A Trainer class with overrides; the Trainer comes last."""
+    return type(classes[-1].__name__, classes, {})
+
+
+@contextlib.contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Give every random generator this seed, and its old state back at the end."""
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
+    python, numbers = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices=devices):
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
+        torch.manual_seed(seed)
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numbers)
+
+
+def last_state(directory: Path) -> Path | None:
+    """The newest state in the directory of a run, None where there is none."""
+    found = [
+        (int(match[1]), path)
+        for path in directory.glob("step-*")
+        if (match := _STEP.fullmatch(path.name)) and (path / _TRAINER).is_file()
+    ]
+    return max(found)[1] if found else None
+
+
+class Batches(Dataset[dict[str, Tensor]]):
+    """The micro-batches of a plan, made when they are asked for."""
+
+    def __init__(
+        self, examples: Examples, plan: Plan, columns: Mapping[str, Tensor] | None
+    ) -> None:
+        self.examples, self.plan, self.columns = examples, plan, columns
+
+    def __len__(self) -> int:
+        return len(self.plan.batches)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return collate(self.examples, self.plan.batches[index], self.columns)
+
+
+def only(items: list[Any]) -> Any:
+    """The one item of a batch that is made already."""
+    return items[0]
+
+
+class Steady:
+    """Overrides of a Trainer; call :meth:`prepare` after it is made, then :meth:`run`.
+
+    Attributes:
+        rows: one for each step so far, also those before a kill.
+        seconds: spent in steps so far, likewise.
+    """
+
+    # Of the Trainer that this is joined with.
+    args: Any
+    model: Any
+    state: Any
+    control: Any
+    optimizer: Any
+    lr_scheduler: Any
+    accelerator: Any
+    is_world_process_zero: Any
+
+    def prepare(
+        self, directory: Path, progress: Progress | None = None, save_every: int | None = None
+    ) -> None:
+        """Set up what a run keeps.
+
+        Args:
+            directory: for states and the log; belongs to this run.
+            progress: where to show a bar.
+            save_every: steps from state to state; None for twenty a run, but not one a minute.
+        """
+        from transformers.trainer_callback import PrinterCallback
+
+        self.remove_callback(PrinterCallback)  # type: ignore[attr-defined]
+        self._directory = directory
+        self._save_every = save_every
+        self._progress = progress or Progress(show=False)
+        self._task: Any = None
+        self._saved = self._said = time.monotonic()
+        self._tick = time.monotonic()
+        self._saved_step = 0
+        self._more: dict[str, Any] = {}
+        self.rows: list[dict[str, Any]] = []
+        directory.mkdir(parents=True, exist_ok=True)
+
+    def run(self) -> None:
+        """Train from the last state in the directory, or from the start.
+
+        Raises:
+            NonFiniteError: names the step; the state before it is in the directory.
+        """
+        state = last_state(self._directory)
+        steps, done = self.args.max_steps, 0
+        if state is not None:
+            done = int(state.name.partition("-")[2])
+            self._progress.log(f"resuming at step {done} of {steps}")
+        self._read_log(done)
+        self._saved_step = done
+        with self._progress:
+            self._task = self._progress.task("tune", steps - done)
+            self._tick = time.monotonic()
+            try:
+                self.train(resume_from_checkpoint=None if state is None else str(state))  # type: ignore[attr-defined]
+            finally:
+                self._task.close()
+
+    # ------------------------------------------------------------------------------------------- around a step
+
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        super()._maybe_log_save_evaluate(*args, **kwargs)  # type: ignore[misc]
+        step = self.state.global_step
+        if not self.rows or self.rows[-1]["step"] < step:
+            self._write_row(step)
+        if self._due(step):
+            self._save_checkpoint(self.model, None)
+            self._tick = time.monotonic()
+
+    def _row(self) -> dict[str, Any]:
+        """What to log of the step just taken."""
+        return {}
+
+    def _write_row(self, step: int) -> None:
+        now = time.monotonic()
+        row = {"step": step, **self._row(), "seconds": round(now - self._tick, 6)}
+        self._tick = now
+        self.rows.append(row)
+        self._task.advance()
+        if self.is_world_process_zero():
+            with open(self._directory / LOG, "a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+
+    def _read_log(self, steps: int) -> None:
+        """Take up the log of a killed run at the state it resumes from."""
+        file = self._directory / LOG
+        lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
+        self.rows = [json.loads(line) for line in lines[:steps]]
+        if self.is_world_process_zero():
+            text = "".join(line + "\n" for line in lines[:steps])
+            file.write_text(text, encoding="utf-8")
+
+    def _due(self, step: int) -> bool:
+        if step == self._saved_step or step == self.args.max_steps:
+            return False
+        if self._save_every is not None:
+            return step % self._save_every == 0
+        if step % max(1, self.args.max_steps // _STATES_PER_RUN):
+            return False
+        # Every rank has to decide alike.
+        late = torch.tensor(float(time.monotonic() - self._saved >= _SECONDS_BETWEEN_STATES))
+        if self.args.world_size > 1:
+            from accelerate.utils import broadcast
+
+            late = broadcast(late.to(self.args.device))
+        return bool(late)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Take what the Trainer would print into the row of the step."""
+        self._more.update(logs)
+
+    def floating_point_ops(self, inputs: Any) -> int:
+        """Not counted: it would walk over all parameters in every step."""
+        return 0
+
+    # ------------------------------------------------------------------------------------------------ the state
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """Write ``step-N``: trained parameters, optimizer, schedule, random states; drop the one before."""
+        step = self.state.global_step
+        randoms = _random_states()
+        gathered = [randoms]
+        if self.args.world_size > 1:
+            from accelerate.utils import gather_object
+
+            gathered = gather_object([randoms])
+        if self.is_world_process_zero():
+            tensors = {
+                f"parameter.{name}": parameter.detach()
+                for name, parameter in self.model.named_parameters()
+                if parameter.requires_grad
+            }
+            about: dict[str, Any] = {"scheduler": _plain(self.lr_scheduler.state_dict())}
+            about["optimizer"] = _flatten(self.optimizer.state_dict(), "optimizer", tensors)
+            about["own"] = _flatten(self._own_state(), "own", tensors)
+            about["random"] = [
+                _flatten(one, f"random.{rank}", tensors) for rank, one in enumerate(gathered)
+            ]
+            with open(self._directory / LOG, "a", encoding="utf-8") as file:
+                os.fsync(file.fileno())
+            with atomic_directory(self._directory / f"step-{step}", overwrite=True) as directory:
+                save_file(
+                    {name: tensor.cpu().contiguous().clone() for name, tensor in tensors.items()},
+                    directory / _TENSORS,
+                )
+                (directory / _STATE).write_text(json.dumps(about), encoding="utf-8")
+                self.state.save_to_json(str(directory / _TRAINER))
+            sync_directory(self._directory)
+            for path in self._directory.glob("step-*"):
+                if path.name != f"step-{step}" and _STEP.fullmatch(path.name):
+                    shutil.rmtree(path, ignore_errors=True)
+        self._saved, self._saved_step = time.monotonic(), step
+
+    def _own_state(self) -> dict[str, Any]:
+        """What else a resumed run needs."""
+        return {}
+
+    def _take_own_state(self, state: dict[str, Any]) -> None:
+        """Take it up again."""
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        stored = load_file(Path(resume_from_checkpoint) / _TENSORS)
+        about = json.loads((Path(resume_from_checkpoint) / _STATE).read_text(encoding="utf-8"))
+        with torch.no_grad():
+            for name, parameter in self.model.named_parameters():
+                if parameter.requires_grad:
+                    parameter.copy_(stored[f"parameter.{name}"])
+        self._take_own_state(_restore(about["own"], stored))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None:
+            return
+        stored = load_file(Path(checkpoint) / _TENSORS)
+        about = json.loads((Path(checkpoint) / _STATE).read_text(encoding="utf-8"))
+        self.optimizer.load_state_dict(_restore(about["optimizer"], stored))
+        self.lr_scheduler.load_state_dict(about["scheduler"])
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if checkpoint is None:
+            return
+        stored = load_file(Path(checkpoint) / _TENSORS)
+        about = json.loads((Path(checkpoint) / _STATE).read_text(encoding="utf-8"))
+        _set_random_states(_restore(about["random"][self.args.process_index], stored))
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        """There is none: fp16 is not trained in."""
+
+    def _fail(self, what: str) -> None:
+        """Keep the state before a step that cannot be taken, and say which.
+
+        Raises:
+            NonFiniteError: always.
+        """
+        step = self.state.global_step + 1
+        kept = "Nothing was learned before it."
+        if step > 1:
+            if self._saved_step != step - 1:
+                self._save_checkpoint(self.model, None)
+            kept = f"The state before it is kept in {self._directory / f'step-{step - 1}'}."
+        raise NonFiniteError(
+            f"Step {step} of {self.args.max_steps} has a {what}. Expected finite values: the learning rate "
+            f"({self.args.learning_rate:g}) may be too high, or the model may compute in float16. {kept}"
+        )
+
+
+class TokenLoss(Steady):
+    """Overrides for supervised tuning by a token rule; call :meth:`weigh` beside :meth:`prepare`."""
+
+    # The denominator is that of the whole step, so Trainer does not divide by the number of micro-batches.
+    loss_is_scaled_for_ga = True
+
+    def weigh(
+        self,
+        weighting: TokenWeighting,
+        plan: Plan,
+        head: LanguageHead,
+        reference: Reference | None,
+        prior: Prior | None,
+    ) -> None:
+        """Set up the loss.
+
+        Args:
+            weighting: rule, signal, denominator.
+            plan: the micro-batches of the dataset.
+            head: of the model.
+            reference: to run beside it, if that is the signal.
+            prior: whose columns are in the batches, if that is.
+        """
+        self._weighting, self._plan, self._head = weighting, plan, head
+        self._reference, self._prior = reference, prior
+        self._precision = torch.bfloat16 if autocasts(self.model) else None
+        self._sums: StepStatistics | None = None
+        self._previous: StepStatistics | None = None
+        self._numbers: dict[str, float] = {}
+        self.skipped = 0
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> Any:
+        """Micro-batches of one step, and the learned tokens of that step on all ranks."""
+        batches = [next(epoch_iterator) for _ in range(num_batches)]
+        return batches, self._plan.targets[self.state.global_step]
+
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Tensor:
+        """The loss of a micro-batch, over the tokens of the whole step."""
+        names = ("input_ids", "attention_mask", "position_ids")
+        given = {name: inputs[name] for name in names if name in inputs}
+        states = self._head.states(model, **given).flatten(0, 1)
+        hidden = states.index_select(0, inputs["predictors"])
+        targets = inputs["targets"]
+        tokens = TargetTokens(
+            targets, torch.ones_like(targets, dtype=torch.bool), inputs["sequences"]
+        )
+        frozen: Any = None
+        if self._reference is not None:
+            frozen = self._reference(inputs)
+        elif self._prior is not None:
+            columns = {
+                name.partition(".")[2]: value
+                for name, value in inputs.items()
+                if name.startswith("column.")
+            }
+            frozen = TokenColumns(**columns, top=self._prior.top)
+        result = self._weighting(
+            hidden,
+            self._head.weight,
+            tokens,
+            bias=self._head.bias,
+            reference=frozen,
+            num_items=num_items_in_batch,
+            previous=self._previous,
+            precision=self._precision,
+        )
+        found = result.statistics
+        self._sums = found if self._sums is None else self._sums + found
+        # DistributedDataParallel averages gradients over ranks; the loss is a sum over them.
+        return result.loss * self.args.world_size
+
+    def _clip_grad_norm(self, model: Any) -> Any:
+        sums, self._sums = self._sums, None
+        if sums is None:
+            raise RuntimeError("a step ended without a micro-batch; compute_loss was not called")
+        if self.args.world_size > 1:
+            torch.distributed.all_reduce(sums.values)
+        if self._weighting.rescales:
+            scale = sums.gradient_scale
+            gradients = [p.grad for p in model.parameters() if p.grad is not None]
+            torch._foreach_mul_(gradients, scale.to(gradients[0].dtype))
+        norm = super()._clip_grad_norm(model)  # type: ignore[misc]
+        self._numbers = {
+            "learning_rate": self.lr_scheduler.get_last_lr()[0],
+            **sums.to_dict(),
+            "gradient_norm": float(norm),
+        }
+        for name, what in (("loss", "loss"), ("gradient_norm", "gradient norm")):
+            if not math.isfinite(self._numbers[name]):
+                self._fail(f"{what} of {self._numbers[name]}")
+        if sums.empty:
+            # Without gradients the optimizer leaves weights and moments as they are.
+            model.zero_grad(set_to_none=True)
+            self.skipped += 1
+        self._previous = sums
+        return norm
+
+    def _row(self) -> dict[str, Any]:
+        step = self.state.global_step
+        return {"epoch": round(self._plan.epochs[step - 1], 6), **self._numbers}
+
+    def _own_state(self) -> dict[str, Any]:
+        previous = None if self._previous is None else self._previous.values
+        return {"previous": previous, "skipped": self.skipped}
+
+    def _take_own_state(self, state: dict[str, Any]) -> None:
+        self.skipped = state["skipped"]
+        values = state["previous"]
+        if values is not None:
+            self._previous = StepStatistics(values.to(self.args.device))
+
+
+def _flatten(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
+    """``value`` as JSON, with its tensors taken out into ``tensors``."""
+    if isinstance(value, Tensor):
+        tensors[name] = value.detach()
+        return {"$tensor": name}
+    if isinstance(value, Mapping):
+        items = [[key, _flatten(item, f"{name}.{key}", tensors)] for key, item in value.items()]
+        return {"$items": items}
+    if isinstance(value, list | tuple):
+        return [_flatten(item, f"{name}.{at}", tensors) for at, item in enumerate(value)]
+    return value
+
+
+def _restore(value: Any, tensors: Mapping[str, Tensor]) -> Any:
+    """The inverse; a tuple comes back as a list."""
+    if isinstance(value, dict):
+        if "$tensor" in value:
+            return tensors[value["$tensor"]]
+        return {key: _restore(item, tensors) for key, item in value["$items"]}
+    if isinstance(value, list):
+        return [_restore(item, tensors) for item in value]
+    return value
+
+
+def _plain(state: Mapping[str, Any]) -> dict[str, Any]:
+    """A schedule's state without the functions that made it."""
+    return {key: value for key, value in state.items() if key != "lr_lambdas"} | {
+        "lr_lambdas": [None] * len(state.get("lr_lambdas", ()))
+    }
+
+
+def _random_states() -> dict[str, Any]:
+    version, words, gauss = random.getstate()
+    kind, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+    state: dict[str, Any] = {
+        "python": {"version": version, "words": torch.tensor(words), "gauss": gauss},
+        "numpy": {
+            "kind": str(kind),
+            "keys": torch.from_numpy(np.asarray(keys).astype(np.int64)),
+            "rest": [int(position), int(has_gauss), float(cached)],
+        },
+        "torch": torch.random.get_rng_state(),
+    }
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def _set_random_states(state: dict[str, Any]) -> None:
+    python, numbers = state["python"], state["numpy"]
+    random.setstate((python["version"], tuple(python["words"].tolist()), python["gauss"]))
+    keys = numbers["keys"].numpy().astype(np.uint32)
+    np.random.set_state((numbers["kind"], keys, *numbers["rest"]))
+    torch.random.set_rng_state(state["torch"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
