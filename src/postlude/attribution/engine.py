@@ -135,7 +135,7 @@ class Attributor(ABC):
         """
         return [Parts() for _ in pairs]
 
-    def prepare(
+    def prepare(  # noqa: B027 - most methods need nothing beside the rows
         self, index: Index, checkpoint: Checkpoint, progress: Progress | None = None
     ) -> None:
         """Make what queries need beside the rows; called at the end of a build, and safe to call again."""

@@ -8,7 +8,7 @@ import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ from postlude.surgery.gradients import CollectedLayer
 __all__ = ["KIND", "Index", "LayerSource"]
 
 KIND = "attribution index"
+T = TypeVar("T")
 # Numbers of one layer that are decoded at a time: as fp32 they fit into a core's cache.
 _CHUNK = 1 << 18
 
@@ -44,7 +45,7 @@ class Index:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self._records: Records | None = None
-        self._cache: dict[str, Tensor] = {}
+        self._cache: dict[str, Any] = {}
         self.store = TensorStore.open(path, kind=KIND)
         self.manifest = self.store.manifest
         try:
@@ -97,11 +98,12 @@ class Index:
             f"{self.layers[0].module!r}"
         )
 
-    def cached(self, name: str, make: Callable[[Index], Tensor]) -> Tensor:
+    def cached(self, name: str, make: Callable[[Index], T]) -> T:
         """What ``make`` computes from this index, computed once for as long as it is open."""
         if name not in self._cache:
             self._cache[name] = make(self)
-        return self._cache[name]
+        found: T = self._cache[name]
+        return found
 
     def check_model(self, checkpoint: Checkpoint) -> None:
         """Refuse a model that is not the one the index was built with.
