@@ -63,17 +63,21 @@ class Checkpoint:
             VerificationError: the files, read again, are another model; the directory does not appear.
         """
         with atomic_directory(out, overwrite, marker="config.json") as directory:
-            with quiet_transformers():
-                self.model.save_pretrained(directory)
-            if self.tokenizer is not None:
-                self.tokenizer.save_pretrained(directory)
-            for file in directory.glob("*.safetensors"):
-                # The library writes weights for their owner alone; give them the permissions of the rest.
-                shutil.copymode(directory / "config.json", file)
+            self.write(directory)
             if check:
                 self.reload = self._read_again(directory, os.fspath(out))
         self.path = Path(out).resolve()
         return self.path
+
+    def write(self, directory: Path) -> None:
+        """Write the files of :meth:`save` into a directory that is there."""
+        with quiet_transformers():
+            self.model.save_pretrained(directory)
+        if self.tokenizer is not None:
+            self.tokenizer.save_pretrained(directory)
+        for file in directory.glob("*.safetensors"):
+            # The library writes weights for their owner alone; give them the permissions of the rest.
+            shutil.copymode(directory / "config.json", file)
 
     def _read_again(self, directory: Path, name: str) -> Reload:
         wide = self.model.dtype not in (torch.float16, torch.bfloat16)
