@@ -146,21 +146,20 @@ class TargetTokens:
             position_ids: ``[rows, length]`` of packed rows. A position 0 after another token starts a document: its
                 token is no target of the document before, and weights do not reach across.
         """
-        targets = labels[:, 1:]
+        targets = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
         mask = targets != -100
         rows = torch.arange(len(labels), device=labels.device)[:, None].expand_as(targets)
         sequence = rows
         if position_ids is not None:
-            positions = position_ids.expand_as(labels)
-            first = positions[:, 1:] == 0
-            mask = mask & ~first
-            sequence = rows * labels.shape[1] + first.cumsum(1)
+            starts = position_ids.expand_as(labels) == 0
+            sequence = rows * labels.shape[1] + starts.cumsum(1)
+            mask = mask & ~starts.roll(-1, 1)
         return cls(targets.reshape(-1), mask.reshape(-1), sequence.reshape(-1))
 
     @staticmethod
     def align(states: Tensor) -> Tensor:
-        """Hidden states or columns ``[rows, length, ...]`` of the positions that predict the targets, ``[T, ...]``."""
-        return states[:, :-1].reshape(-1, *states.shape[2:])
+        """``[rows, length, ...]``, an entry per position of the input, as ``[T, ...]``: each predicts the next token."""
+        return states.flatten(0, 1)
 
 
 _FIELDS = (
