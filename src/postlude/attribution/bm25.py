@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from postlude.attribution.engine import Attributor, Queries, Scores
-from postlude.attribution.examples import Batch, Collection, Example
+from postlude.attribution.examples import Collection, Example
 from postlude.attribution.explain import Parts
 from postlude.attribution.index import Index
 from postlude.attribution.representation import Recorder, Representation

@@ -112,7 +112,7 @@ def influence_parts(
     )
     query_parts = {at: found[i][j] for i, q in enumerate(order) for j, at in enumerate(places[q])}
     return [
-        Parts(layers[at], scale[at] * train_parts[at][0], scale[at] * query_parts[at])
+        Parts(layers[at], scale[at] * train_parts[at][0][0], scale[at] * query_parts[at][0])
         for at in range(len(pairs))
     ]
 
@@ -123,7 +123,7 @@ def token_parts(
     representation: GradientRepresentation,
     examples: Sequence[Example],
     factors: Sequence[Sequence[dict[str, Factors]]],
-) -> list[list[Tensor]]:
+) -> list[list[tuple[Tensor, dict[str, float]]]]:
     """Parts of ``sum over layers of <left right^T, G>`` by token of the example.
 
     Args:
@@ -132,13 +132,13 @@ def token_parts(
         factors: for every example, any number of matrices to multiply with, by module path.
 
     Returns:
-        For every example and each of its matrices fp64 ``[tokens]``.
+        For every example and each of its matrices fp64 ``[tokens]``, and the sums over tokens by layer.
     """
     projection = representation.projection(collection.seed)
     paths = list(dict.fromkeys(path for many in factors for one in many for path in one))
     output = output_function(representation.output)(checkpoint, collection)
-    sums = [
-        [torch.zeros(len(example.tokens), dtype=torch.float64) for _ in many]
+    sums: list[list[tuple[Tensor, dict[str, float]]]] = [
+        [(torch.zeros(len(example.tokens), dtype=torch.float64), {}) for _ in many]
         for example, many in zip(examples, factors, strict=True)
     ]
     with GradientCollector(checkpoint.model, paths, projection) as collector:
@@ -151,12 +151,14 @@ def token_parts(
                 writes = (dy if p_out is None else dy @ p_out).double().cpu()
                 for at, row in enumerate(batch.rows):
                     length = len(examples[row].tokens)
-                    for total, one in zip(sums[row], factors[row], strict=True):
+                    for (total, by_layer), one in zip(sums[row], factors[row], strict=True):
                         left, right = one[layer.module]
                         inner = reads[at, :length] @ left.double()
                         outer = writes[at, :length]
                         outer = outer if right is None else outer @ right.double()
-                        total += size * (inner * outer).sum(-1)
+                        part = size * (inner * outer).sum(-1)
+                        total += part
+                        by_layer[layer.module] = by_layer.get(layer.module, 0.0) + float(part.sum())
 
             collector.collect(
                 lambda batch=batch: output(batch)[0].sum(),  # type: ignore[misc]

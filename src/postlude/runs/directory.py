@@ -133,13 +133,13 @@ class RunDirectory:
                 f"{file} is not valid JSON ({error}): the run directory is damaged. "
                 "Remove it, or choose another output (-o) or run directory (--run)."
             ) from error
-        differences = differences(found, self.manifest)
-        if not differences:
+        found_differences = differences(found, self.manifest)
+        if not found_differences:
             return
         if not overwrite:
             raise RunDirectoryError(
                 f"{self.path} belongs to another run:\n"
-                + "\n".join(f"  {line}" for line in differences)
+                + "\n".join(f"  {line}" for line in found_differences)
                 + "\nStart it afresh with --overwrite (overwrite=True), or choose another "
                 "output (-o) or run directory (--run)."
             )
