@@ -9,19 +9,48 @@ once for every objective.
 from __future__ import annotations
 
 import abc
+import contextlib
+import copy
 import dataclasses
+import hashlib
+import json
 import math
-from collections.abc import Mapping, Sequence
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from postlude.errors import SettingsError
-from postlude.runs.checkpoint import Checkpoint
-from postlude.runs.progress import Progress
+import torch
+from torch import Tensor
 
-__all__ = ["Job", "Objective", "Outcome", "TuneRun"]
+import postlude
+from postlude import registry
+from postlude.errors import (
+    InputError,
+    NonFiniteError,
+    OutputExistsError,
+    RunDirectoryError,
+    SettingsError,
+)
+from postlude.runs.atomic import atomic_directory, check_replaceable, discard
+from postlude.runs.checkpoint import Checkpoint
+from postlude.runs.directory import RunDirectory
+from postlude.runs.loading import load
+from postlude.runs.progress import Progress
+from postlude.runs.quiet import quiet_transformers
+from postlude.surgery.layers import QuantizedLinear
+from postlude.tuning import adapters
+from postlude.tuning.adapters import Adapter
+
+__all__ = ["Job", "Objective", "Outcome", "TuneRun", "Tuned", "data_files", "main_process", "tune"]
 
 SCHEDULES = ("constant", "cosine", "linear")
+MARKER = "tune.json"
+_STATES, _MODEL = "states", "model-before"
+
+Report = Callable[[Path, Mapping[str, Any], Sequence[Mapping[str, Any]]], None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,6 +124,8 @@ class Job:
             the model before tuning.
         directory: where to keep what a killed run resumes from. It belongs to exactly this run.
         progress: where to show how far it is; None shows nothing.
+        fingerprint: of the checkpoint as it was loaded.
+        reference_fingerprint: of the reference that was given; None where none was.
     """
 
     checkpoint: Checkpoint
@@ -104,6 +135,8 @@ class Job:
     reference: Checkpoint | None
     directory: Path
     progress: Progress | None = None
+    fingerprint: str = ""
+    reference_fingerprint: str | None = None
 
     @property
     def adapters(self) -> bool:
@@ -127,9 +160,401 @@ class Outcome:
 class Objective(abc.ABC):
     """What is minimised or maximised."""
 
+    @property
+    def needs_reference(self) -> bool:
+        """Whether a frozen model is run beside the one in training; without adapters a copy is then kept of it."""
+        return False
+
+    def describe(self) -> dict[str, Any]:
+        """Everything of it that decides the result, as plain values."""
+        settings = dataclasses.asdict(self)  # type: ignore[call-overload]
+        return {"objective": registry.info_of(self).name, **settings}
+
     def check(self, job: Job) -> None:  # noqa: B027 - most have nothing to refuse
         """Refuse, before anything is computed, what cannot be done."""
 
     @abc.abstractmethod
     def train(self, job: Job) -> Outcome:
         """Train ``job.model`` in place."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Tuned:
+    """A finished run.
+
+    Attributes:
+        checkpoint: the tuned model; with adapters that are not merged, still in peft's layers.
+        result: numbers of the run, ``loss`` among them.
+        log: one row for every optimiser step.
+    """
+
+    checkpoint: Checkpoint
+    result: dict[str, Any]
+    log: list[dict[str, Any]]
+
+
+def tune(
+    checkpoint: Checkpoint,
+    data: str | os.PathLike[str],
+    objective: Objective,
+    run: TuneRun,
+    *,
+    adapter: Adapter | None = None,
+    merge: bool = False,
+    reference: Checkpoint | None = None,
+    dtype: torch.dtype | None = None,
+    out: str | os.PathLike[str] | None = None,
+    overwrite: bool = False,
+    inplace: bool = False,
+    report: Report | None = None,
+    progress: Progress | None = None,
+) -> Tuned:
+    """Train a copy of a model, check it and save it.
+
+    Parameters that are trained are kept in fp32 and stored in the type of the checkpoint, unless ``dtype`` says
+    otherwise. On a CPU, where 16-bit products are slow, everything is computed in fp32.
+
+    With ``out`` the state of the run is kept beside it (``.NAME.run``) until it is saved: the same call after a kill
+    goes on from the last state and ends with the same bits. Under torchrun every rank calls this; the first one saves.
+
+    Args:
+        checkpoint: the model to start from.
+        data: a .jsonl file.
+        objective: what to train for.
+        run: length, batch, rate, seed.
+        adapter: train this beside the frozen weights; None trains the weights.
+        merge: add the adapter to the weights at the end.
+        reference: a frozen model for objectives that read one; None for the model to start from.
+        dtype: to train and to store in.
+        out: the directory to write: model, tokenizer, ``tune.json``, ``steps.jsonl`` and the report.
+        overwrite: replace ``out``, and start a run of something else afresh.
+        inplace: train the given model rather than a copy of it.
+        report: writes the report of result and log into a directory.
+        progress: where to show it.
+
+    Raises:
+        SettingsError: settings that do not fit the model or each other.
+        DataError: data that cannot be read; names file and line.
+        OutputExistsError: ``out`` exists.
+        RunDirectoryError: a run of something else was stopped there.
+        NonFiniteError: a loss or a gradient is not finite; names the step, and where the model before it is kept.
+        VerificationError: the merged or the saved model does not compute what the trained one does.
+    """
+    final = None if out is None else Path(os.path.realpath(out))
+    _check(checkpoint, adapter, merge, final, overwrite)
+    manifest = _manifest(checkpoint, data, objective, run, adapter, reference, dtype)
+    stored = checkpoint.model.dtype if dtype is None else dtype
+    with _directory(final, manifest, overwrite) as directory:
+        job = _job(
+            checkpoint,
+            Path(data),
+            objective,
+            run,
+            adapter,
+            reference,
+            dtype,
+            inplace,
+            directory,
+            progress,
+        )
+        job = dataclasses.replace(
+            job, fingerprint=manifest["model"], reference_fingerprint=manifest["reference"]
+        )
+        if merge:
+            adapters.check_mergeable(job.model)
+        objective.check(job)
+        uses_cache = job.checkpoint.model.config.use_cache
+        try:
+            with quiet_transformers():
+                outcome = objective.train(job)
+        except NonFiniteError as error:
+            raise NonFiniteError(f"{error}{_keep_model(job, directory, final)}") from error
+        except InputError:
+            # The same call would fail again, and another one is another run.
+            if final is not None and main_process():
+                discard(_run_beside(final), final)
+            raise
+        finally:
+            job.checkpoint.model.config.use_cache = uses_cache
+        model, differs = _finished(job, merge, stored)
+        result = {
+            "output": None if out is None else os.fspath(out),
+            **manifest["objective"],
+            **outcome.result,
+            **_about(job, adapter, merge, differs),
+            "seed": run.seed,
+        }
+        tuned = Tuned(
+            dataclasses.replace(job.checkpoint, model=model, path=final),
+            result,
+            [dict(row) for row in outcome.log],
+        )
+        if final is not None and main_process():
+            _save(tuned, job, model, manifest, final, overwrite, report)
+            discard(_run_beside(final), final)
+        _wait()
+    return tuned
+
+
+def main_process() -> bool:
+    """Whether this is the process that writes: the only one, or the first of torchrun's."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def data_files(path: str | os.PathLike[str]) -> list[Path]:
+    """The files that ``path`` stands for: itself, or every .jsonl file in it."""
+    source = Path(path)
+    return sorted(source.glob("*.jsonl")) if source.is_dir() else [source]
+
+
+# ------------------------------------------------------------------------------------------------------ before
+
+
+def _check(
+    checkpoint: Checkpoint,
+    adapter: Adapter | None,
+    merge: bool,
+    final: Path | None,
+    overwrite: bool,
+) -> None:
+    if final is not None:
+        check_replaceable(final, overwrite, MARKER)
+        if checkpoint.path is not None and checkpoint.path == final:
+            raise OutputExistsError(
+                f"{final} is the model itself, which would be lost: choose another output."
+            )
+    if merge and adapter is None:
+        raise SettingsError(
+            "There is no adapter to merge: choose one (--adapter lora), or leave --merge out."
+        )
+    quantized = [
+        name for name, one in checkpoint.model.named_modules() if isinstance(one, QuantizedLinear)
+    ]
+    if quantized:
+        raise SettingsError(
+            f"{checkpoint.path or 'this checkpoint'} is quantized ({len(quantized)} layers, {quantized[0]} first), and "
+            "codes cannot be trained. Tune the float model it was made from and quantize the result."
+        )
+
+
+def _manifest(
+    checkpoint: Checkpoint,
+    data: str | os.PathLike[str],
+    objective: Objective,
+    run: TuneRun,
+    adapter: Adapter | None,
+    reference: Checkpoint | None,
+    dtype: torch.dtype | None,
+) -> dict[str, Any]:
+    """Everything that decides the result."""
+    digest = hashlib.sha256()
+    for file in data_files(data):
+        if file.is_file():
+            digest.update(file.read_bytes())
+    return _plain(
+        {
+            "postlude": postlude.__version__,
+            "verb": "tune",
+            "objective": objective.describe(),
+            "run": dataclasses.asdict(run),
+            "adapter": None if adapter is None else dataclasses.asdict(adapter),
+            "model": checkpoint.fingerprint(),
+            "reference": None if reference is None else reference.fingerprint(),
+            "data": digest.hexdigest(),
+            "dtype": None if dtype is None else str(dtype).removeprefix("torch."),
+            "device": checkpoint.model.device.type,
+            "ranks": _ranks(),
+        }
+    )
+
+
+def _plain(value: Any) -> Any:
+    """As JSON has it: no infinity, no paths."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple | set):
+        return [_plain(item) for item in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else str(value)
+    return value if value is None or isinstance(value, bool | int | str) else str(value)
+
+
+@contextlib.contextmanager
+def _directory(final: Path | None, manifest: Mapping[str, Any], overwrite: bool) -> Iterator[Path]:
+    """Where states are kept: beside the output, or for a run that is not saved nowhere for long."""
+    if final is None:
+        with tempfile.TemporaryDirectory(prefix="postlude-tune-") as name:
+            yield Path(name)
+        return
+    path = _run_beside(final)
+    if main_process():
+        try:
+            RunDirectory(path, manifest)
+        except RunDirectoryError:
+            if not overwrite:
+                raise
+            shutil.rmtree(path / _STATES, ignore_errors=True)
+            shutil.rmtree(path / _MODEL, ignore_errors=True)
+            RunDirectory(path, manifest, overwrite=True)
+    if _ranks() > 1:
+        from accelerate import PartialState
+
+        PartialState(cpu=manifest["device"] == "cpu").wait_for_everyone()
+    yield path / _STATES
+
+
+def _run_beside(final: Path) -> Path:
+    return final.with_name(f".{final.name}.run")
+
+
+def _job(
+    checkpoint: Checkpoint,
+    data: Path,
+    objective: Objective,
+    run: TuneRun,
+    adapter: Adapter | None,
+    reference: Checkpoint | None,
+    dtype: torch.dtype | None,
+    inplace: bool,
+    directory: Path,
+    progress: Progress | None,
+) -> Job:
+    from postlude.tuning.trainer import seeded
+
+    slow = checkpoint.model.device.type == "cpu"
+    if reference is None and objective.needs_reference and adapter is None:
+        reference = checkpoint if not inplace else adapters.copied(checkpoint)
+    if reference is not None:
+        frozen = reference.model
+        if slow and frozen.dtype != torch.float32 and frozen.dtype != torch.float64:
+            frozen = copy.deepcopy(frozen).float()
+        reference = dataclasses.replace(reference, model=frozen)
+    model = checkpoint.model if inplace else copy.deepcopy(checkpoint.model)
+    wide = dtype
+    if (
+        wide is None
+        and model.dtype in (torch.float16, torch.bfloat16)
+        and (slow or adapter is None)
+    ):
+        wide = torch.float32
+    if wide is not None:
+        model = model.to(wide)
+    for parameter in model.parameters():
+        parameter.requires_grad_(True)
+    work = dataclasses.replace(checkpoint, model=model)
+    with seeded(run.seed):
+        trained = model if adapter is None else adapters.attach(work, adapter)
+    return Job(work, trained, data, run, reference, directory, progress)
+
+
+# ------------------------------------------------------------------------------------------------------- after
+
+
+def _finished(job: Job, merge: bool, stored: torch.dtype) -> tuple[Any, float | None]:
+    """The trained model as it is to be stored, and how far merging moved its logits."""
+    model, differs = job.model, None
+    if merge:
+        model, differs = adapters.merge(model, _sequences(job))
+    if merge or not job.adapters:
+        model = model.to(stored)
+    return model.eval(), differs
+
+
+def _sequences(job: Job) -> list[Tensor]:
+    """Some tokens to compare models on: what the data says, read as plain text."""
+    if job.checkpoint.tokenizer is None:
+        return []
+    from postlude.runs.documents import encode
+    from postlude.tuning.examples import read_rows
+
+    texts = [json.dumps(row.fields, ensure_ascii=False) for row in read_rows(job.data)[:4]]
+    limit = job.checkpoint.context
+    ids = [encode(job.checkpoint.tokenizer, text)[:limit] for text in texts]
+    return [torch.tensor(one) for one in ids if one]
+
+
+def _about(job: Job, adapter: Adapter | None, merge: bool, differs: float | None) -> dict[str, Any]:
+    parameters = list(job.model.parameters())
+    about: dict[str, Any] = {
+        "trained_parameters": sum(one.numel() for one in parameters if one.requires_grad),
+        "adapter": None if adapter is None else adapter.name,
+    }
+    if adapter is not None:
+        about["merged"] = merge
+    if differs is not None:
+        about["merge_difference"] = differs
+    return about
+
+
+def _save(
+    tuned: Tuned,
+    job: Job,
+    model: Any,
+    manifest: Mapping[str, Any],
+    final: Path,
+    overwrite: bool,
+    report: Report | None,
+) -> None:
+    """Write the output, load it again and compare, and only then give it its name."""
+    alone = hasattr(model, "peft_config")
+    with atomic_directory(final, overwrite, marker=MARKER) as directory:
+        if alone:
+            adapters.save_adapter(model, job.checkpoint.tokenizer, directory)
+        else:
+            tuned.checkpoint.write(directory)
+        tuned.result["reload_difference"] = _read_again(job, model, directory, alone)
+        text = "".join(json.dumps(_plain(row)) + "\n" for row in tuned.log)
+        (directory / "steps.jsonl").write_text(text, encoding="utf-8")
+        about = _plain({"result": tuned.result, "manifest": manifest})
+        (directory / MARKER).write_text(
+            json.dumps(about, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
+        )
+        if report is not None:
+            report(directory, tuned.result, tuned.log)
+
+
+def _read_again(job: Job, model: Any, directory: Path, alone: bool) -> float | None:
+    """How far the logits of the files are from those in memory; None for an adapter of a model that has no directory.
+
+    Raises:
+        VerificationError: they are another model.
+    """
+    if alone and job.checkpoint.path is None:
+        return None
+    if alone:
+        dtype = str(model.get_base_model().dtype).removeprefix("torch.")
+        loaded = adapters.load_adapter(directory, dtype, model.device, merged=False)
+    else:
+        loaded = load(directory, device=model.device)
+    tried = adapters.probes(_sequences(job), model.config.vocab_size)
+    expected = adapters.logits(model, tried)
+    found = adapters.logits(loaded.model, tried)
+    # The same weights in the same types, so the same sums; adapters may have been stored in another type.
+    return adapters.same_logits(
+        found, expected, 1e-5, "What was saved, loaded again, is another model"
+    )
+
+
+def _keep_model(job: Job, directory: Path, final: Path | None) -> str:
+    """Save the model as it was before a step that failed, where it can be looked at."""
+    if final is None or not main_process():
+        return ""
+    place = directory.parent / _MODEL
+    with contextlib.suppress(OutputExistsError), atomic_directory(place, overwrite=True) as folder:
+        if job.adapters:
+            adapters.save_adapter(job.model, job.checkpoint.tokenizer, folder)
+        else:
+            job.checkpoint.write(folder)
+    return f" The model as it was then is in {place}."
+
+
+# ------------------------------------------------------------------------------------------------------- ranks
+
+
+def _ranks() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def _wait() -> None:
+    if _ranks() > 1 and torch.distributed.is_initialized():
+        torch.distributed.barrier()

@@ -231,7 +231,8 @@ class Steady:
         self._saved_step = 0
         self._more: dict[str, Any] = {}
         self.rows: list[dict[str, Any]] = []
-        directory.mkdir(parents=True, exist_ok=True)
+        if self.is_world_process_zero():
+            directory.mkdir(parents=True, exist_ok=True)
 
     def run(self) -> None:
         """Train from the last state in the directory, or from the start.

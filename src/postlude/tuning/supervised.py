@@ -1,0 +1,217 @@
+"""Supervised tuning on demonstrations: the likelihood of response tokens, weighted by a rule.
+
+The objective behind ``--objective sft``, which is the default; the rule (``--weights``) is any registered token rule,
+``sft`` among them. Where the rule reads a frozen reference, that is one of three: stored columns (a prior, no cost in
+training), a second model, or the model in training with its adapters off.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from postlude.errors import DataError, SettingsError
+from postlude.surgery.head import LanguageHead
+from postlude.tuning.batches import make_plan
+from postlude.tuning.examples import Examples, read_examples
+from postlude.tuning.prior import Prior, Reference, check_vocabulary, identity
+from postlude.tuning.run import Job, Objective, Outcome
+from postlude.tuning.trainer import Batches, TokenLoss, arguments, joined, only, seeded
+from postlude.tuning.weighting import TokenWeighting
+
+__all__ = ["WeightedLikelihood", "check_tokens", "length_of"]
+
+_DEFAULT_LENGTH = 2048
+_LAST_STEPS = 10
+
+
+@dataclasses.dataclass(frozen=True)
+class WeightedLikelihood(Objective):
+    """Fit demonstrations, each token by its weight.
+
+    Attributes:
+        weighting: rule, signal, bounds, denominator. A signal ``reference`` reads the prior where there is one.
+        prior: directory that ``postlude tune prior`` wrote.
+        save_every: steps from one kept state to the next; None for twenty a run, at most one a minute.
+    """
+
+    weighting: TokenWeighting
+    prior: Path | None = None
+    save_every: int | None = None
+
+    def __post_init__(self) -> None:
+        weighting = self.weighting
+        if self.prior is None:
+            if weighting.signal == "cached":
+                raise SettingsError(
+                    "The signal 'cached' is that of a stored prior: pass its directory (--prior), which `postlude tune "
+                    "prior` writes, or choose the signal 'reference'."
+                )
+            return
+        if weighting.needs_reference_model and weighting.rule.divergence > 0:
+            raise SettingsError(
+                f"{weighting.rule.name} needs the reference's whole distribution, which a stored prior does not hold: "
+                "leave --prior out."
+            )
+        if weighting.signal == "online":
+            raise SettingsError(
+                f"{weighting.rule.name} reads nothing of a reference here, so a prior has no use: leave --prior out, "
+                "or choose the signal 'reference' if the rule reads a probability."
+            )
+        object.__setattr__(self, "weighting", dataclasses.replace(weighting, signal="cached"))
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether a frozen model has to be run."""
+        return self.weighting.needs_reference_model
+
+    def describe(self) -> dict[str, Any]:
+        """See :meth:`Objective.describe`."""
+        prior = None if self.prior is None else Prior.load(self.prior).manifest
+        return {
+            "objective": "sft",
+            "rule": self.weighting.rule.name,
+            "settings": dataclasses.asdict(self.weighting.rule),
+            "weighting": {
+                field.name: getattr(self.weighting, field.name)
+                for field in dataclasses.fields(self.weighting)
+                if field.name != "rule"
+            },
+            "prior": None if prior is None else prior["identity"],
+        }
+
+    def check(self, job: Job) -> None:
+        """See :meth:`Objective.check`."""
+        if job.reference is not None:
+            check_vocabulary(job.checkpoint, job.reference)
+        LanguageHead(job.checkpoint.model, job.checkpoint.anatomy)
+
+    def train(self, job: Job) -> Outcome:
+        """See :meth:`Objective.train`."""
+        from transformers import Trainer
+
+        checkpoint, run = job.checkpoint, job.run
+        length = length_of(run.max_length, checkpoint.context)
+        examples = read_examples(job.data, checkpoint.tokenizer, length, job.progress)
+        head = LanguageHead(checkpoint.model, checkpoint.anatomy)
+        check_tokens(examples, checkpoint.model)
+        head.check(examples.ids(0))
+        prior = self._prior(job, examples, length)
+        weighting = self._weighting(checkpoint.tokenizer)
+        columns = None
+        if prior is not None:
+            columns = {name: prior.columns[name] for name in weighting.reference_columns}
+        plan = make_plan(examples, run, length, ranks=int(os.environ.get("WORLD_SIZE", "1")))
+        with seeded(run.seed):
+            trainer = joined(TokenLoss, Trainer)(
+                model=job.model,
+                args=arguments(run, job.directory, job.model, plan.steps),
+                train_dataset=Batches(examples, plan, columns),
+                data_collator=only,
+            )
+            trainer.prepare(job.directory, job.progress, self.save_every)
+            trainer.weigh(weighting, plan, head, self._reference(job, head), prior)
+            trainer.run()
+        numbers = _numbers(trainer.rows, plan.tokens)
+        read = examples.counts()
+        return Outcome(
+            {
+                **numbers,
+                "skipped_steps": trainer.skipped,
+                "epochs": plan.epochs[-1],
+                "padding": plan.padding,
+                "max_length": length,
+                "data": read,
+            },
+            trainer.rows,
+        )
+
+    def _weighting(self, tokenizer: Any) -> TokenWeighting:
+        end = tokenizer.eos_token_id
+        if self.weighting.eos_ids or end is None:
+            return self.weighting
+        return dataclasses.replace(self.weighting, eos_ids=(end,))
+
+    def _prior(self, job: Job, examples: Examples, length: int) -> Prior | None:
+        if self.prior is None:
+            return None
+        prior = Prior.load(self.prior)
+        expected = job.reference_fingerprint or job.fingerprint
+        prior.check(identity(expected, job.checkpoint.tokenizer, examples, length))
+        return prior
+
+    def _reference(self, job: Job, head: LanguageHead) -> Reference | None:
+        if not self.weighting.needs_reference_model:
+            return None
+        if job.reference is None:
+            return Reference(job.model, head)
+        frozen = job.reference.model
+        return Reference(frozen, LanguageHead(frozen, job.reference.anatomy))
+
+
+def length_of(max_length: int | None, context: int) -> int:
+    """The longest sequence of a run, in tokens.
+
+    Raises:
+        SettingsError: beyond the model's context.
+    """
+    if max_length is None:
+        return min(_DEFAULT_LENGTH, context)
+    if max_length > context:
+        raise SettingsError(
+            f"max_length is {max_length}, but the model takes at most {context} tokens: choose a shorter one"
+        )
+    return max_length
+
+
+def check_tokens(examples: Examples, model: Any) -> None:
+    """Refuse tokens that the model has no embedding for.
+
+    Raises:
+        DataError: names the token.
+    """
+    rows = model.get_input_embeddings().weight.shape[0]
+    largest = int(examples.tokens.max())
+    if largest >= rows:
+        raise DataError(
+            f"The tokenizer gives token {largest}, but the model has {rows} embeddings: the tokenizer is not the one "
+            "of this model."
+        )
+
+
+def _numbers(rows: Sequence[Mapping[str, Any]], tokens: Sequence[int]) -> dict[str, Any]:
+    """The run in numbers: means over steps for losses, over tokens for shares."""
+    by_token = [row["tokens"] for row in rows]
+    by_weight = [row["tokens"] * row["mean_weight"] for row in rows]
+    total, weight = math.fsum(by_token), math.fsum(by_weight)
+    squares = math.fsum(
+        one**2 / row["effective_tokens"]
+        for one, row in zip(by_weight, rows, strict=True)
+        if row["effective_tokens"]
+    )
+    seconds = math.fsum(row["seconds"] for row in rows)
+    last = rows[-_LAST_STEPS:]
+
+    def share(name: str, parts: Sequence[float]) -> float:
+        whole = math.fsum(parts)
+        of = math.fsum(row[name] * part for row, part in zip(rows, parts, strict=True))
+        return of / whole if whole else 0.0
+
+    return {
+        "loss": math.fsum(row["loss"] for row in rows) / len(rows),
+        "final_loss": math.fsum(row["loss"] for row in last) / len(last),
+        "mean_loss": share("mean_loss", by_token),
+        "steps": len(rows),
+        "response_tokens": int(total),
+        "effective_tokens": weight**2 / squares if squares else 0.0,
+        "mean_weight": weight / total if total else 0.0,
+        "kept_share": share("kept_share", by_token),
+        "eos_share": share("eos_share", by_weight),
+        "tokens": sum(tokens),
+        "tokens_per_second": sum(tokens) / seconds if seconds else 0.0,
+        "seconds": seconds,
+    }
