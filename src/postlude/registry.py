@@ -138,8 +138,8 @@ def settings_of(verb: str, module: str) -> tuple[Callable[[str], type], Callable
     """
 
     def get(name: str) -> type:
-        # The import system asks a package for names such as `__path__` while its files are being imported.
-        if not name.startswith("_"):
+        # The import system asks a package for `__path__` and for its modules while they are being imported.
+        if name[:1].isupper():
             for info in available(verb):
                 if info.settings.__name__ == name:
                     return info.settings
