@@ -56,9 +56,13 @@ _INSTEAD = (
 _DTYPES = ("float16", "bfloat16", "float32")
 
 _LOAD = """
-import torch
-from transformers import AutoModelForCausalLM
-model = AutoModelForCausalLM.from_pretrained(sys.argv[2], dtype="float32", local_files_only=True).eval()
+import json, torch
+from transformers import AutoModelForCausalLM, CompressedTensorsConfig
+settings = json.load(open(sys.argv[2] + "/config.json")).get("quantization_config", {})
+asymmetric = any(not group["weights"]["symmetric"] for group in settings.get("config_groups", {}).values())
+# Packed zero points do not fit the parameters that transformers makes for them before it decompresses at leisure.
+how = {"quantization_config": CompressedTensorsConfig(dequantize=True)} if asymmetric else {}
+model = AutoModelForCausalLM.from_pretrained(sys.argv[2], dtype="float32", local_files_only=True, **how).eval()
 def logits(tokens):
     for module in model.modules():
         if hasattr(module, "quantization_scheme"):
@@ -87,6 +91,8 @@ class CompressedTensors(Exporter):
 
     def write(self, checkpoint: Checkpoint, out: Path) -> dict[str, Any]:
         parts = plain(checkpoint, _NAME, instead=_INSTEAD)
+        if checkpoint.anatomy.family == "gpt2":
+            refuse(_NAME, ["the layers of GPT-2 are Conv1D, which its readers do not look for."])
         groups = _groups(parts)
         dtype = self._dtype(checkpoint.model.dtype, parts)
         tensors = {
@@ -135,9 +141,10 @@ class CompressedTensors(Exporter):
 
 def _as_words(packed: Tensor) -> Tensor:
     """``uint8 [rows, bytes]`` as ``int32 [rows, words]``, filled with zeros."""
-    return (
-        torch.nn.functional.pad(packed, (0, -packed.shape[-1] % 4)).contiguous().view(torch.int32)
-    )
+    rows, width = packed.shape
+    filled = torch.zeros(rows, width + -width % 4, dtype=torch.uint8, device=packed.device)
+    filled[:, :width] = packed
+    return filled.view(torch.int32)
 
 
 def _groups(parts: Plain) -> list[dict[str, Any]]:
