@@ -53,7 +53,7 @@ def _root(
 
 app.add_typer(inspect.app, name="inspect")
 app.command("quantize")(quantize.quantize)
-app.command("evaluate")(evaluate.evaluate)
+app.add_typer(evaluate.app, name="evaluate")
 app.command("generate")(generate.generate)
 app.command("export")(export.export)
 app.command("methods")(methods.methods)
