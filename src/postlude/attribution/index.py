@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import hashlib
+import itertools
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -150,6 +152,30 @@ class Index:
         self._records = records
         return records
 
+    def query(self, source: Any, **settings: Any) -> Any:
+        """Rank the training examples that support a text most.
+
+        Args:
+            source: a text, for which the answer is returned; or several, as a list or a ``.jsonl`` path, for which a
+                list of answers is.
+            settings: ``top``, ``layers``, ``tokens`` and others of :func:`postlude.attribution.query.query`.
+
+        Returns:
+            :class:`postlude.attribution.query.Answer`, or a list of them.
+        """
+        # Not at the top: asking needs the engine, which needs the index.
+        from postlude.attribution.query import query
+
+        answers = query(self, source, **settings)
+        single = isinstance(source, str) and not source.endswith(".jsonl")
+        return answers[0] if single else answers
+
+    def scores(self, source: Any, **settings: Any) -> Tensor:
+        """Scores of all training examples: fp32 ``[queries, examples]``; see :func:`postlude.attribution.query.scores`."""
+        from postlude.attribution.query import scores
+
+        return scores(self, source, **settings)
+
     def verify(self) -> list[Damage]:
         """Read every byte; what is damaged, shard by shard."""
         return [damage for damage in self.store.verify() if damage is not None]
@@ -182,19 +208,25 @@ class LayerSource:
         joined = {name: torch.cat([getattr(rows, name) for _, rows in parts]) for name in fields}
         return type(first)(**joined)
 
-    def chunks(self, rows: int = 0) -> Iterator[tuple[int, Rows]]:
+    def chunks(
+        self, rows: int = 0, start: int = 0, stop: int | None = None
+    ) -> Iterator[tuple[int, Rows]]:
         """``(first example, gradients)`` of consecutive examples, in order, at most ``rows`` of them at a time.
 
-        By default as many as fit into a core's cache.
+        By default as many as fit into a core's cache, of all examples.
         """
         if not rows:
             width = max(1, self.representation.row_numbers(self.layer))
             rows = max(64, _CHUNK // width)
-        yield from self._parts(0, len(self), rows)
+        yield from self._parts(start, len(self) if stop is None else stop, rows)
 
     def _parts(self, start: int, stop: int, rows: int) -> Iterator[tuple[int, Rows]]:
-        for shard in self.index.store.shards:
+        shards = self.index.store.shards
+        begin = max(0, bisect.bisect_right(shards, start, key=lambda one: one.start) - 1)
+        for shard in itertools.islice(shards, begin, None):
             low, high = max(start, shard.start), min(stop, shard.stop)
+            if shard.start >= stop:
+                break
             if low >= high:
                 continue
             mapped: dict[str, Tensor] = {}
