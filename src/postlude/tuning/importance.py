@@ -177,9 +177,8 @@ class _PEARSuffix(_PEAR):
         sums = self.clipped(inputs).cumsum(0)
         last = runs.block_end(block)
         ends = runs.ends[runs.number]
-        return _exp((ends - last) * math.log(self.gamma) + sums[ends] - sums[last]).to(
-            inputs.online
-        )
+        discount = (ends - last).double() * math.log(self.gamma)
+        return _exp(discount + sums[ends] - sums[last]).to(inputs.online)
 
 
 @method("tune", "pear-token", family=FAMILY, paper="arXiv:2602.01058", needs=NEEDS)
