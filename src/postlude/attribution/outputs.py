@@ -1,12 +1,13 @@
 """What is differentiated: functions of a batch, one number per example.
 
-An output is made for a checkpoint and then called with batches. It returns, per example, the number whose gradient
-is collected and the loss. A further output is a function with ``@output("name")``.
+An output is made for a checkpoint and then called with batches. It returns the number whose gradient is collected,
+one per example or their sum, and the loss ``[examples]``. A further output is a function with ``@output("name")``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,10 +15,18 @@ from torch import Tensor
 from postlude.attribution.examples import Batch, Collection
 from postlude.errors import UnknownNameError
 from postlude.numerics.likelihood import token_log_probability
+from postlude.numerics.weighted_likelihood import weighted_cross_entropy
 from postlude.runs.checkpoint import Checkpoint
 from postlude.surgery.capture import device_of
 
-__all__ = ["Output", "output", "output_function", "token_losses"]
+__all__ = [
+    "Output",
+    "Predictions",
+    "output",
+    "output_function",
+    "predictions",
+    "token_losses",
+]
 
 Output = Callable[[Batch], tuple[Tensor, Tensor]]
 Maker = Callable[[Checkpoint, Collection], Output]
@@ -46,28 +55,56 @@ def output_function(name: str) -> Maker:
     return _OUTPUTS[name]
 
 
-def token_losses(checkpoint: Checkpoint) -> Callable[[Batch], tuple[Tensor, Tensor]]:
-    """A function from a batch to ``losses [targets]`` in nats, differentiable, and the ``row [targets]`` of each.
+class Predictions(NamedTuple):
+    """The predicted tokens of a batch, row after row.
+
+    Attributes:
+        hidden: ``[targets, hidden_size]``, the states that predict them, differentiable.
+        targets: ``[targets]`` token ids.
+        rows: ``[targets]``, the example of each.
+        weight, bias: of the head, detached.
+    """
+
+    hidden: Tensor
+    targets: Tensor
+    rows: Tensor
+    weight: Tensor
+    bias: Tensor | None
+
+
+def predictions(checkpoint: Checkpoint) -> Callable[[Batch], Predictions]:
+    """A function that runs a batch through the model up to its head.
 
     Padding is on the right and attention is causal, so padded tokens reach no other; no attention mask is passed,
-    and the model takes its fastest path. No logits are kept.
+    and the model takes its fastest path.
     """
     model, anatomy = checkpoint.model, checkpoint.anatomy
     decoder, head = model.get_submodule(anatomy.decoder), model.get_submodule(anatomy.head)
     weight = (head.dense_weight() if hasattr(head, "dense_weight") else head.weight).detach()
     bias = getattr(head, "bias", None)
+    bias = None if bias is None else bias.detach()
     device = device_of(model)
 
+    def run(batch: Batch) -> Predictions:
+        ids, predicts = batch.ids.to(device), batch.predicts.to(device)[:, 1:]
+        hidden = decoder(input_ids=ids, use_cache=False).last_hidden_state[:, :-1][predicts]
+        rows = torch.arange(len(ids), device=device)[:, None].expand_as(predicts)[predicts]
+        return Predictions(hidden, ids[:, 1:][predicts], rows, weight, bias)
+
+    return run
+
+
+def token_losses(checkpoint: Checkpoint) -> Callable[[Batch], tuple[Tensor, Tensor]]:
+    """A function from a batch to ``losses [targets]`` in nats, differentiable, and the ``row [targets]`` of each.
+
+    No logits are kept: they are formed again in the backward pass.
+    """
+    predict = predictions(checkpoint)
+
     def losses(batch: Batch) -> tuple[Tensor, Tensor]:
-        ids, predicts = batch.ids.to(device), batch.predicts.to(device)
-        hidden = decoder(input_ids=ids, use_cache=False).last_hidden_state
-        chosen = hidden[:, :-1][predicts[:, 1:]]
-        targets = ids[:, 1:][predicts[:, 1:]]
-        rows = torch.arange(len(ids), device=device)[:, None].expand_as(ids)[:, 1:][predicts[:, 1:]]
-        found = -token_log_probability(
-            chosen, weight, targets, bias=None if bias is None else bias.detach()
-        )
-        return found, rows
+        found = predict(batch)
+        log_p = token_log_probability(found.hidden, found.weight, found.targets, bias=found.bias)
+        return -log_p, found.rows
 
     return losses
 
@@ -75,13 +112,17 @@ def token_losses(checkpoint: Checkpoint) -> Callable[[Batch], tuple[Tensor, Tens
 @output("loss")
 def loss(checkpoint: Checkpoint, collection: Collection) -> Output:
     """Causal cross-entropy, summed (or averaged) over the predicted tokens of an example."""
-    per_token = token_losses(checkpoint)
+    predict = predictions(checkpoint)
 
     def run(batch: Batch) -> tuple[Tensor, Tensor]:
-        values, rows = per_token(batch)
-        sums = values.new_zeros(len(batch)).index_add(0, rows, values)
-        if collection.loss == "mean":
-            sums = sums / batch.predicts.sum(1).to(sums)
-        return sums, sums
+        found = predict(batch)
+        counts = batch.predicts.sum(1).to(found.hidden.device, torch.float32)
+        share = torch.ones_like(counts) if collection.loss == "sum" else 1 / counts
+        # One pass over the logits gives the sum and its gradient.
+        result = weighted_cross_entropy(
+            found.hidden, found.weight, found.targets, share[found.rows], bias=found.bias
+        )
+        losses = -result.log_probability * share[found.rows].to(result.log_probability)
+        return result.total, losses.new_zeros(len(batch)).index_add(0, found.rows, losses)
 
     return run

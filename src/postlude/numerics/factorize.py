@@ -214,39 +214,42 @@ def batched_power_iteration(m: Tensor, start: Tensor, iterations: int) -> tuple[
         )
     if iterations < 1:
         raise SettingsError(f"iterations is {iterations}; expected at least 1")
-    if columns > rows:
-        # M M^T is the smaller of the two Gram matrices, and only it is iterated.
-        gram = m @ m.mT
-        u = _orthonormal(m @ start.to(m))
-        for _ in range(iterations - 1):
-            u = _orthonormal(gram @ u)
-        v = _orthonormal(m.mT @ u)
-    else:
-        gram = m.mT @ m
-        v = _orthonormal(start.to(m).expand(*m.shape[:-2], columns, rank))
-        for _ in range(iterations):
-            v = _orthonormal(gram @ v)
+    # The smaller of the two Gram matrices is iterated: one product a step instead of two.
+    gram = m @ m.mT if columns > rows else m.mT @ m
+    first = m @ start.to(m) if columns > rows else start.to(m).expand(*m.shape[:-2], -1, -1)
+    steps = iterations - 1 if columns > rows else iterations
+    basis = _leading_vector(gram, first, steps) if rank == 1 else _subspace(gram, first, steps)
+    v = _orthonormal(m.mT @ basis) if columns > rows else basis
     return m @ v, v
 
 
 def _orthonormal(x: Tensor) -> Tensor:
-    """Orthonormal columns with the span of ``x [..., n, rank]``; a column that depends on others becomes zero.
+    """An orthonormal basis with the span of the columns of ``[..., n, k]``; one column of zeros stays zero."""
+    if x.shape[-1] > 1:
+        return torch.linalg.qr(x).Q
+    return x / x.norm(dim=-2, keepdim=True).clamp_min(torch.finfo(x.dtype).tiny)
 
-    Gram-Schmidt over the batch, every column projected twice, which holds orthogonality to rounding.
-    """
-    columns: list[Tensor] = []
-    eps = torch.finfo(x.dtype).eps
-    for index in range(x.shape[-1]):
-        column = x[..., index : index + 1]
-        size = column.norm(dim=-2, keepdim=True)
-        for _ in range(2 if columns else 0):
-            basis = torch.cat(columns, dim=-1)
-            column = column - basis @ (basis.mT @ column)
-        rest = column.norm(dim=-2, keepdim=True)
-        tiny = torch.finfo(x.dtype).tiny
-        scale = torch.where(rest > 4 * eps * size, 1 / rest.clamp_min(tiny), torch.zeros_like(rest))
-        columns.append(column * scale)
-    return torch.cat(columns, dim=-1) if len(columns) > 1 else columns[0]
+
+def _subspace(gram: Tensor, first: Tensor, steps: int) -> Tensor:
+    basis = _orthonormal(first)
+    for _ in range(steps):
+        basis = _orthonormal(gram @ basis)
+    return basis
+
+
+def _leading_vector(gram: Tensor, first: Tensor, steps: int) -> Tensor:
+    """Power iteration of ``[..., n, n]`` from ``[..., n, 1]``; ``[..., n, 1]`` of length 1."""
+    trace = gram.diagonal(dim1=-2, dim2=-1).sum(-1).clamp_min(torch.finfo(gram.dtype).tiny)
+    # With eigenvalues of 1 / n to 1 a few steps cannot leave the range of fp32, so not every step is scaled.
+    gram = gram / trace[..., None, None]
+    row = _orthonormal(first).mT
+    for step in range(1, steps + 1):
+        row = (
+            (gram * row).sum(-1).unsqueeze(-2)
+        )  # a product with a vector, in one pass over the matrices
+        if step % 4 == 0:
+            row = _orthonormal(row.mT).mT
+    return _orthonormal(row.mT)
 
 
 class StreamedSVD(NamedTuple):
