@@ -1,0 +1,194 @@
+"""What the objectives that run on TRL share: its silence, the numbers of a step, and model and tokenizer left as found.
+
+TRL trains; nothing of its loop is written again. What it does beside that is turned off or undone: it reports its use
+to a server, logs, and leaves a padding token in the tokenizer and the configuration and another forward on the model.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import math
+import os
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from postlude.errors import DataError, MissingDependencyError, SettingsError
+from postlude.runs.quiet import quiet_transformers
+from postlude.tuning.trainer import Steady, seeded
+
+if TYPE_CHECKING:
+    from postlude.tuning.run import Job
+
+__all__ = [
+    "NoReference",
+    "OnTRL",
+    "check_job",
+    "import_trl",
+    "keep_activations",
+    "length_limit",
+    "mean",
+    "ranks",
+    "training",
+]
+
+
+def import_trl() -> Any:
+    """The library.
+
+    Raises:
+        MissingDependencyError: it, or what it needs, is not installed.
+    """
+    try:
+        with warnings.catch_warnings():
+            # Not ours to change: what the libraries below TRL say of each other while they are imported.
+            warnings.simplefilter("ignore", DeprecationWarning)
+            warnings.simplefilter("ignore", FutureWarning)
+            import datasets  # noqa: F401
+            import trl
+    except ImportError as error:
+        raise MissingDependencyError(
+            f"This objective runs on TRL, which cannot be imported ({error}): pip install 'postlude[tune]'"
+        ) from error
+    return trl
+
+
+def check_job(job: Job, name: str) -> None:
+    """What no objective on TRL can do without.
+
+    Raises:
+        DataError: no tokenizer, or one that has no token to end a text with.
+        SettingsError: packed rows.
+    """
+    tokenizer = job.checkpoint.tokenizer
+    if tokenizer is None:
+        raise DataError(
+            f"{name} needs a tokenizer, and the checkpoint has none: put its tokenizer files beside the weights."
+        )
+    if tokenizer.eos_token_id is None:
+        raise DataError(
+            f"{name} needs a token that ends a text, and the tokenizer has no eos_token: set one in its "
+            "tokenizer_config.json."
+        )
+    if job.run.packing:
+        raise SettingsError(f"{name} does not pack rows: leave packing out.")
+
+
+def length_limit(job: Job) -> int:
+    """Longest sequence of a run in tokens."""
+    context = job.checkpoint.context
+    return min(2048, context) if job.run.max_length is None else min(job.run.max_length, context)
+
+
+def ranks() -> int:
+    """How many processes train."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def keep_activations(config: type) -> dict[str, bool]:
+    """TRL drops activations and computes them again unless told not to; the setting was renamed in transformers."""
+    names = {field.name for field in dataclasses.fields(config)}
+    new = "activation_checkpointing"
+    return {new if new in names else "gradient_checkpointing": False}
+
+
+@contextlib.contextmanager
+def training(job: Job) -> Iterator[None]:
+    """Seeded and quiet; afterwards model and tokenizer are as they were, but for the weights."""
+    import datasets
+
+    model, tokenizer = job.model, job.checkpoint.tokenizer
+    inner = model.get_base_model() if job.adapters else model
+    pad, side = tokenizer.pad_token, tokenizer.padding_side
+    config, generation = inner.config, inner.generation_config
+    pads = config.pad_token_id, generation.pad_token_id
+    bars = datasets.is_progress_bar_enabled()
+    logger = logging.getLogger("trl")
+    level = logger.level
+    datasets.disable_progress_bar()
+    logger.setLevel(logging.ERROR)
+    try:
+        with quiet_transformers(), seeded(job.run.seed), warnings.catch_warnings():
+            # TRL and peft ask a transformers model by names of before.
+            warnings.filterwarnings(
+                "ignore", r"`\w+` is deprecated and will be removed", FutureWarning
+            )
+            yield
+    finally:
+        logger.setLevel(level)
+        if bars:
+            datasets.enable_progress_bar()
+        tokenizer.pad_token, tokenizer.padding_side = pad, side
+        config.pad_token_id, generation.pad_token_id = pads
+        inner.__dict__.pop("forward", None)
+        model.eval()
+
+
+def mean(rows: Sequence[Mapping[str, Any]], name: str, last: int = 0) -> float | None:
+    """Mean of a column over the rows that have it, or over the last few of them; None where none has."""
+    values = [row[name] for row in rows if name in row][-last:]
+    return sum(values) / len(values) if values else None
+
+
+class OnTRL(Steady):
+    """Overrides for a trainer of TRL.
+
+    Attributes:
+        names: what TRL calls a number of a step, and what it is called in the log; others are left out.
+    """
+
+    names: ClassVar[Mapping[str, str]] = {}
+
+    # Of the trainer that this is joined with.
+    _metrics: Any
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """A micro-batch; its share of the loss of the step is kept."""
+        loss: Tensor = super().training_step(*args, **kwargs)  # type: ignore[misc]
+        self._loss = self._loss + loss if hasattr(self, "_loss") else loss
+        return loss
+
+    def _clip_grad_norm(self, model: Any) -> Any:
+        norm = super()._clip_grad_norm(model)  # type: ignore[misc]
+        loss = self.accelerator.gather(self._loss.detach().double()).mean()
+        del self._loss
+        self._numbers = {
+            "learning_rate": self.lr_scheduler.get_last_lr()[0],
+            "loss": float(loss),
+            "gradient_norm": float(norm),
+        }
+        for name, what in (("loss", "loss"), ("gradient_norm", "gradient norm")):
+            if not math.isfinite(self._numbers[name]):
+                self._fail(f"{what} of {self._numbers[name]}")
+        return norm
+
+    def _row(self) -> dict[str, Any]:
+        metrics, row = self._metrics["train"], dict(self._numbers)
+        for theirs, ours in self.names.items():
+            if metrics.get(theirs):
+                row[ours] = sum(metrics[theirs]) / len(metrics[theirs])
+        metrics.clear()
+        return row
+
+    def _send_telemetry(self) -> None:
+        """Nothing is sent."""
+
+
+class NoReference(torch.nn.Module):
+    """Stands where TRL would make a reference model, or an adapter of that name.
+
+    TRL's adapter is initialised like the trained one before it is overwritten, which for some kinds of
+    initialisation changes the weights below both.
+
+    Args:
+        config: of the model that is trained.
+    """
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        self.config = config
