@@ -89,7 +89,7 @@ class Shard:
         if len(found) != len(self):
             raise StoreError(
                 f"{self.file} holds {len(found)} rows of {name!r}, expected {len(self)}: it is damaged; "
-                "remove it and build again, which makes this shard alone anew"
+                "run the same build command again, which makes this shard alone anew"
             )
         return found
 
@@ -113,8 +113,8 @@ class Shard:
                 self._map = safe_open(self.file, framework="pt")
             except (SafetensorError, OSError) as error:
                 raise StoreError(
-                    f"{self.file} cannot be read ({error}): it is damaged or missing; remove it and build again, "
-                    "which makes this shard alone anew"
+                    f"{self.file} cannot be read ({error}): it is damaged or missing; run the same build "
+                    "command again, which makes this shard alone anew"
                 ) from error
         return self._map
 
@@ -255,7 +255,11 @@ class TensorStore:
                 file.unlink()
                 continue
             found.add(number)
-        return [number for number in range(len(self.rows)) if number not in found]
+        missing = [number for number in range(len(self.rows)) if number not in found]
+        if missing:
+            # A list of shards that are not all there would call an unfinished store finished.
+            (self.path / _LIST).unlink(missing_ok=True)
+        return missing
 
     def write(self, number: int, tensors: Mapping[str, Tensor]) -> None:
         """Add one shard.
@@ -368,8 +372,8 @@ class TensorStore:
             if actual != size:
                 found = "missing" if actual is None else f"{actual} bytes long"
                 raise StoreError(
-                    f"shard {number} of {self.path} ({name}) is {found}, expected {size} bytes. Remove "
-                    f"{_LIST} and the shard and run the same build command again: it makes this shard anew."
+                    f"shard {number} of {self.path} ({name}) is {found}, expected {size} bytes. Run "
+                    "the same build command again: it makes this shard alone anew."
                 )
             shards.append(shard)
         return shards
