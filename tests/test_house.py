@@ -24,6 +24,7 @@ def test_public_names() -> None:
     expected = {
         "PostludeError",
         "__version__",
+        "attribute",
         "errors",
         "evaluate",
         "export",
@@ -31,6 +32,7 @@ def test_public_names() -> None:
         "inspect",
         "load",
         "quantize",
+        "tune",
     }
     assert set(postlude.__all__) == expected
     assert dir(postlude) == sorted(expected)
@@ -39,7 +41,16 @@ def test_public_names() -> None:
 def test_verbs_come_from_the_front_door() -> None:
     from postlude import _front_door
 
-    for name in ("evaluate", "export", "generate", "inspect", "load", "quantize"):
+    for name in (
+        "attribute",
+        "evaluate",
+        "export",
+        "generate",
+        "inspect",
+        "load",
+        "quantize",
+        "tune",
+    ):
         assert getattr(postlude, name) is getattr(_front_door, name)
 
 

@@ -22,11 +22,21 @@ from postlude import _transformers_hook, errors
 from postlude.errors import PostludeError
 
 if TYPE_CHECKING:
-    from postlude._front_door import evaluate, export, generate, inspect, load, quantize
+    from postlude._front_door import (
+        attribute,
+        evaluate,
+        export,
+        generate,
+        inspect,
+        load,
+        quantize,
+        tune,
+    )
 
 __all__ = [
     "PostludeError",
     "__version__",
+    "attribute",
     "errors",
     "evaluate",
     "export",
@@ -34,11 +44,12 @@ __all__ = [
     "inspect",
     "load",
     "quantize",
+    "tune",
 ]
 
 __version__ = "0.1.0"
 
-_VERBS = ("evaluate", "export", "generate", "inspect", "load", "quantize")
+_VERBS = ("attribute", "evaluate", "export", "generate", "inspect", "load", "quantize", "tune")
 
 _transformers_hook.install()
 

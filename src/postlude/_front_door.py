@@ -11,12 +11,26 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 import postlude
 from postlude import _judging, registry
-from postlude.attribution.examples import Collection
-from postlude.errors import DataError, InputError, OutputExistsError, SettingsError
+from postlude.attribution import plan as _plan
+from postlude.attribution.build import build as _build
+from postlude.attribution.engine import Attributor
+from postlude.attribution.examples import Collection, Records
+from postlude.attribution.forecast import forecast
+from postlude.attribution.index import Index
+from postlude.attribution.query import Answer, method_of, model_of
+from postlude.attribution.query import query as _query
+from postlude.errors import (
+    DataError,
+    InputError,
+    OutputExistsError,
+    SettingsError,
+    UnknownNameError,
+)
 from postlude.evaluation.lds import Retraining
 from postlude.evaluation.perplexity import evaluate as _evaluate
 from postlude.exporting.engine import Exporter
@@ -25,17 +39,28 @@ from postlude.inspection.signature import compare as _compare
 from postlude.inspection.update import Comparison, Update
 from postlude.quantization.engine import Quantizer
 from postlude.quantization.engine import quantize as _quantize
-from postlude.runs.atomic import check_replaceable, discard
+from postlude.runs.atomic import atomic_write, check_replaceable, discard
 from postlude.runs.checkpoint import Checkpoint
 from postlude.runs.directory import RunDirectory
 from postlude.runs.documents import calibration_windows, read_documents
 from postlude.runs.generation import Generation
 from postlude.runs.generation import generate as _generate
-from postlude.runs.loading import load
+from postlude.runs.loading import dtype_of
+from postlude.runs.loading import load as _load
 from postlude.runs.progress import Progress
 from postlude.surgery.kernels import AUTO, assignments
+from postlude.tuning.adapters import Adapter, is_adapter, load_adapter
+from postlude.tuning.examples import read_examples
+from postlude.tuning.prior import compute_prior
+from postlude.tuning.run import Tuned, TuneRun
+from postlude.tuning.run import tune as _tune
+from postlude.tuning.supervised import Goal, length_of, objective_of
 
 __all__ = [
+    "attribute",
+    "attribution_plan",
+    "attribution_query",
+    "attribution_verify",
     "calibration_tokens",
     "compare",
     "demo",
@@ -48,6 +73,8 @@ __all__ = [
     "kernels",
     "load",
     "quantize",
+    "tune",
+    "tune_prior",
 ]
 
 # Sequence length where the caller does not say; a model with a shorter context gets its context.
@@ -56,6 +83,35 @@ _CALIBRATION_LENGTH, _CALIBRATION_SAMPLES = 512, 128
 
 Path_ = str | os.PathLike[str]
 Text = Path_ | Sequence[str]
+Examples = Path_ | Sequence[Mapping[str, Any] | str]
+
+
+def load(
+    path: Path_,
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device | None = None,
+) -> Checkpoint:
+    """Load a language model from a Hugging Face directory; never from the network.
+
+    Args:
+        path: the directory, or ``zoo:NAME`` for a model that comes with Postlude. An adapter of peft is merged into the
+            model that its configuration names, in fp32 where ``dtype`` is ``"auto"``.
+        dtype: ``"auto"`` for the checkpoint's own, or float64, float32, float16, bfloat16.
+        device: where to put the model; None for the accelerator if there is one (under torchrun that of the rank),
+            else the CPU.
+
+    Raises:
+        CheckpointError: not a checkpoint, a damaged one, or one in a refused format.
+        NonFiniteError: a tensor holds NaN or infinity.
+        ArchitectureError: no anatomy describes the model.
+        SettingsError: an unknown dtype or device.
+    """
+    rank = os.environ.get("LOCAL_RANK")
+    if device is None and rank is not None and torch.cuda.is_available():
+        device = f"cuda:{rank}"
+    if is_adapter(path):
+        return load_adapter(path, dtype, device)
+    return _load(path, dtype, device)
 
 
 def _open(checkpoint: Path_ | Checkpoint) -> Checkpoint:
@@ -282,6 +338,104 @@ def quantize(
     return small
 
 
+def tune(
+    checkpoint: Path_ | Checkpoint,
+    data: Path_,
+    goal: Goal = "sft",
+    run: TuneRun | None = None,
+    *,
+    signal: str | None = None,
+    prior: Path_ | None = None,
+    reference: Path_ | Checkpoint | None = None,
+    keep_eos: bool = False,
+    adapter: str | Adapter | None = None,
+    merge: bool = False,
+    dtype: str | torch.dtype = "auto",
+    out: Path_ | None = None,
+    overwrite: bool = False,
+    save_every: int | None = None,
+    inplace: bool = False,
+    progress: Progress | None = None,
+) -> Tuned:
+    """Train a model on demonstrations with token weights, on preferences, or by rewards.
+
+    Args:
+        checkpoint: where to start, loaded or a path.
+        data: a .jsonl file: ``prompt`` and ``completion``, ``messages``, or ``text``; other objectives have others.
+        goal: a token rule by name or settings (``PriFTMass()``), a whole
+            :class:`postlude.tuning.weighting.TokenWeighting`, or another objective (``"dpo"``).
+        run: length, batch, learning rate, seed.
+        signal: what a rule reads its probabilities from: ``online`` or ``reference``; the paper's own when None.
+        prior: directory of the reference's stored columns, see :func:`tune_prior`.
+        reference: the frozen model; the one to start from when None.
+        keep_eos: the token that ends a text weighs 1 whatever the rule says of it.
+        adapter: train this beside frozen weights: a name of the peft library, or settings.
+        merge: add the adapter to the weights at the end.
+        dtype: to train and to store in; ``"auto"`` trains in fp32 and stores as the checkpoint is stored.
+        out: where to save the result with its log and report. The same call after a kill resumes.
+        overwrite: replace ``out``, and start a run of something else afresh.
+        save_every: steps from one kept state to the next.
+        inplace: train the given model rather than a copy of it.
+        progress: where to show it.
+
+    Returns:
+        The tuned checkpoint, the run in numbers, and one row for every step.
+
+    Raises:
+        See :func:`postlude.tuning.run.tune`.
+    """
+    from postlude.report.tuning import write as write_report
+
+    objective = objective_of(goal, signal, prior, keep_eos, save_every)
+    chosen = dtype_of(dtype)
+    opened = _open(checkpoint)
+    return _tune(
+        opened,
+        data,
+        objective,
+        TuneRun() if run is None else run,
+        adapter=Adapter(adapter) if isinstance(adapter, str) else adapter,
+        merge=merge,
+        reference=None if reference is None else _open(reference),
+        dtype=chosen if isinstance(chosen, torch.dtype) else None,
+        out=out,
+        overwrite=overwrite,
+        inplace=inplace or opened is not checkpoint,
+        report=write_report,
+        progress=progress,
+    )
+
+
+def tune_prior(
+    reference: Path_ | Checkpoint,
+    data: Path_,
+    out: Path_,
+    *,
+    max_length: int | None = None,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Compute once what a frozen reference says about every token to be learned, and store it for :func:`tune`.
+
+    Args:
+        reference: the frozen model, loaded or a path; usually the one that tuning starts from.
+        data: as for :func:`tune`.
+        out: the directory to write. The same call after a kill resumes.
+        max_length: tokens at which a sequence is cut; the same as in tuning.
+        overwrite: replace ``out``.
+        progress: where to show it.
+
+    Returns:
+        The manifest of :mod:`postlude.tuning.prior`: what it was computed from, how much it holds.
+    """
+    opened = _open(reference)
+    length = length_of(max_length, opened.context)
+    examples = read_examples(data, opened.tokenizer, length, progress)
+    return compute_prior(
+        opened, examples, out, max_length=length, overwrite=overwrite, progress=progress
+    )
+
+
 def _run_beside(out: Path_) -> Path:
     final = Path(os.path.realpath(out))
     return final.with_name(f".{final.name}.run")
@@ -307,6 +461,210 @@ def _manifest(
 
 def _copy(checkpoint: Checkpoint) -> Checkpoint:
     return dataclasses.replace(checkpoint, model=copy.deepcopy(checkpoint.model))
+
+
+def attribute(
+    checkpoint: Path_ | Checkpoint,
+    data: Examples,
+    method: str | Attributor = "lorif",
+    *,
+    out: Path_,
+    collection: Collection | None = None,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> Index:
+    """Build an index of training examples, to ask which of them made the model say something.
+
+    What it is expected to take is said before it starts. A build that was killed goes on where it stopped when it
+    is called again, and ends with the same bytes.
+
+    Args:
+        checkpoint: loaded, or a path.
+        data: a ``.jsonl`` file with ``text``, or ``prompt`` and ``completion``, a line; or such records; or texts.
+        method: a settings object such as ``LoRIF(rank=1)``, or a name for its defaults.
+        out: the directory of the index.
+        collection: length, layers, loss, seed.
+        overwrite: replace an index of something else.
+        progress: where to show it.
+
+    Returns:
+        The index; ``index.query(text, top=10)`` asks it. ``index.report`` says what the build took.
+
+    Raises:
+        SettingsError: settings that the method, or this model, cannot do.
+        DataError: examples that cannot be used; names the line.
+        StoreError: ``out`` holds something else, or the disk is full.
+    """
+    settings = _attributor(method)
+    chosen = collection or Collection()
+    opened = _open(checkpoint)
+    if progress is not None and progress.shown and opened.tokenizer is not None:
+        expected = forecast(opened, Records(data), settings, chosen, _plan.this_machine())
+        if expected is not None:
+            progress.log(str(expected))
+    index, index.report = _build(
+        opened, data, settings, out, collection=chosen, overwrite=overwrite, progress=progress
+    )
+    return index
+
+
+def _attributor(method: str | Attributor) -> Attributor:
+    settings = registry.find("attribute", method).settings() if isinstance(method, str) else method
+    if not isinstance(settings, Attributor):
+        raise SettingsError(
+            f"attribute takes the name or the settings of an attribute method, got {type(method).__name__}"
+        )
+    return settings
+
+
+def attribution_query(
+    index: Path_ | Index,
+    source: Examples,
+    *,
+    method: str | Attributor | None = None,
+    changes: Mapping[str, Any] | None = None,
+    checkpoint: Path_ | Checkpoint | None = None,
+    data: Examples | None = None,
+    top: int = 10,
+    layers: bool = False,
+    tokens: bool = False,
+    html: Path_ | None = None,
+    command: str = "",
+    progress: Progress | None = None,
+) -> list[Answer]:
+    """Rank training examples for one query or several, and write the page of the answers.
+
+    Args:
+        index: opened, or a path.
+        source: a text, a ``.jsonl`` file with a query a line, or a list.
+        method: another method, or other settings, that can read the index; those it was built for otherwise.
+        changes: settings to change in it, for example ``{"damping": 2.0}``.
+        checkpoint, data: the model and the examples, where they are no longer where they were.
+        top, layers, tokens: see :func:`postlude.attribution.query.query`.
+        html: file to write the page to, with layers and tokens.
+        command: that makes the page again, to be printed on it.
+        progress: where to show it.
+    """
+    opened = index if isinstance(index, Index) else Index(index)
+    settings = method_of(opened) if method is None else _attributor(method)
+    if changes:
+        settings = dataclasses.replace(settings, **changes)
+    settings.check(opened)
+    model = model_of(opened) if checkpoint is None else _open(checkpoint)
+    answers = _query(
+        opened,
+        source,
+        top=top,
+        layers=layers or html is not None,
+        tokens=tokens or html is not None,
+        method=settings,
+        checkpoint=model,
+        data=data,
+        progress=progress,
+    )
+    if html is not None:
+        from postlude.report.attribution import page_of
+
+        page = page_of(opened, answers, settings, command)
+        Path(html).resolve().parent.mkdir(parents=True, exist_ok=True)
+        with atomic_write(html) as temporary:
+            temporary.write_text(page, encoding="utf-8")
+    return answers
+
+
+def attribution_verify(index: Path_ | Index) -> dict[str, Any]:
+    """Read every byte of an index and compare it with its checksums.
+
+    Returns:
+        ``path``, ``examples``, ``shards``, ``bytes``, ``ok``, ``damaged`` (shard, file and reason of each), and
+        ``data``: whether the training examples are ``unchanged`` since the build, or why that is not known.
+
+    Raises:
+        StoreError: not an index, or one that cannot even be opened.
+    """
+    opened = index if isinstance(index, Index) else Index(index)
+    damaged = opened.verify()
+    try:
+        opened.records()
+        data = "unchanged"
+    except InputError as error:
+        data = str(error)
+    return {
+        "path": str(opened.path),
+        "ok": not damaged,
+        "examples": len(opened),
+        "shards": len(opened.store.shards),
+        "bytes": opened.bytes,
+        "damaged": [dataclasses.asdict(one) for one in damaged],
+        "data": data,
+    }
+
+
+def attribution_plan(
+    *,
+    checkpoint: Path_ | Checkpoint | None = None,
+    parameters: float | None = None,
+    hardware: str = "this",
+    devices: int = 1,
+    examples: float,
+    sweep: bool = False,
+    **settings: Any,
+) -> dict[str, Any]:
+    """What an index will cost: bytes, operations, bytes read and time.
+
+    Args:
+        checkpoint: the model; or
+        parameters: how many it has.
+        hardware: ``this`` machine, measured, or a name in ``postlude.attribution.plan.HARDWARE``.
+        devices: how many of them.
+        examples: of the training set.
+        sweep: add a table over factors, ranks and formats.
+        settings: of :func:`postlude.attribution.plan.plan`.
+
+    Raises:
+        SettingsError: neither or both of checkpoint and parameters, or a number out of range.
+        UnknownNameError: hardware or format that is not known.
+    """
+    if (checkpoint is None) == (parameters is None):
+        raise SettingsError(
+            "a plan is for a checkpoint or for a number of parameters: give one of them"
+        )
+    shape = (
+        _plan.shape_of(_open(checkpoint))
+        if checkpoint is not None
+        else _plan.assumed_shape(float(parameters or 0))
+    )
+    if hardware != "this" and hardware not in _plan.HARDWARE:
+        raise UnknownNameError("hardware", hardware, ["this", *_plan.HARDWARE])
+    machine = _plan.this_machine() if hardware == "this" else _plan.HARDWARE[hardware]
+    machine = machine.times(devices)
+    count = int(examples)
+    chosen = _plan.plan(shape, machine, examples=count, **settings)
+    result = {
+        "model": shape.description,
+        "parameters": shape.parameters,
+        "layers": shape.count,
+        "examples": count,
+        "hardware": dataclasses.asdict(machine),
+        **dataclasses.asdict(chosen),
+    }
+    if sweep:
+        fixed = {k: v for k, v in settings.items() if k not in ("factor", "rank", "format", "side")}
+        rows = _plan.table(shape, machine, examples=count, **fixed)
+        result["table"] = [
+            {
+                "factor": one.factor,
+                "rank": one.rank,
+                "format": one.format,
+                "index_bytes": one.bytes["index"],
+                "ratio": one.bytes["ratio"],
+                "curvature_bytes": one.bytes["curvature"],
+                "build_seconds": one.seconds["build"],
+                "score_seconds": one.seconds["score"],
+            }
+            for one in rows
+        ]
+    return result
 
 
 def evaluate(

@@ -128,6 +128,8 @@ def build(
         processes.wait()
         processes.first(store.finish)
         index = Index(store.path)
+        index.use(records)
+        processes.first(lambda: attributor.prepare(index, checkpoint, shown))
     cut = index.tensor("cut")
     return index, {
         "examples": len(index),

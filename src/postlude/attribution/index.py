@@ -40,12 +40,14 @@ class Index:
             ``collection``, ``layers``.
         representation, collection: from the manifest.
         layers: those whose gradients are kept, in the order of the forward pass.
+        report: what the build that opened it says of itself; empty for an index that was there.
 
     Raises:
         StoreError: not an index, unfinished, damaged or of another version.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.report: dict[str, Any] = {}
         self._records: Records | None = None
         self._cache: dict[str, Any] = {}
         self.store = TensorStore.open(path, kind=KIND)
@@ -59,6 +61,10 @@ class Index:
                 f"the manifest of {self.path} lacks or garbles a part ({error}): it is damaged, or of another "
                 "version of Postlude; build the index again"
             ) from error
+
+    def use(self, records: Records) -> None:
+        """Take the training examples from here, which are known to be those of the build."""
+        self._records = records
 
     @property
     def path(self) -> Path:
@@ -171,7 +177,7 @@ class Index:
         return answers[0] if single else answers
 
     def scores(self, source: Any, **settings: Any) -> Tensor:
-        """Scores of all training examples: fp32 ``[queries, examples]``; see :func:`postlude.attribution.query.scores`."""
+        """Scores of all examples: fp32 ``[queries, examples]``; see :func:`postlude.attribution.query.scores`."""
         from postlude.attribution.query import scores
 
         return scores(self, source, **settings)

@@ -310,8 +310,8 @@ def table(
     ]
 
 
-def shape_of(checkpoint: Checkpoint, layers: str = "*") -> ModelShape:
-    """The shape of a checkpoint's layers that match a pattern."""
+def shape_of(checkpoint: Checkpoint, layers: str | Sequence[str] = "*") -> ModelShape:
+    """The shape of a checkpoint's layers that match a pattern, or one of several."""
     counts: dict[tuple[int, int], int] = {}
     for path in linear_paths(checkpoint.anatomy, layers):
         features = features_of(checkpoint.model.get_submodule(path), path)

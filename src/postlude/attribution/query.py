@@ -185,8 +185,6 @@ def query(
     with progress or Progress(show=False) as shown:
         queries = record_queries(index, checkpoint, asked)
         curvature = _curvature(method, index)
-        if curvature is not None:
-            shown.log(curvature)
         found = rank(method, index, queries, min(top, len(index)), keep=keep, progress=shown)
         pairs = [(q, n) for q, row in enumerate(found.numbers.tolist()) for n in row]
         train = [_example(index, checkpoint, records, n) for _, n in pairs]
@@ -299,7 +297,10 @@ def stream(
 ) -> Iterator[tuple[int, Tensor]]:
     """``(first example, scores [queries, examples])``, shard by shard, all layers of a shard at once."""
     weights = method.weights(index, queries)
+    choice = method.chosen_curvature(index)[2]
     with progress or Progress(show=False) as shown:
+        if choice is not None:
+            shown.log(str(choice))
         fits = shown.iterate(method.fits(index, keep=keep), "curvature", total=len(index.layers))
         matrices = {
             layer.module: fitted.matrices(method.query_rows(index, queries, layer), source)

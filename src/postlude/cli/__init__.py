@@ -16,7 +16,17 @@ from collections.abc import Sequence
 import typer
 import typer.main
 
-from postlude.cli import demo, evaluate, export, generate, inspect, methods, quantize
+from postlude.cli import (
+    attribute,
+    demo,
+    evaluate,
+    export,
+    generate,
+    inspect,
+    methods,
+    quantize,
+    tune,
+)
 from postlude.cli._group import OrderedGroup
 from postlude.cli._output import Result, to_json
 from postlude.errors import PostludeError
@@ -52,7 +62,9 @@ def _root(
 
 
 app.add_typer(inspect.app, name="inspect")
+app.add_typer(tune.app, name="tune")
 app.command("quantize")(quantize.quantize)
+app.add_typer(attribute.app, name="attribute")
 app.add_typer(evaluate.app, name="evaluate")
 app.command("generate")(generate.generate)
 app.command("export")(export.export)

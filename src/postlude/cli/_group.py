@@ -15,7 +15,17 @@ PLAIN = "plain"
 class OrderedGroup(TyperGroup):
     """Lists its commands in the order in which they are used, not in which they were added."""
 
-    order = ("inspect", "quantize", "evaluate", "generate", "export", "methods", "demo")
+    order = (
+        "inspect",
+        "tune",
+        "quantize",
+        "attribute",
+        "evaluate",
+        "generate",
+        "export",
+        "methods",
+        "demo",
+    )
 
     def list_commands(self, ctx: Any) -> list[str]:
         """Names in that order."""

@@ -3,7 +3,8 @@
 ``render`` shows what it is given and leaves out what is absent. The keys it knows::
 
     title                        words
-    method                       name, summary, paper, unit (of a score), settings {name: value}, curvature (words)
+    method                       name, family, summary, paper, unit (of a score), settings {name: value},
+                                 curvature (words)
     index                        path, model, examples, bytes, layers, seconds (to build)
     queries                      list of: text, count (tokens), truncated (tokens cut off), examples, mean,
                                  deviation (of the scores of all examples), tokens [{text, score}], results
@@ -20,6 +21,7 @@ without colour: those that support are underlined by a solid line, those that op
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 import re
@@ -29,14 +31,73 @@ from typing import Any
 
 import jinja2
 
-__all__ = ["render"]
+from postlude import registry
+from postlude.attribution.engine import Attributor
+from postlude.attribution.index import Index
+from postlude.attribution.query import Answer
+from postlude.report.environment import environment
+
+__all__ = ["page_of", "render"]
 
 Results = Mapping[str, Any]
 
 _TEMPLATES = Path(__file__).parent / "templates"
 _LEVELS = 6  # shades of each sign; as many classes in attribution.css
 _EXCERPT = 160  # tokens of a passage that are shown at once
+_MEANING = {
+    "influence": "A score estimates, from gradients, how much having learned the example lowers the model's loss on "
+    "the text. The higher, the more; below zero it raised it.",
+    "control": "These scores know nothing of how the model learned: a control to hold other methods against.",
+}
 _MINUS = "\u2212"
+
+
+def page_of(index: Index, answers: Sequence[Answer], method: Attributor, command: str = "") -> str:
+    """The page of answers of an index.
+
+    Args:
+        index: that was asked.
+        answers: see :func:`postlude.attribution.query.query`.
+        method: the settings that it was asked with.
+        command: that makes this page again.
+
+    Returns:
+        A whole HTML document.
+    """
+    info = registry.info_of(method)
+    model = index.manifest["model"]["path"]
+    return render(
+        {
+            "method": {
+                "name": info.name,
+                "summary": info.summary,
+                "paper": info.paper,
+                "family": info.family,
+                "unit": method.unit,
+                "settings": dataclasses.asdict(method),
+                "curvature": answers[0].curvature if answers else None,
+            },
+            "index": {
+                "path": str(index.path),
+                "model": Path(model).name if model else None,
+                "examples": len(index),
+                "bytes": index.bytes,
+                "layers": len(index.layers),
+            },
+            "queries": [
+                {**answer.to_dict(), "tokens": [dataclasses.asdict(one) for one in answer.tokens]}
+                for answer in answers
+            ],
+            "seconds": answers[0].seconds if answers else None,
+            "command": command,
+            "environment": environment(),
+            "notes": [
+                "A score is an estimate from gradients of the finished model, not a measurement: to see what an "
+                "example does, train without it. Compare with `--method bm25` and `repsim`, which see words and "
+                "likeness only, before believing more."
+            ],
+        }
+    )
 
 
 def render(results: Results) -> str:
@@ -92,9 +153,8 @@ def _introduction(method: Results, index: Results, queries: Sequence[Results]) -
         if index.get("examples")
         else f"The training examples that support {what} most."
     ]
-    if method.get("meaning"):
-        lines.append(method["meaning"])
-    return lines
+    meaning = _MEANING.get(method.get("family") or "")
+    return [*lines, meaning] if meaning else lines
 
 
 def _query(number: int, query: Results) -> dict[str, Any]:

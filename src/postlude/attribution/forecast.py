@@ -1,0 +1,93 @@
+"""What a build at hand will take, told before it starts: bytes exactly, time by the formulas of ``plan``."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from postlude.attribution.engine import Attributor
+from postlude.attribution.examples import Collection, Records, tokenize
+from postlude.attribution.plan import Hardware, plan, shape_of
+from postlude.attribution.representation import FactorRepresentation, GradientRepresentation
+from postlude.runs.checkpoint import Checkpoint
+
+__all__ = ["Forecast", "forecast"]
+
+_SAMPLE = 64  # records whose tokens are counted
+_COUNTS = 8  # bytes of the two counts that every row carries, and of its loss below
+_LOSS = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Forecast:
+    """Expected cost of a build.
+
+    Attributes:
+        examples: of the data.
+        tokens: mean of an example, by a sample.
+        bytes: of the index, without the headers of its files.
+        seconds: of the passes over the data, an order of magnitude.
+    """
+
+    examples: int
+    tokens: float
+    bytes: int
+    seconds: float
+
+    def __str__(self) -> str:
+        return (
+            f"expected: {self.examples:,} examples of about {self.tokens:.0f} tokens, index {_bytes(self.bytes)} "
+            f"({_bytes(self.bytes / self.examples)} an example), about {_time(self.seconds)}"
+        )
+
+
+def forecast(
+    checkpoint: Checkpoint,
+    records: Records,
+    method: Attributor,
+    collection: Collection,
+    hardware: Hardware,
+) -> Forecast | None:
+    """The cost of an index of gradients; None for methods that keep something else."""
+    representation = method.representation()
+    if not isinstance(representation, GradientRepresentation):
+        return None
+    step = max(1, len(records) // _SAMPLE)
+    length = collection.max_length or checkpoint.context
+    lengths = [
+        len(tokenize(checkpoint.tokenizer, records, n, n + 1, length, collection)[0].tokens)
+        for n in range(0, len(records), step)
+    ]
+    tokens = sum(lengths) / len(lengths)
+    layers = representation.layers(checkpoint, collection)
+    factors = isinstance(representation, FactorRepresentation)
+    cost = plan(
+        shape_of(checkpoint, collection.patterns),
+        hardware,
+        examples=len(records),
+        tokens=tokens,
+        factor=1 if representation.side else representation.factor,
+        side=representation.side,
+        rank=representation.rank if isinstance(representation, FactorRepresentation) else 1,
+        format=representation.format,
+    )
+    passes = ("gradients", "projection", "outer", *(("factorisation",) if factors else ()))
+    return Forecast(
+        examples=len(records),
+        tokens=tokens,
+        bytes=len(records) * (representation.row_bytes(layers) + _COUNTS + _LOSS),
+        seconds=sum(cost.flops[name] for name in passes) / hardware.rate,
+    )
+
+
+def _bytes(number: float) -> str:
+    for size, unit in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if number >= size:
+            return f"{number / size:.3g} {unit}"
+    return f"{number:.0f} B"
+
+
+def _time(seconds: float) -> str:
+    for size, unit in ((86400, "days"), (3600, "hours"), (60, "minutes")):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.2g} {unit}"
+    return f"{max(seconds, 1):.0f} s"

@@ -1,0 +1,388 @@
+"""``postlude attribute``: which training examples made a model say something."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from postlude.cli import _options as options
+from postlude.cli._output import Result, refuse_existing
+
+if TYPE_CHECKING:
+    from postlude.attribution.query import Answer
+
+__all__ = ["app", "build", "plan", "query", "verify"]
+
+app = typer.Typer(
+    no_args_is_help=True,
+    help="Trace what a model says to what it learned: build an index of its training examples, then ask it.",
+)
+
+Index = Annotated[
+    str, typer.Argument(metavar="INDEX", help="A directory that `build` made.", show_default=False)
+]
+Method = Annotated[
+    str | None,
+    typer.Option("--method", "-m", metavar="NAME", help="`postlude methods` lists them."),
+]
+Set = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="A setting of the method; repeat for more. `postlude methods NAME` lists them.",
+    ),
+]
+
+
+@app.command("build")
+def build(
+    checkpoint: options.Checkpoint,
+    data: Annotated[
+        str,
+        typer.Argument(
+            metavar="DATA",
+            help='Training examples: a .jsonl file, a line each with "text", or "prompt" and "completion", and '
+            'an "id" if you like.',
+            show_default=False,
+        ),
+    ],
+    output: options.NewDirectory,
+    method: Method = "lorif",
+    rank: Annotated[
+        int | None, typer.Option("--rank", min=1, help="Columns of the factors kept of a gradient.")
+    ] = None,
+    format: Annotated[
+        str | None,
+        typer.Option("--format", metavar="fp32|bf16|int8", help="Type of the stored numbers."),
+    ] = None,
+    factor: Annotated[
+        int | None,
+        typer.Option(
+            "--factor", min=1, help="How many times narrower the sides of a gradient become."
+        ),
+    ] = None,
+    set_: Set = None,
+    max_length: Annotated[
+        int,
+        typer.Option("--max-length", min=0, help="Tokens at which an example is cut; 0: context."),
+    ] = 0,
+    layers: Annotated[
+        str,
+        typer.Option("--layers", metavar="A,B", help="Patterns of linear layers, as in *.mlp.*"),
+    ] = "*",
+    loss: Annotated[
+        Literal["sum", "mean"],
+        typer.Option("--loss", help="Over the predicted tokens of an example."),
+    ] = "sum",
+    prompts: Annotated[
+        Literal["mask", "train"],
+        typer.Option("--prompts", help="Whether the tokens of a prompt are predicted too."),
+    ] = "mask",
+    tokens_per_batch: Annotated[
+        int, typer.Option("--batch-tokens", min=1, help="Tokens in one pass, padding included.")
+    ] = 4096,
+    shard_examples: Annotated[
+        int,
+        typer.Option("--shard-examples", min=1, help="Examples of one file; what a kill can cost."),
+    ] = 1024,
+    dtype: options.Dtype = "auto",
+    device: options.Device = None,
+    overwrite: options.Overwrite = False,
+    seed: options.Seed = 0,
+    json: options.Json = False,
+) -> Result:
+    """Build an index of training examples; the same command after a kill goes on where it stopped."""
+    from postlude import registry
+    from postlude.cli._settings import make_settings
+
+    info = registry.find("attribute", method or "lorif")
+    given = {"rank": rank, "format": format, "projection_factor": factor}
+    settings = make_settings(
+        info, {name: value for name, value in given.items() if value is not None}, set_ or []
+    )
+    from postlude import _front_door
+    from postlude.attribution.examples import Collection
+    from postlude.runs.progress import Progress
+
+    collection = Collection(
+        max_length=max_length,
+        layers=layers,
+        loss=loss,
+        prompts=prompts,
+        seed=seed,
+        tokens_per_batch=tokens_per_batch,
+        shard_examples=shard_examples,
+    )
+    model = _front_door.load(checkpoint, dtype=dtype, device=device)
+    with Progress(show=True) as progress:
+        index = _front_door.attribute(
+            model,
+            data,
+            settings,
+            out=output,
+            collection=collection,
+            overwrite=overwrite,
+            progress=progress,
+        )
+    report = {"output": output, "method": info.name, **index.report, "seed": seed}
+    return Result({**report, "settings": settings})
+
+
+@app.command("query")
+def query(
+    index: Index,
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="TEXT|FILE",
+            help="The text to explain, or a .jsonl file with one query a line (as in the training data).",
+            show_default=False,
+        ),
+    ],
+    top: Annotated[int, typer.Option("--top", min=1, help="Examples to show.")] = 10,
+    layers: Annotated[
+        bool, typer.Option("--layers", help="Also the part of every layer in each score.")
+    ] = False,
+    tokens: Annotated[
+        bool, typer.Option("--tokens", help="Also the part of every token, of example and query.")
+    ] = False,
+    html: Annotated[
+        str | None,
+        typer.Option("--html", metavar="FILE", help="Write a page, with layers and tokens."),
+    ] = None,
+    method: Method = None,
+    set_: Set = None,
+    checkpoint: Annotated[
+        str | None,
+        typer.Option(
+            "--checkpoint", metavar="CHECKPOINT", help="The model, if it has been moved since."
+        ),
+    ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option("--data", metavar="FILE", help="The training examples, if they were moved."),
+    ] = None,
+    dtype: options.Dtype = "auto",
+    device: options.Device = None,
+    overwrite: options.Overwrite = False,
+    seed: options.Seed = 0,
+    json: options.Json = False,
+) -> Result:
+    """Rank the training examples that support a text most.
+
+    With --json a text gives {"results": [{"id", "score", "text", ...}], ...}; a .jsonl file gives
+    {"queries": [...]} with such an object a line. Nothing here is random: --seed is taken for uniformity.
+    """
+    refuse_existing(html, overwrite=overwrite)
+    from postlude import _front_door, registry
+    from postlude.attribution.index import Index as Opened
+    from postlude.attribution.query import method_of
+    from postlude.cli._settings import make_settings
+    from postlude.runs.progress import Progress
+
+    opened = Opened(index)
+    base = method_of(opened)
+    asked = base if method is None else registry.find("attribute", method).settings()
+    changes: dict[str, Any] = {}
+    if set_:
+        parsed = make_settings(registry.info_of(asked), {}, set_)
+        names = [word.partition("=")[0].strip().replace("-", "_") for word in set_]
+        changes = {name: getattr(parsed, name) for name in names}
+    model = checkpoint or opened.manifest["model"]["path"]
+    loaded = None if model is None else _front_door.load(model, dtype=dtype, device=device)
+    with Progress(show=True) as progress:
+        answers = _front_door.attribution_query(
+            opened,
+            source,
+            method=asked,
+            changes=changes,
+            checkpoint=loaded,
+            data=data,
+            top=top,
+            layers=layers,
+            tokens=tokens,
+            html=html,
+            command=shlex.join(["postlude", *sys.argv[1:]]),
+            progress=progress,
+        )
+    several = source.endswith(".jsonl")
+    found = [answer.to_dict() for answer in answers]
+    value: dict[str, Any] = {"queries": found} if several else found[0]
+    value |= {"index": str(opened.path), "html": html}
+    return Result(value, None if json else _view(answers, layers, html))
+
+
+@app.command("verify")
+def verify(index: Index, seed: options.Seed = 0, json: options.Json = False) -> Result:
+    """Read every byte of an index and compare it with its checksums; a damaged shard is named, and the exit code is 2."""
+    from postlude import _front_door
+    from postlude.errors import StoreError
+
+    report = _front_door.attribution_verify(index)
+    if not report["ok"]:
+        named = "; ".join(
+            f"shard {one['shard']} ({one['file']}): {one['reason']}" for one in report["damaged"]
+        )
+        raise StoreError(
+            f"{report['path']} is damaged in {len(report['damaged'])} of {report['shards']} shards: {named}. Remove "
+            "shards.json and the damaged shards, and run the same build command again: it makes those anew."
+        )
+    return Result(report)
+
+
+@app.command("plan")
+def plan(
+    checkpoint: Annotated[
+        str | None,
+        typer.Argument(metavar="[CHECKPOINT]", help="The model; or say --parameters."),
+    ] = None,
+    parameters: Annotated[
+        str | None,
+        typer.Option("--parameters", metavar="70B", help="Weights of a Llama-like model."),
+    ] = None,
+    examples: Annotated[
+        str, typer.Option("--examples", metavar="5M", help="Training examples.")
+    ] = "1M",
+    tokens: Annotated[float, typer.Option("--tokens", min=1, help="Mean tokens of each.")] = 512,
+    queries: Annotated[int, typer.Option("--queries", min=1, help="Asked together.")] = 1,
+    factor: Annotated[int, typer.Option("--factor", min=1, help="Of the projection.")] = 16,
+    rank: Annotated[int, typer.Option("--rank", min=1, help="Columns of the factors.")] = 1,
+    format: Annotated[
+        str, typer.Option("--format", metavar="fp32|bf16|int8", help="Of the stored numbers.")
+    ] = "bf16",
+    curvature_rank: Annotated[
+        int, typer.Option("--curvature-rank", min=0, help="Directions of the curvature.")
+    ] = 1024,
+    hardware: Annotated[
+        str,
+        typer.Option("--hardware", metavar="this|h100|...", help="This machine is measured."),
+    ] = "this",
+    devices: Annotated[int, typer.Option("--devices", min=1, help="How many of them.")] = 1,
+    seed: options.Seed = 0,
+    json: options.Json = False,
+) -> Result:
+    """Predict what an index will take: bytes, operations, bytes read by a query, and time."""
+    from postlude import _front_door
+    from postlude.attribution.plan import parse_count
+
+    report = _front_door.attribution_plan(
+        checkpoint=checkpoint,
+        parameters=None if parameters is None else parse_count(parameters, "--parameters"),
+        examples=parse_count(examples, "--examples"),
+        hardware=hardware,
+        devices=devices,
+        sweep=True,
+        tokens=tokens,
+        queries=queries,
+        factor=factor,
+        rank=rank,
+        format=format,
+        curvature_rank=curvature_rank,
+    )
+    return Result(report, None if json else _plan_view(report))
+
+
+def _view(answers: Sequence[Answer], layers: bool, html: str | None) -> object:
+    """A table for each query; the page is named last."""
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
+    parts: list[Any] = []
+    for answer in answers:
+        parts.append(Text(_short(answer.text, 300), style="bold"))
+        if answer.truncated:
+            parts.append(
+                f"the last {answer.truncated} tokens lie beyond the context and were cut off"
+            )
+        table = Table(box=None, pad_edge=False)
+        for name in ("", "id", "score", "deviations"):
+            table.add_column(name, justify="left" if name == "id" else "right")
+        if layers:
+            table.add_column("strongest layer", overflow="fold")
+        table.add_column("example", overflow="fold")
+        for place, hit in enumerate(answer.results, 1):
+            above = (hit.score - answer.mean) / answer.deviation if answer.deviation else 0.0
+            cells = [str(place), str(hit.id), f"{hit.score:.4g}", f"{above:+.1f}"]
+            if layers:
+                found = hit.layers or {}
+                cells.append(max(found, key=lambda name: found[name]) if found else "-")
+            cut = f" [{hit.truncated} tokens cut off]" if hit.truncated else ""
+            table.add_row(*map(Text, cells), Text(_short(hit.text, 140) + cut))
+        parts += [table, ""]
+    last = answers[-1]
+    parts.append(
+        f"{last.examples} examples in {last.seconds:.3g} s; scores are {last.unit}; deviations are from the mean of "
+        "all examples"
+    )
+    if html:
+        parts.append(f"page: {html}")
+    return Group(*parts)
+
+
+def _short(text: str, letters: int) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= letters else line[:letters].rstrip() + " ..."
+
+
+def _plan_view(report: dict[str, Any]) -> object:
+    from rich.console import Group
+    from rich.table import Table
+
+    chosen = Table(show_header=False, box=None, pad_edge=False)
+    sizes, seconds, read = report["bytes"], report["seconds"], report["read"]
+    for name, value in (
+        ("model", report["model"]),
+        ("layers", f"{report['layers']}, {report['parameters']:.3g} weights"),
+        ("hardware", report["hardware"]["name"]),
+        (
+            "index",
+            f"{_bytes(sizes['index'])}, {sizes['ratio']:.0f} times smaller than whole gradients",
+        ),
+        ("curvature, if kept", _bytes(sizes["curvature"])),
+        ("largest layer's", _bytes(sizes["curvature_layer"])),
+        (
+            "build",
+            f"{sum(report['flops'][n] for n in _BUILD):.2g} operations, {_time(seconds['build'])}",
+        ),
+        ("fitting the curvature", _time(seconds["fit"])),
+        ("a query reads", f"{_bytes(read['score'])}, {_time(seconds['score'])}"),
+    ):
+        chosen.add_row(name, str(value))
+    table = Table(box=None, pad_edge=False)
+    for name in ("factor", "rank", "format", "index", "ratio", "curvature", "build", "query"):
+        table.add_column(name, justify="right")
+    for row in report.get("table", []):
+        table.add_row(
+            str(row["factor"]),
+            str(row["rank"]),
+            row["format"],
+            _bytes(row["index_bytes"]),
+            f"{row['ratio']:.0f}",
+            _bytes(row["curvature_bytes"]),
+            _time(row["build_seconds"]),
+            _time(row["score_seconds"]),
+        )
+    return Group(chosen, "", table)
+
+
+_BUILD = ("gradients", "projection", "outer", "factorisation")
+
+
+def _bytes(number: float) -> str:
+    for size, unit in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if number >= size:
+            return f"{number / size:.3g} {unit}"
+    return f"{number:.0f} B"
+
+
+def _time(seconds: float) -> str:
+    for size, unit in ((86400, "days"), (3600, "hours"), (60, "minutes")):
+        if seconds >= 2 * size:
+            return f"{seconds / size:,.3g} {unit}"
+    return f"{seconds:.2g} s"
