@@ -348,6 +348,7 @@ def test_pear_clips() -> None:
         lambda: Power(-1.0),
         lambda: Power(math.inf),
         lambda: Threshold(1.0),
+        lambda: Threshold(0.0, keep="below"),
         lambda: Threshold(keep="between"),  # type: ignore[arg-type]
         lambda: Threshold(loss="mse"),  # type: ignore[arg-type]
         lambda: ProFit(1.0),

@@ -91,7 +91,7 @@ class Threshold(TokenRule):
     """Only targets whose probability is above (or below) a cut; the loss is divided by the kept tokens.
 
     Attributes:
-        cut: ``c``, from 0 to below 1.
+        cut: ``c``, a probability that leaves something on the side to keep.
         keep: ``above`` keeps ``s >= c``, ``below`` keeps ``s <= c``.
         loss: what is trained on the kept: ``nll``, or ``probability`` for ``1 - p``.
     """
@@ -104,8 +104,11 @@ class Threshold(TokenRule):
     loss: Literal["nll", "probability"] = "nll"
 
     def __post_init__(self) -> None:
-        if not 0 <= self.cut < 1:
-            raise SettingsError(f"cut is {self.cut}; expected a probability from 0 to below 1.")
+        if not 0 <= self.cut <= 1 or self.cut == (1 if self.keep == "above" else 0):
+            raise SettingsError(
+                f"cut is {self.cut}; expected a probability, below 1 to keep what is above it and above 0 to keep "
+                "what is below."
+            )
         if self.keep not in ("above", "below"):
             raise UnknownNameError("side of the cut", self.keep, ("above", "below"))
         if self.loss not in ("nll", "probability"):
