@@ -104,8 +104,8 @@ def test_an_unknown_architecture_is_refused_before_weights_are_read(tiny_llama_c
 
 
 def test_other_quantized_formats_are_refused(tiny_llama_copy: Path) -> None:
-    edit_config(tiny_llama_copy, quantization_config={"quant_method": "gptq", "bits": 4})
-    with pytest.raises(CheckpointError, match=r"already quantized by 'gptq'.*float"):
+    edit_config(tiny_llama_copy, quantization_config={"quant_method": "bitsandbytes", "bits": 4})
+    with pytest.raises(CheckpointError, match=r"already quantized by 'bitsandbytes'.*float"):
         load(tiny_llama_copy)
 
 

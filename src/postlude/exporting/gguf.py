@@ -285,7 +285,7 @@ def _type_of(layer: QuantizedLinear) -> tuple[str | None, str]:
     if format.bits > 5:
         return None, f"has asymmetric {format.bits}-bit codes, for which GGUF has no type"
     offset = layer.zero_point.float() * scale.float()
-    error = ((offset.half().float() - offset).abs() / scale.float()).max()
+    error = ((offset.half().float() - offset).abs() / scale.float().abs()).max()
     if not bool(error <= _OFFSET_ERROR):
         return (
             None,

@@ -24,7 +24,7 @@ from postlude.runs.weights import check_finite, read_json, weight_files
 from postlude.surgery.anatomy import anatomy_of, check_supported
 from postlude.surgery.layers import check_scales
 
-__all__ = ["load", "resolve"]
+__all__ = ["dtype_of", "load", "resolve"]
 
 _ZOO = "zoo:"
 # The name of Postlude's own format; its module imports transformers, so it is not asked for it here.
@@ -61,7 +61,7 @@ def load(
         ArchitectureError: no anatomy describes the model.
         SettingsError: an unknown dtype or device.
     """
-    target_dtype = _dtype(dtype)
+    target_dtype = dtype_of(dtype)
     target_device = _device(device)
     directory = resolve(path)
     config = _config(directory)
@@ -71,7 +71,7 @@ def load(
     reader = READERS.get(quantization.get("quant_method"))
     source = None if reader is None else _foreign(directory, quantization, reader)
     model = _model(directory, target_dtype, source)
-    check_scales(model, zero=reader is not None)
+    check_scales(model, positive=reader is None)
     model.eval()
     model.to(target_device)
     return Checkpoint(
@@ -226,7 +226,12 @@ def _tokenizer(directory: Path) -> Any:
             ) from error
 
 
-def _dtype(dtype: str | torch.dtype) -> torch.dtype | str:
+def dtype_of(dtype: str | torch.dtype) -> torch.dtype | str:
+    """A type by its name; ``"auto"`` stays what it is.
+
+    Raises:
+        SettingsError: another name.
+    """
     name = str(dtype).removeprefix("torch.")
     if name == "auto":
         return name

@@ -151,21 +151,21 @@ def hold_dense(module: nn.Module) -> Iterator[None]:
             layer._held = None
 
 
-def check_scales(model: nn.Module, *, zero: bool = False) -> None:
+def check_scales(model: nn.Module, *, positive: bool = True) -> None:
     """Refuse a model with scales that cannot be.
 
     Args:
         model: any; its quantized layers are looked at.
-        zero: whether a scale of zero may be, which Postlude never writes.
+        positive: whether scales are above zero, as Postlude writes them; some libraries write others.
 
     Raises:
-        CheckpointError: a scale that is NaN, infinite, negative or zero; names the layer.
+        CheckpointError: a scale that is NaN, infinite, or not positive; names the layer.
     """
     for path, layer in model.named_modules():
         if not isinstance(layer, QuantizedLinear) or layer.weight_scheme is None:
             continue
         scale = layer.scale.float()
-        good = torch.isfinite(scale) & ((scale >= 0) if zero else (scale > 0))
+        good = torch.isfinite(scale) & (scale > 0) if positive else torch.isfinite(scale)
         if not bool(good.all()):
             raise CheckpointError(
                 f"{path} has {int((~good).sum())} scales of {scale.numel()} that are NaN, infinite, negative or "

@@ -48,7 +48,14 @@ def autoround(source: str, out: Path, format: str, sym: bool) -> None:
     tokenizer = AutoTokenizer.from_pretrained(source)
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float16)
     rounder = AutoRound(
-        model, tokenizer, bits=4, group_size=GROUP, sym=sym, iters=0, device_map="cpu"
+        model,
+        tokenizer,
+        bits=4,
+        group_size=GROUP,
+        sym=sym,
+        iters=0,
+        disable_opt_rtn=True,
+        device_map="cpu",
     )
     rounder.quantize_and_save(str(out), format=format)
 
@@ -56,6 +63,8 @@ def autoround(source: str, out: Path, format: str, sym: bool) -> None:
 def main() -> None:
     source, out = sys.argv[1], Path(sys.argv[2])
     for name, preset in PRESETS.items():
+        if (out / name).exists():
+            continue
         llmcompressor(source, out / name, preset)
     for name, format, sym in (
         ("gptq_sym", "auto_gptq", True),
@@ -64,7 +73,7 @@ def main() -> None:
     ):
         try:
             autoround(source, out / name, format, sym)
-        except Exception as error:  # noqa: BLE001
+        except (Exception, SystemExit) as error:  # noqa: BLE001
             print(f"{name}: {type(error).__name__}: {error}")
     tokens = torch.arange(2, 26).reshape(2, 12)
     for directory in sorted(out.iterdir()):
