@@ -6,9 +6,9 @@ curvature. The others invert ``H + lam I``, ``H = sum_i vec(G_i) vec(G_i)^T``:
     =============  =========================================  =====================================
     name           fit                                        memory
     =============  =========================================  =====================================
-    ``exact``      ``N D^2 + D^3 / 3``                        ``D^2``
+    ``exact``      ``2 N D^2 + D^3 / 3``                      ``D^2``
     ``truncated``  ``18 N D k + 16 D k^2`` (3 iterations)     ``D k``,  ``k = rank + oversampling``
-    ``dual``       ``N^2 c^2 (d1 + d2) + N^3 / 3``            ``N^2``
+    ``dual``       ``2 N^2 c^2 (d1 + d2) + N^3 / 3``          ``N^2``
     =============  =========================================  =====================================
 
 ``exact`` and ``dual`` give the same numbers; ``truncated`` is exact where its rank reaches ``D`` or ``N``.
@@ -198,7 +198,7 @@ class Exact(LayerCurvature):
             flat = rows.flat().to(settings.precision)
             h += (flat.mT @ flat).double()
         damping = _damping(
-            settings, float(h.diagonal().sum()), size, lambda: torch.linalg.eigvalsh(h)
+            settings, float(h.diagonal().sum()), size, len(source), lambda: torch.linalg.eigvalsh(h)
         )
         return cls(DenseInverse.of(h, damping))
 
@@ -220,7 +220,7 @@ class Exact(LayerCurvature):
     def cost(
         count: int, layer: CollectedLayer, columns: float, settings: CurvatureSettings
     ) -> float:
-        return count * layer.size**2 + layer.size**3 / 3
+        return 2 * count * layer.size**2 + layer.size**3 / 3
 
     @staticmethod
     def memory(count: int, layer: CollectedLayer, settings: CurvatureSettings) -> float:
@@ -259,7 +259,9 @@ class Truncated(LayerCurvature):
             generator=torch.Generator().manual_seed(int.from_bytes(digest[:4])),
             dtype=precision,
         )
-        damping = _damping(settings, svd.energy, layer.size, lambda: svd.sketch_values.square())
+        damping = _damping(
+            settings, svd.energy, layer.size, len(source), lambda: svd.sketch_values.square()
+        )
         return cls(SpectralInverse.of(svd, damping, corrected=settings.tail == "corrected"))
 
     def scores(self, queries: Rows, source: Source) -> Tensor:
@@ -311,7 +313,9 @@ class Dual(LayerCurvature):
             rows = rows.double()
         gram = rows.products(rows).double()
         trace = float(gram.diagonal().sum())
-        damping = _damping(settings, trace, source.layer.size, lambda: torch.linalg.eigvalsh(gram))
+        damping = _damping(
+            settings, trace, source.layer.size, len(source), lambda: torch.linalg.eigvalsh(gram)
+        )
         return cls(GramInverse.of(gram, damping))
 
     def scores(self, queries: Rows, source: Source) -> Tensor:
@@ -339,7 +343,7 @@ class Dual(LayerCurvature):
     def cost(
         count: int, layer: CollectedLayer, columns: float, settings: CurvatureSettings
     ) -> float:
-        return count**2 * columns**2 * (layer.in_width + layer.out_width) + count**3 / 3
+        return 2 * (count * columns) ** 2 * (layer.in_width + layer.out_width) + count**3 / 3
 
     @staticmethod
     def memory(count: int, layer: CollectedLayer, settings: CurvatureSettings) -> float:
@@ -350,11 +354,12 @@ BACKENDS: dict[str, type[LayerCurvature]] = {one.name: one for one in (Dual, Exa
 
 
 def _damping(
-    settings: CurvatureSettings, trace: float, size: int, spectrum: Callable[[], Tensor]
+    settings: CurvatureSettings, trace: float, size: int, count: int, spectrum: Callable[[], Tensor]
 ) -> float:
     """``lam`` by the rule; ``spectrum`` gives squared singular values in any order."""
     if settings.rule == "paper":
-        kept = settings.rank + settings.oversampling
+        # As many as a sketch of that rank has, whichever way the spectrum was found.
+        kept = min(settings.rank + settings.oversampling, size, count)
         leading = spectrum().clamp(min=0).sort(descending=True).values[:kept]
         return trace_damping(float(leading.mean()), 1, settings.damping)
     return trace_damping(trace, size, settings.damping)

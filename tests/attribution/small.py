@@ -1,0 +1,65 @@
+"""A tiny checkpoint with a byte tokenizer, texts of several lengths, and gradients one backward pass at a time."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from postlude.attribution.examples import Collection
+from postlude.runs.checkpoint import Checkpoint
+from postlude.surgery.anatomy import anatomy_of
+
+from ..conftest import make_tokenizer, tiny_model
+from ..surgery.models import _norms_in_fp64
+
+SENTENCE = "the old boat lay on the shore and a bird called over grey water while nobody spoke"
+WORDS = SENTENCE.split()
+
+
+def texts(count: int = 20, seed: int = 0) -> list[dict[str, Any]]:
+    """Records of 8 to 60 tokens of the tiny tokenizer, each with an id."""
+    generator = torch.Generator().manual_seed(seed)
+    found = []
+    for number in range(count):
+        length = int(torch.randint(2, 12, (1,), generator=generator))
+        words = torch.randint(0, len(WORDS), (length,), generator=generator).tolist()
+        found.append({"id": f"text-{number}", "text": " ".join(WORDS[word] for word in words)})
+    return found
+
+
+def write(path: Path, records: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+def checkpoint(
+    model_type: str = "llama", dtype: torch.dtype = torch.float32, **settings: Any
+) -> Checkpoint:
+    model = tiny_model(model_type, **settings).to(dtype)
+    if dtype == torch.float64:
+        _norms_in_fp64(model)
+    return Checkpoint(model, make_tokenizer(), anatomy_of(model))
+
+
+def collection(**settings: Any) -> Collection:
+    return Collection(**{"shard_examples": 8, "tokens_per_batch": 200, **settings})
+
+
+def gradients(given: Checkpoint, record: dict[str, Any]) -> dict[str, Tensor]:
+    """Weight gradients ``[in, out]`` of the loss summed over the tokens of one text."""
+    model = given.model
+    ids = torch.tensor([given.tokenizer(record["text"])["input_ids"][: given.context]])
+    model.zero_grad()
+    logits = model(ids, use_cache=False).logits[0, :-1]
+    torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="sum").backward()
+    found = {}
+    for path in dict.fromkeys(given.anatomy.linears()):
+        module = model.get_submodule(path)
+        gradient = module.weight.grad.clone()
+        found[path] = gradient if type(module).__name__ == "Conv1D" else gradient.T
+    model.zero_grad()
+    return found
