@@ -34,7 +34,8 @@ def with_lora(model: Any, **settings: Any) -> Any:
     config = peft.LoraConfig(
         r=2, lora_alpha=4, target_modules=["q_proj", "up_proj"], task_type="CAUSAL_LM", **settings
     )
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), torch.random.fork_rng():
+        torch.manual_seed(0)
         # peft asks a transformers model by an old name.
         warnings.filterwarnings(
             "ignore", r"`is_gradient_checkpointing` is deprecated", FutureWarning

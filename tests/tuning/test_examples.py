@@ -220,3 +220,18 @@ def test_bad_files(tmp_path: Path, tiny_tokenizer: Any) -> None:
         read_examples(write(tmp_path, {"text": "a"}), None, 9)
     with pytest.raises(SettingsError, match="max_length is 1"):
         read_examples(write(tmp_path, {"text": "a"}), tiny_tokenizer, 1)
+
+
+def test_a_json_file_with_a_list(tmp_path: Path) -> None:
+    file = tmp_path / "a.json"
+    file.write_text('[{"text": "x"},\n {"text": "y"}]')
+    assert [(row.line, row.fields["text"]) for row in read_rows(file)] == [(1, "x"), (2, "y")]
+    for content, message in (
+        ("{}", "holds no list of objects"),
+        ("[1]", "holds no list of objects"),
+        ("[]", "holds an empty list"),
+        ("[", "is not valid JSON"),
+    ):
+        file.write_text(content)
+        with pytest.raises(DataError, match=message):
+            read_rows(file)

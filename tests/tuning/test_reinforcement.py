@@ -47,7 +47,7 @@ def test_the_reward_rises_and_the_log_says_how(
     def short_words(completions: list[str]) -> list[float]:
         return [sum(letter.isascii() for letter in text) / 6 for text in completions]
 
-    rates = {"learning_rate": 3e-2} if lora else {}
+    rates = {"learning_rate": 5e-2} if lora else {}
     job = make_job(tiny, tiny_tokenizer, data, steps=12, batch_size=8, lora=lora, **rates)
     before = parameters(job.model)
     objective = GRPO(short_words, **SMALL, beta=0.02)
@@ -165,6 +165,7 @@ def test_another_reference(
     found = GRPO(share, **SMALL, beta=0.1).train(job)
     assert found.log[0]["kl"] > 0.1
     assert all(torch.equal(value, before[name]) for name, value in other.named_parameters())
+    assert "forward" not in vars(other)
 
 
 def test_adapters_that_change_the_base_need_a_reference(
@@ -315,6 +316,23 @@ def test_words_that_name_no_reward(
     assert re.search(message, str(caught.value)), str(caught.value)
 
 
+def test_a_changed_reward_is_another_run(rewards: Path) -> None:
+    objective = GRPO("./my_rewards_t3.py:exact=2", **SMALL)
+    before = objective.describe()
+    assert before["reward"][0]["name"] == "./my_rewards_t3.py:exact"
+    assert (before["objective"], before["generations"], before["reward"][0]["weight"]) == (
+        "grpo",
+        4,
+        2,
+    )
+    assert objective.describe() == before
+    with open(rewards / "my_rewards_t3.py", "a") as file:
+        file.write("# changed\n")
+    assert objective.describe() != before
+    assert GRPO(share, **SMALL).describe() == GRPO(share, **SMALL).describe()
+    assert not GRPO(share).needs_reference and GRPO(share, beta=0.1).needs_reference
+
+
 def test_a_function_that_takes_no_completions(data: Path, tiny: Any, tiny_tokenizer: Any) -> None:
     def odd(texts: list[str]) -> list[float]:
         return []
@@ -378,7 +396,7 @@ def test_sizes_that_do_not_fit(data: Path, tiny: Any, tiny_tokenizer: Any) -> No
     "settings",
     [
         {"generations": 1}, {"max_new_tokens": 0}, {"iterations": 0}, {"temperature": 0.0},
-        {"clip_ratio": -1.0}, {"beta": -0.1}, {"beta": math.inf}, {"loss": "ppo"},
+        {"clip_ratio": -1.0}, {"beta": -0.1}, {"beta": math.inf}, {"loss_type": "ppo"},
     ],
 )  # fmt: skip
 def test_settings_are_checked(settings: dict[str, Any]) -> None:

@@ -1,7 +1,8 @@
 """What the objectives that run on TRL share: its silence, the numbers of a step, and model and tokenizer left as found.
 
 TRL trains; nothing of its loop is written again. What it does beside that is turned off or undone: it reports its use
-to a server, logs, and leaves a padding token in the tokenizer and the configuration and another forward on the model.
+to a server, logs, and leaves a padding token in the tokenizer and the configuration, no dropout and another forward in
+the model.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ __all__ = [
     "mean",
     "ranks",
     "training",
+    "unpatch",
 ]
 
 
@@ -107,6 +109,8 @@ def training(job: Job) -> Iterator[None]:
     pad, side = tokenizer.pad_token, tokenizer.padding_side
     config, generation = inner.config, inner.generation_config
     pads = config.pad_token_id, generation.pad_token_id
+    dropouts = [one for one in model.modules() if isinstance(one, torch.nn.Dropout)]
+    shares = [one.p for one in dropouts]
     bars = datasets.is_progress_bar_enabled()
     logger = logging.getLogger("trl")
     level = logger.level
@@ -125,8 +129,16 @@ def training(job: Job) -> Iterator[None]:
             datasets.enable_progress_bar()
         tokenizer.pad_token, tokenizer.padding_side = pad, side
         config.pad_token_id, generation.pad_token_id = pads
-        inner.__dict__.pop("forward", None)
+        for one, share in zip(dropouts, shares, strict=True):
+            one.p = share
+        unpatch(inner)
         model.eval()
+
+
+def unpatch(model: Any) -> None:
+    """Give a model its own forward back."""
+    for name in ("forward", "_original_forward"):
+        vars(model).pop(name, None)
 
 
 def mean(rows: Sequence[Mapping[str, Any]], name: str, last: int = 0) -> float | None:

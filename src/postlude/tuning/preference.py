@@ -33,7 +33,6 @@ import json
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -102,7 +101,7 @@ def read_pairs(path: str | os.PathLike[str]) -> list[Pair]:
         DataError: names file and line: none of the forms, an empty answer, a weight that is no number of 0 or more,
             strings in some lines and messages in others, or no weight above 0 at all.
     """
-    rows = _rows(path)
+    rows = read_rows(path)
     pairs = [_pair(row) for row in rows]
     kinds = {isinstance(pair.prompt, str) for pair in pairs}
     if len(kinds) > 1:
@@ -307,23 +306,6 @@ def _check_template(job: Job, pairs: Sequence[Pair]) -> None:
             '"prompt", "chosen" and "rejected" as strings instead, or put the chat_template.jinja that the model was '
             "made for beside its tokenizer."
         )
-
-
-def _rows(path: str | os.PathLike[str]) -> list[Row]:
-    file = Path(path)
-    if file.suffix != ".json" or not file.is_file():
-        return read_rows(file)
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise DataError(f"{file} is not valid JSON: {error}.") from error
-    if not (
-        isinstance(content, list) and content and all(isinstance(one, dict) for one in content)
-    ):
-        raise DataError(
-            f"{file}: expected a list of objects, or a .jsonl file with one object a line."
-        )
-    return [Row(file, number, fields) for number, fields in enumerate(content, start=1)]
 
 
 def _pair(row: Row) -> Pair:

@@ -10,7 +10,7 @@ with the estimator exp(log q - log p) - (log q - log p) - 1 of the divergence. A
 stands, at ``temperature``; with one pass over them (``iterations`` 1) every ratio is 1. A group whose rewards are all
 equal teaches nothing: the share of such groups is logged.
 
-Paper: DeepSeekMath, arXiv:2402.03300. Sampling, advantages, loss and loop are TRL's. ``loss`` chooses the denominator:
+Paper: DeepSeekMath, arXiv:2402.03300. Sampling, advantages, loss and loop are TRL's. ``loss_type`` is the denominator:
 ``grpo`` is the paper's mean over answers of means over tokens; ``dapo`` (TRL's default, arXiv:2503.14476) and ``bnpo``
 divide by the tokens of the step or of the micro-batch, ``dr_grpo`` (arXiv:2503.20783) by the longest answer allowed.
 
@@ -31,6 +31,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import hashlib
 import importlib
 import importlib.util
 import inspect
@@ -86,6 +87,16 @@ class Reward:
     name: str
     function: RewardFunction
     weight: float = 1.0
+
+    def digest(self) -> str | None:
+        """A SHA-256 of its source file, so that a run is not resumed with another reward; None where there is none."""
+        try:
+            file = inspect.getsourcefile(self.function)
+        except TypeError:
+            return None
+        if file is None or not os.path.isfile(file):
+            return None
+        return hashlib.sha256(Path(file).read_bytes()).hexdigest()
 
     def asks_for(self) -> tuple[set[str], set[str], bool]:
         """Names it needs, names it takes beside them, and whether it takes any.
@@ -196,7 +207,7 @@ class GRPO(Objective):
         iterations: passes over the answers before new ones are sampled.
         clip_ratio: how far the ratio of probabilities may move from 1.
         normalize: divide by the standard deviation of the group.
-        loss: denominator: grpo, dapo, bnpo or dr_grpo.
+        loss_type: denominator: grpo, dapo, bnpo or dr_grpo.
     """
 
     reward: tuple[str, ...] = ()
@@ -207,7 +218,7 @@ class GRPO(Objective):
     iterations: int = 1
     clip_ratio: float = 0.2
     normalize: bool = True
-    loss: str = "grpo"
+    loss_type: str = "grpo"
 
     def __post_init__(self) -> None:
         if isinstance(self.reward, str) or callable(self.reward):
@@ -224,8 +235,8 @@ class GRPO(Objective):
                 raise SettingsError(f"{name} is {getattr(self, name)}; expected a number above 0")
         if not (math.isfinite(self.beta) and self.beta >= 0):
             raise SettingsError(f"beta is {self.beta}; expected 0 or more")
-        if self.loss not in LOSSES:
-            raise SettingsError(f"loss is {self.loss!r}; expected {', '.join(LOSSES)}")
+        if self.loss_type not in LOSSES:
+            raise SettingsError(f"loss_type is {self.loss_type!r}; expected {', '.join(LOSSES)}")
 
     def rewards(self) -> list[Reward]:
         """The functions.
@@ -244,6 +255,24 @@ class GRPO(Objective):
             else Reward(getattr(one, "__name__", type(one).__name__), one)
             for one in self.reward
         ]
+
+    @property
+    def needs_reference(self) -> bool:
+        """See :attr:`Objective.needs_reference`."""
+        return self.beta > 0
+
+    def describe(self) -> dict[str, Any]:
+        """See :meth:`Objective.describe`; of a reward its name, its weight and a digest of what it is written as."""
+        settings = {
+            field.name: getattr(self, field.name)
+            for field in dataclasses.fields(self)
+            if field.name != "reward"
+        }
+        rewards = [
+            {"name": one.name, "weight": one.weight, "source": one.digest()}
+            for one in self.rewards()
+        ]
+        return {"objective": "grpo", "reward": rewards, **settings}
 
     def check(self, job: Job) -> None:
         """See :meth:`Objective.check`."""
@@ -305,29 +334,30 @@ class GRPO(Objective):
                 num_iterations=self.iterations,
                 epsilon=self.clip_ratio,
                 scale_rewards="group" if self.normalize else "none",
-                loss_type=self.loss,
+                loss_type=self.loss_type,
                 reward_weights=[reward.weight for reward in rewards],
             )
             trainer = _make_trainer(job, args, prompts, order, rewards)
-            trainer.hold_to(reference, self.beta)
-            trainer.prepare(job.directory, job.progress)
-            trainer.run()
+            try:
+                trainer.hold_to(reference, self.beta)
+                trainer.prepare(job.directory, job.progress)
+                trainer.run()
+            finally:
+                if reference is not None:
+                    on_trl.unpatch(reference)
         rows = trainer.rows
-        found = {
-            name: on_trl.mean(rows, name, 10)
-            for name in ("reward", "reward_std", "kl", "completion_length", "zero_variance_groups")
+        result = {
+            "loss": on_trl.mean(rows, "loss"),
+            "first_reward": rows[0]["reward"] if rows else None,
+            "final_reward": on_trl.mean(rows, "reward", 10),
+            "final_kl": on_trl.mean(rows, "kl", 10),
+            "completion_length": on_trl.mean(rows, "completion_length", 10),
+            "zero_variance_groups": on_trl.mean(rows, "zero_variance_groups"),
+            "steps": len(rows),
+            "prompts": len(prompts),
+            "samples": trainer.samples(),
         }
-        return Outcome(
-            {
-                "loss": on_trl.mean(rows, "loss"),
-                "first_reward": rows[0]["reward"] if rows else None,
-                **{name: value for name, value in found.items() if value is not None},
-                "steps": len(rows),
-                "prompts": len(prompts),
-                "samples": trainer.samples(),
-            },
-            rows,
-        )
+        return Outcome(result, rows)
 
     def _reference(self, job: Job) -> Any:
         """The frozen model; None where there is no divergence, or where the adapters are switched off for it."""
