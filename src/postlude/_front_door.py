@@ -207,6 +207,8 @@ def compare(
     text: Text | None = None,
     layers: Sequence[int] | None = None,
     seed: int = 0,
+    html: Path_ | None = None,
+    command: str = "",
     progress: Progress | None = None,
 ) -> Comparison:
     """Tell how checkpoints are related, and what was changed from the first to each of the others.
@@ -217,6 +219,8 @@ def compare(
             otherwise.
         layers: blocks whose singular values are computed, the costly part of an update; all when None.
         seed: of the choice of text.
+        html: file to write a page with plots to.
+        command: that makes the page again, to be printed on it.
         progress: where to show it.
 
     Raises:
@@ -227,13 +231,20 @@ def compare(
     signatures = _compare(opened, tokens, seed)
     names = list(signatures.reports)
     update = Update(layers=None if layers is None else tuple(layers))
-    return Comparison(
+    result = Comparison(
         signatures,
         tuple(
             update.compare(opened[0], other, (names[0], name), progress)
             for name, other in zip(names[1:], opened[1:], strict=True)
         ),
     )
+    if html is not None:
+        from postlude.report.comparison import render
+
+        Path(html).resolve().parent.mkdir(parents=True, exist_ok=True)
+        with atomic_write(html) as temporary:
+            temporary.write_text(render(result.to_dict(), command), encoding="utf-8")
+    return result
 
 
 def kernels(checkpoint: Path_ | Checkpoint, kernel: str = AUTO) -> dict[str, Any]:

@@ -361,7 +361,8 @@ def _kinds() -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without peft's advice on choices that are made here, such as tied embeddings."""
+    """Without peft's advice on choices that are made here, and its use of names that transformers has replaced."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
+        warnings.simplefilter("ignore", FutureWarning)
         yield

@@ -13,13 +13,15 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 
 from postlude.tuning.examples import Examples
-from postlude.tuning.run import TuneRun
+
+if TYPE_CHECKING:
+    from postlude.tuning.run import TuneRun
 
 __all__ = ["Plan", "collate", "make_plan", "pack"]
 

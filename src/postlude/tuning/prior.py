@@ -16,6 +16,7 @@ shapes can be added up in another order. On the same batch it is bit for bit wha
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import hashlib
 import json
@@ -39,7 +40,18 @@ from postlude.surgery.head import LanguageHead
 from postlude.tuning.batches import collate
 from postlude.tuning.examples import Examples
 
-__all__ = ["FORMAT", "Prior", "Reference", "check_vocabulary", "compute_prior", "identity"]
+__all__ = [
+    "FORMAT",
+    "Prior",
+    "Reference",
+    "cast",
+    "check_tokens",
+    "check_vocabulary",
+    "columns_of",
+    "compute_prior",
+    "frozen",
+    "identity",
+]
 
 FORMAT = 1
 _MANIFEST, _COLUMNS = "manifest.json", "columns.safetensors"
@@ -165,14 +177,13 @@ class Prior:
         )
 
 
-def identity(reference: str, tokenizer: Any, examples: Examples, max_length: int) -> dict[str, str]:
+def identity(reference: str, tokenizer: Any, examples: Examples) -> dict[str, str]:
     """What a prior belongs to: hashes of reference, tokenizer, chat template and tokens.
 
     Args:
         reference: fingerprint of the reference model.
         tokenizer: that made the tokens.
         examples: the tokens.
-        max_length: at which they were cut.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     words = (
@@ -186,6 +197,35 @@ def identity(reference: str, tokenizer: Any, examples: Examples, max_length: int
         "template": _hash(json.dumps(tokenizer.chat_template, sort_keys=True)),
         "ids": examples.digest(),
     }
+
+
+def cast(model: Any, dtype: torch.dtype) -> Any:
+    """Parameters in another type, in place. Buffers stay: frequencies of rotary embeddings must not be rounded."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return model
+
+
+def frozen(model: Any) -> Any:
+    """A model to compute a prior with: on a CPU, which is slow in 16 bits, a copy in fp32, elsewhere itself."""
+    if model.device.type == "cpu" and model.dtype in (torch.float16, torch.bfloat16):
+        return cast(copy.deepcopy(model), torch.float32)
+    return model
+
+
+def check_tokens(examples: Examples, model: Any) -> None:
+    """Refuse tokens that the model has no embedding for.
+
+    Raises:
+        DataError: names the token.
+    """
+    rows = model.get_input_embeddings().weight.shape[0]
+    largest = int(examples.tokens.max())
+    if largest >= rows:
+        raise DataError(
+            f"The tokenizer gives token {largest}, but the model has {rows} embeddings: the tokenizer is not the one "
+            "of this model."
+        )
 
 
 def check_vocabulary(checkpoint: Checkpoint, reference: Checkpoint) -> None:
@@ -216,7 +256,6 @@ def compute_prior(
     out: str | os.PathLike[str],
     *,
     max_length: int,
-    fingerprint: str,
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
@@ -225,11 +264,10 @@ def compute_prior(
     Finished pieces are kept beside the output (``.NAME.run``): the same call after a kill goes on from them.
 
     Args:
-        reference: the frozen model, in the type to compute in.
+        reference: the frozen model as it was loaded. On a CPU it computes in fp32.
         examples: the tokens.
         out: the directory to write.
         max_length: at which the examples were cut.
-        fingerprint: of the reference as it was loaded.
         overwrite: replace ``out``.
         progress: where to show a bar.
 
@@ -241,11 +279,12 @@ def compute_prior(
         RunDirectoryError: a run of something else was stopped there.
     """
     final = Path(os.path.realpath(out))
-    head = LanguageHead(reference.model, reference.anatomy)
+    key = identity(reference.fingerprint(), reference.tokenizer, examples)
+    model = frozen(reference.model)
+    head = LanguageHead(model, reference.anatomy)
+    check_tokens(examples, model)
     head.check(examples.ids(0))
-    reference.model.eval()
-    run = Reference(reference.model, head)
-    key = identity(fingerprint, reference.tokenizer, examples, max_length)
+    run = Reference(model, head)
     top = min(_TOP, len(head.weight))
     about = {
         "format": FORMAT,

@@ -43,6 +43,7 @@ from postlude.runs.quiet import quiet_transformers
 from postlude.surgery.layers import QuantizedLinear
 from postlude.tuning import adapters
 from postlude.tuning.adapters import Adapter
+from postlude.tuning.prior import cast, frozen
 
 __all__ = ["Job", "Objective", "Outcome", "TuneRun", "Tuned", "data_files", "main_process", "tune"]
 
@@ -263,17 +264,13 @@ def tune(
         if merge:
             adapters.check_mergeable(job.model)
         objective.check(job)
+        trained = sum(one.numel() for one in job.model.parameters() if one.requires_grad)
         uses_cache = job.checkpoint.model.config.use_cache
         try:
             with quiet_transformers():
                 outcome = objective.train(job)
         except NonFiniteError as error:
             raise NonFiniteError(f"{error}{_keep_model(job, directory, final)}") from error
-        except InputError:
-            # The same call would fail again, and another one is another run.
-            if final is not None and main_process():
-                discard(_run_beside(final), final)
-            raise
         finally:
             job.checkpoint.model.config.use_cache = uses_cache
         model, differs = _finished(job, merge, stored)
@@ -281,7 +278,10 @@ def tune(
             "output": None if out is None else os.fspath(out),
             **manifest["objective"],
             **outcome.result,
-            **_about(job, adapter, merge, differs),
+            "trained_parameters": trained,
+            "adapter": None if adapter is None else adapter.name,
+            "merged": merge,
+            "merge_difference": differs,
             "seed": run.seed,
         }
         tuned = Tuned(
@@ -291,7 +291,7 @@ def tune(
         )
         if final is not None and main_process():
             _save(tuned, job, model, manifest, final, overwrite, report)
-            discard(_run_beside(final), final)
+            discard(directory.parent, final)
         _wait()
     return tuned
 
@@ -400,7 +400,15 @@ def _directory(final: Path | None, manifest: Mapping[str, Any], overwrite: bool)
         from accelerate import PartialState
 
         PartialState(cpu=manifest["device"] == "cpu").wait_for_everyone()
-    yield path / _STATES
+    try:
+        yield path / _STATES
+    except (NonFiniteError, OutputExistsError):
+        raise
+    except InputError:
+        # The same call would fail again, and another one is another run.
+        if main_process():
+            discard(path, final)
+        raise
 
 
 def _run_beside(final: Path) -> Path:
@@ -425,10 +433,7 @@ def _job(
     if reference is None and objective.needs_reference and adapter is None:
         reference = checkpoint if not inplace else adapters.copied(checkpoint)
     if reference is not None:
-        frozen = reference.model
-        if slow and frozen.dtype != torch.float32 and frozen.dtype != torch.float64:
-            frozen = copy.deepcopy(frozen).float()
-        reference = dataclasses.replace(reference, model=frozen)
+        reference = dataclasses.replace(reference, model=frozen(reference.model))
     model = checkpoint.model if inplace else copy.deepcopy(checkpoint.model)
     wide = dtype
     if (
@@ -438,7 +443,7 @@ def _job(
     ):
         wide = torch.float32
     if wide is not None:
-        model = model.to(wide)
+        model = cast(model, wide)
     for parameter in model.parameters():
         parameter.requires_grad_(True)
     work = dataclasses.replace(checkpoint, model=model)
@@ -456,7 +461,7 @@ def _finished(job: Job, merge: bool, stored: torch.dtype) -> tuple[Any, float | 
     if merge:
         model, differs = adapters.merge(model, _sequences(job))
     if merge or not job.adapters:
-        model = model.to(stored)
+        model = cast(model, stored)
     return model.eval(), differs
 
 
@@ -471,19 +476,6 @@ def _sequences(job: Job) -> list[Tensor]:
     limit = job.checkpoint.context
     ids = [encode(job.checkpoint.tokenizer, text)[:limit] for text in texts]
     return [torch.tensor(one) for one in ids if one]
-
-
-def _about(job: Job, adapter: Adapter | None, merge: bool, differs: float | None) -> dict[str, Any]:
-    parameters = list(job.model.parameters())
-    about: dict[str, Any] = {
-        "trained_parameters": sum(one.numel() for one in parameters if one.requires_grad),
-        "adapter": None if adapter is None else adapter.name,
-    }
-    if adapter is not None:
-        about["merged"] = merge
-    if differs is not None:
-        about["merge_difference"] = differs
-    return about
 
 
 def _save(

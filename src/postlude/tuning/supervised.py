@@ -14,16 +14,19 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from postlude import registry
 from postlude.errors import DataError, SettingsError
 from postlude.surgery.head import LanguageHead
 from postlude.tuning.batches import make_plan
 from postlude.tuning.examples import Examples, read_examples
-from postlude.tuning.prior import Prior, Reference, check_vocabulary, identity
+from postlude.tuning.prior import Prior, Reference, check_tokens, check_vocabulary, identity
 from postlude.tuning.run import Job, Objective, Outcome
 from postlude.tuning.trainer import Batches, TokenLoss, arguments, joined, only, seeded
-from postlude.tuning.weighting import TokenWeighting
+from postlude.tuning.weighting import TokenRule, TokenWeighting
 
-__all__ = ["WeightedLikelihood", "check_tokens", "length_of"]
+__all__ = ["Goal", "WeightedLikelihood", "length_of", "objective_of"]
+
+Goal = str | TokenRule | TokenWeighting | Objective
 
 _DEFAULT_LENGTH = 2048
 _LAST_STEPS = 10
@@ -36,11 +39,13 @@ class WeightedLikelihood(Objective):
     Attributes:
         weighting: rule, signal, bounds, denominator. A signal ``reference`` reads the prior where there is one.
         prior: directory that ``postlude tune prior`` wrote.
+        keep_eos: the token that ends a text weighs 1 whatever the rule says of it.
         save_every: steps from one kept state to the next; None for twenty a run, at most one a minute.
     """
 
     weighting: TokenWeighting
     prior: Path | None = None
+    keep_eos: bool = False
     save_every: int | None = None
 
     def __post_init__(self) -> None:
@@ -81,6 +86,7 @@ class WeightedLikelihood(Objective):
                 for field in dataclasses.fields(self.weighting)
                 if field.name != "rule"
             },
+            "keep_eos": self.keep_eos,
             "prior": None if prior is None else prior["identity"],
         }
 
@@ -100,7 +106,7 @@ class WeightedLikelihood(Objective):
         head = LanguageHead(checkpoint.model, checkpoint.anatomy)
         check_tokens(examples, checkpoint.model)
         head.check(examples.ids(0))
-        prior = self._prior(job, examples, length)
+        prior = self._prior(job, examples)
         weighting = self._weighting(checkpoint.tokenizer)
         columns = None
         if prior is not None:
@@ -132,16 +138,25 @@ class WeightedLikelihood(Objective):
 
     def _weighting(self, tokenizer: Any) -> TokenWeighting:
         end = tokenizer.eos_token_id
-        if self.weighting.eos_ids or end is None:
+        if end is None:
+            if self.keep_eos:
+                raise DataError(
+                    "The tokenizer has no token that ends a text, so it cannot be kept."
+                )
             return self.weighting
-        return dataclasses.replace(self.weighting, eos_ids=(end,))
+        kept = self.weighting.always_keep_ids
+        return dataclasses.replace(
+            self.weighting,
+            eos_ids=self.weighting.eos_ids or (end,),
+            always_keep_ids=(*kept, end) if self.keep_eos else kept,
+        )
 
-    def _prior(self, job: Job, examples: Examples, length: int) -> Prior | None:
+    def _prior(self, job: Job, examples: Examples) -> Prior | None:
         if self.prior is None:
             return None
         prior = Prior.load(self.prior)
         expected = job.reference_fingerprint or job.fingerprint
-        prior.check(identity(expected, job.checkpoint.tokenizer, examples, length))
+        prior.check(identity(expected, job.checkpoint.tokenizer, examples))
         return prior
 
     def _reference(self, job: Job, head: LanguageHead) -> Reference | None:
@@ -151,6 +166,51 @@ class WeightedLikelihood(Objective):
             return Reference(job.model, head)
         frozen = job.reference.model
         return Reference(frozen, LanguageHead(frozen, job.reference.anatomy))
+
+
+def objective_of(
+    goal: Goal,
+    signal: str | None = None,
+    prior: str | os.PathLike[str] | None = None,
+    keep_eos: bool = False,
+    save_every: int | None = None,
+) -> Objective:
+    """The objective that a name or settings stand for.
+
+    Args:
+        goal: a token rule or an objective, by name for its defaults, or settings; a whole weighting.
+        signal: of the rule, see :class:`TokenWeighting`.
+        prior, keep_eos, save_every: of supervised tuning, see :class:`WeightedLikelihood`.
+
+    Raises:
+        UnknownNameError: no such rule or objective.
+        SettingsError: options that the objective does not have, or a signal that the rule cannot read.
+    """
+    if isinstance(goal, str):
+        goal = registry.find("tune", goal).settings()
+    if isinstance(goal, TokenRule):
+        goal, signal = TokenWeighting(goal, signal), None
+    options = {
+        "signal": signal,
+        "prior": prior,
+        "keep_eos": keep_eos or None,
+        "save_every": save_every,
+    }
+    given = [name for name, value in options.items() if value is not None]
+    if isinstance(goal, TokenWeighting):
+        if signal is not None:
+            raise SettingsError("The weighting has a signal of its own: set it there.")
+        place = None if prior is None else Path(prior)
+        return WeightedLikelihood(goal, place, keep_eos, save_every)
+    if not isinstance(goal, Objective):
+        raise SettingsError(
+            f"tune takes the name or the settings of a token rule or an objective, got {type(goal).__name__}"
+        )
+    if given:
+        raise SettingsError(
+            f"{', '.join(given)} belong to supervised tuning by a token rule, not to this objective: leave them out."
+        )
+    return goal
 
 
 def length_of(max_length: int | None, context: int) -> int:
@@ -166,21 +226,6 @@ def length_of(max_length: int | None, context: int) -> int:
             f"max_length is {max_length}, but the model takes at most {context} tokens: choose a shorter one"
         )
     return max_length
-
-
-def check_tokens(examples: Examples, model: Any) -> None:
-    """Refuse tokens that the model has no embedding for.
-
-    Raises:
-        DataError: names the token.
-    """
-    rows = model.get_input_embeddings().weight.shape[0]
-    largest = int(examples.tokens.max())
-    if largest >= rows:
-        raise DataError(
-            f"The tokenizer gives token {largest}, but the model has {rows} embeddings: the tokenizer is not the one "
-            "of this model."
-        )
 
 
 def _numbers(rows: Sequence[Mapping[str, Any]], tokens: Sequence[int]) -> dict[str, Any]:

@@ -257,6 +257,12 @@ class Steady:
 
     # ------------------------------------------------------------------------------------------- around a step
 
+    def create_scheduler(self, *args: Any, **kwargs: Any) -> Any:
+        """The last thing before the first step: from here on it is steps that take time."""
+        made = super().create_scheduler(*args, **kwargs)  # type: ignore[misc]
+        self._tick = time.monotonic()
+        return made
+
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
         super()._maybe_log_save_evaluate(*args, **kwargs)  # type: ignore[misc]
         step = self.state.global_step

@@ -1,0 +1,322 @@
+"""``postlude tune``: train on demonstrations, preferences or rewards; ``tune prior``: store what a reference says."""
+
+from __future__ import annotations
+
+import json as json_
+from collections.abc import Iterable
+from typing import Annotated, Any
+
+import typer
+
+from postlude.cli import _options as options
+from postlude.cli._group import PLAIN, PlainCommand, PlainFormGroup
+from postlude.cli._output import Result
+
+__all__ = ["app", "prior", "tune"]
+
+app = typer.Typer(
+    cls=PlainFormGroup,
+    help="Train a model on demonstrations, preferences or rewards; `tune prior` stores what a frozen reference says.",
+)
+
+Data = Annotated[
+    str,
+    typer.Argument(
+        metavar="DATA.jsonl",
+        help="One JSON object a line: `prompt` and `completion`, `messages`, or `text`.",
+        show_default=False,
+    ),
+]
+MaxLength = Annotated[
+    int | None,
+    typer.Option(
+        "--max-length",
+        min=2,
+        help="Tokens at which a sequence is cut; the model's context otherwise, at most 2048.",
+    ),
+]
+
+
+@app.command(
+    PLAIN,
+    cls=PlainCommand,
+    hidden=True,
+    epilog="Related: `postlude tune prior CHECKPOINT data.jsonl -o prior/` computes a reference's columns once.",
+)
+def tune(
+    checkpoint: options.Checkpoint,
+    data: Data,
+    output: options.NewDirectory,
+    weights: Annotated[
+        str | None,
+        typer.Option(
+            "--weights",
+            "-w",
+            metavar="RULE",
+            help="Rule that weights the tokens; `postlude methods --verb tune` lists them. Plain `sft` otherwise.",
+        ),
+    ] = None,
+    objective: Annotated[
+        str, typer.Option("--objective", metavar="sft|dpo|grpo", help="What to train for.")
+    ] = "sft",
+    signal: Annotated[
+        str | None,
+        typer.Option(
+            "--signal",
+            metavar="online|reference",
+            help="Whose probabilities the rule reads; the paper's otherwise.",
+        ),
+    ] = None,
+    prior: Annotated[
+        str | None,
+        typer.Option(
+            "--prior", metavar="DIRECTORY", help="Written by `tune prior`: no extra forward pass."
+        ),
+    ] = None,
+    reference: Annotated[
+        str | None,
+        typer.Option(
+            "--reference", metavar="CHECKPOINT", help="Frozen model; the one to tune otherwise."
+        ),
+    ] = None,
+    reward: Annotated[
+        str | None,
+        typer.Option(
+            "--reward", metavar="MODULE:FUNCTION", help="A Python function, for --objective grpo."
+        ),
+    ] = None,
+    keep_eos: Annotated[
+        bool,
+        typer.Option(
+            "--keep-eos", help="The token that ends a text weighs 1 whatever the rule says of it."
+        ),
+    ] = False,
+    adapter: Annotated[
+        str | None,
+        typer.Option(
+            "--adapter",
+            metavar="NAME",
+            help="Train an adapter of the peft library (lora, loha, vera, ...) beside frozen weights.",
+        ),
+    ] = None,
+    rank: Annotated[
+        int | None, typer.Option("--rank", min=1, help="Of the adapter; 8 otherwise.")
+    ] = None,
+    alpha: Annotated[
+        float | None,
+        typer.Option("--alpha", help="Scale of the adapter; twice the rank otherwise."),
+    ] = None,
+    target: Annotated[
+        str | None,
+        typer.Option(
+            "--target",
+            metavar="A,B",
+            help="Layers to adapt, such as q_proj,v_proj; all linear layers of the blocks otherwise.",
+        ),
+    ] = None,
+    merge: Annotated[
+        bool, typer.Option("--merge", help="Add the adapter to the weights and save a whole model.")
+    ] = False,
+    epochs: Annotated[float, typer.Option("--epochs", help="Passes over the data.")] = 1.0,
+    steps: Annotated[
+        int | None, typer.Option("--steps", min=1, help="Optimiser steps, instead of --epochs.")
+    ] = None,
+    batch_size: Annotated[
+        int, typer.Option("--batch-size", min=1, help="Sequences of one forward pass.")
+    ] = 8,
+    accumulate: Annotated[
+        int, typer.Option("--accumulate", min=1, help="Forward passes of one optimiser step.")
+    ] = 1,
+    learning_rate: Annotated[float, typer.Option("--learning-rate", help="Highest.")] = 5e-5,
+    warmup: Annotated[
+        float, typer.Option("--warmup", help="Share of the steps in which the learning rate rises.")
+    ] = 0.1,
+    schedule: Annotated[
+        str, typer.Option("--schedule", metavar="cosine|linear|constant", help="After warm-up.")
+    ] = "cosine",
+    weight_decay: Annotated[float, typer.Option("--weight-decay", help="Of AdamW.")] = 0.01,
+    clip: Annotated[float, typer.Option("--clip", help="Largest norm of the gradient.")] = 1.0,
+    max_length: MaxLength = None,
+    packing: Annotated[
+        bool,
+        typer.Option("--packing", help="Several sequences in a row; they do not see each other."),
+    ] = False,
+    save_every: Annotated[
+        int | None,
+        typer.Option(
+            "--save-every",
+            min=1,
+            help="Steps from one kept state to the next; at most one a minute otherwise. The same command started "
+            "again after a kill resumes from the last.",
+        ),
+    ] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="KEY=VALUE",
+            help="A setting of the rule, the objective or the adapter; repeat for more.",
+        ),
+    ] = None,
+    dtype: Annotated[
+        str,
+        typer.Option(
+            "--dtype",
+            metavar="TYPE",
+            help="Type to train and to store in; auto trains in float32 and stores as the checkpoint does.",
+        ),
+    ] = "auto",
+    device: options.Device = None,
+    overwrite: options.Overwrite = False,
+    seed: options.Seed = 0,
+    json: options.Json = False,
+) -> Result | None:
+    """Tune a model: on demonstrations with token weights, on preferences (dpo), or by rewards (grpo)."""
+    from postlude import registry
+    from postlude.cli._settings import make_settings
+    from postlude.errors import SettingsError
+    from postlude.tuning.adapters import Adapter
+    from postlude.tuning.run import TuneRun, main_process
+    from postlude.tuning.weighting import TokenWeighting
+
+    supervised = objective == "sft"
+    info = registry.find("tune", (weights or "sft") if supervised else objective)
+    if supervised and info.family == "objective":
+        raise SettingsError(f"{info.name} is no rule but an objective: --objective {info.name}.")
+    if not supervised and info.family != "objective":
+        raise SettingsError(f"{info.name} is no objective but a rule: --weights {info.name}.")
+    if not supervised and weights is not None:
+        raise SettingsError(f"--weights is for --objective sft; leave it out of {objective}.")
+    if adapter is None and not (rank is alpha is target is None):
+        raise SettingsError(
+            "--rank, --alpha and --target are of an adapter: choose one, for example --adapter lora."
+        )
+    words = _divided(set_ or [], list(info.options), supervised, adapter)
+    given: dict[str, object] = {} if reward is None else {"reward": reward}
+    goal: Any = make_settings(info, given, words["method"])
+    if supervised:
+        goal = TokenWeighting(goal, signal, **_fields(TokenWeighting, words["weighting"]))
+    elif signal is not None:
+        raise SettingsError(f"--signal is for --objective sft; leave it out of {objective}.")
+
+    from postlude import _front_door
+    from postlude.runs.progress import Progress
+
+    run = TuneRun(
+        epochs=epochs,
+        steps=steps,
+        batch_size=batch_size,
+        accumulate=accumulate,
+        learning_rate=learning_rate,
+        warmup=warmup,
+        schedule=schedule,
+        weight_decay=weight_decay,
+        clip=clip,
+        max_length=max_length,
+        packing=packing,
+        seed=seed,
+    )
+    layers = target if target is None or "," not in target else _list(target)
+    tuned = _front_door.tune(
+        _front_door.load(checkpoint, device=device),
+        data,
+        goal,
+        run,
+        prior=prior,
+        reference=None if reference is None else _front_door.load(reference, device=device),
+        keep_eos=keep_eos,
+        adapter=None
+        if adapter is None
+        else Adapter(adapter, rank, alpha, layers, words["adapter"]),
+        merge=merge,
+        dtype=dtype,
+        out=output,
+        overwrite=overwrite,
+        save_every=save_every,
+        inplace=True,
+        progress=Progress(show=main_process()),
+    )
+    # Under torchrun every rank comes here.
+    return Result(tuned.result) if main_process() else None
+
+
+@app.command("prior")
+def prior(
+    checkpoint: options.Checkpoint,
+    data: Data,
+    output: options.NewDirectory,
+    max_length: MaxLength = None,
+    dtype: options.Dtype = "auto",
+    device: options.Device = None,
+    overwrite: options.Overwrite = False,
+    seed: options.Seed = 0,
+    json: options.Json = False,
+) -> Result:
+    """Compute once what a frozen model says about every token to be learned; `tune --prior` reads it for free."""
+    from postlude import _front_door
+    from postlude.runs.progress import Progress
+
+    model = _front_door.load(checkpoint, dtype=dtype, device=device)
+    with Progress(show=True) as progress:
+        manifest = _front_door.tune_prior(
+            model, data, output, max_length=max_length, overwrite=overwrite, progress=progress
+        )
+    return Result({"output": output, **manifest})
+
+
+def _divided(
+    words: Iterable[str], method: list[str], supervised: bool, adapter: str | None
+) -> dict[str, Any]:
+    """The words of ``--set`` by whose setting they are; ``adapter.KEY`` says so where two have one of that name."""
+    from postlude.errors import UnknownNameError
+    from postlude.tuning.adapters import adapter_fields
+
+    weighting = ["floor", "ceil", "normalize", "always_keep_ids"] if supervised else []
+    of_adapter = [] if adapter is None else adapter_fields(adapter)
+    divided: dict[str, Any] = {"method": [], "weighting": [], "adapter": {}}
+    for word in words:
+        name, _, text = word.partition("=")
+        name = name.strip().replace("-", "_")
+        if name.startswith("adapter.") or name not in [*method, *weighting, *of_adapter]:
+            name = name.removeprefix("adapter.")
+            if name not in of_adapter:
+                known = [*method, *weighting, *of_adapter]
+                raise UnknownNameError(
+                    "setting of the rule, the objective or the adapter", name, known
+                )
+            divided["adapter"][name] = _value(text.strip())
+        elif name in method:
+            divided["method"].append(word)
+        elif name in weighting:
+            divided["weighting"].append(word)
+        else:
+            divided["adapter"][name] = _value(text.strip())
+    return divided
+
+
+def _fields(kind: type, words: Iterable[str]) -> dict[str, Any]:
+    """Fields of a settings class, each value read as its type."""
+    import typing
+
+    from postlude.cli._settings import _convert
+    from postlude.registry import MethodInfo
+
+    info = MethodInfo("tune", "token weights", "", "", (), kind)
+    hints = typing.get_type_hints(kind)
+    pairs = [word.partition("=") for word in words]
+    return {
+        name.strip(): _convert(info, name.strip(), hints[name.strip()], text.strip())
+        for name, _, text in pairs
+    }
+
+
+def _value(text: str) -> Any:
+    """A setting of another library: JSON where it is some, words divided by commas, or one word."""
+    try:
+        return json_.loads(text)
+    except ValueError:
+        return _list(text) if "," in text else text
+
+
+def _list(text: str) -> tuple[str, ...]:
+    return tuple(word.strip() for word in text.split(",") if word.strip())

@@ -1,0 +1,262 @@
+"""One self-contained HTML page of a tuning run: loss, learning rate and what the weights did, over its steps.
+
+The page is made from the result and the log of a run, as ``tune.json`` and ``steps.jsonl`` hold them. A column of the
+log that is not known here is drawn under its own name, so every objective has a page. The page loads nothing and runs
+no script; every text is escaped.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from postlude.report.environment import environment
+from postlude.report.figures import Figure
+from postlude.report.plots import Line, line_plot
+
+__all__ = ["render", "write"]
+
+Row = Mapping[str, Any]
+
+_TEMPLATES = Path(__file__).parent / "templates"
+_PLACES = 40  # points of a line; more would hide each other
+_NOT_DRAWN = ("step", "epoch", "seconds", "tokens")
+PAGE = "report.html"
+
+
+@dataclasses.dataclass(frozen=True)
+class _Kind:
+    """A figure: which columns of the log, under which names, and what to see in them."""
+
+    identifier: str
+    title: str
+    columns: Mapping[str, str]
+    y_label: str
+    caption: str
+    limits: tuple[float, float] | None = None
+
+
+_KINDS = (
+    _Kind(
+        "loss",
+        "Loss",
+        {"loss": "trained", "mean_loss": "unweighted"},
+        "nats per token",
+        "What is minimised, and the plain loss of the same tokens without weights. Losses of different rules are not "
+        "comparable; unweighted ones are. Each step sees other sequences, so a single step says little.",
+    ),
+    _Kind(
+        "rate",
+        "Learning rate",
+        {"learning_rate": "learning rate"},
+        "per step",
+        "It rises in the warm-up and falls by the schedule.",
+    ),
+    _Kind(
+        "effective",
+        "Effective tokens",
+        {"effective_tokens": "effective", "tokens": "response tokens"},
+        "tokens per step",
+        "(sum of weights)\u00b2 / sum of squared weights: how many equally weighted tokens would average as well. "
+        "Where it is far below the response tokens, few tokens decide a step.",
+    ),
+    _Kind(
+        "shares",
+        "Weights",
+        {"kept_share": "share kept", "mean_weight": "mean weight"},
+        "0 to 1",
+        "The share of response tokens whose weight is not zero, and the mean weight of all of them.",
+    ),
+    _Kind(
+        "end",
+        "Weight on the end of the text",
+        {"eos_share": "share"},
+        "share of all weight",
+        "The token that ends a text. Where a rule gives it next to none, the model does not learn to stop; --keep-eos "
+        "makes it weigh 1.",
+    ),
+    _Kind(
+        "gradient",
+        "Gradient",
+        {"gradient_norm": "norm"},
+        "norm before clipping",
+        "A gradient above the clipping norm is scaled down to it.",
+    ),
+)
+
+
+def write(directory: Path, result: Row, log: Sequence[Row]) -> None:
+    """Write the page of a run into its directory."""
+    (directory / PAGE).write_text(render(result, log), encoding="utf-8")
+
+
+def render(result: Row, log: Sequence[Row]) -> str:
+    """The page.
+
+    Args:
+        result: of the run.
+        log: one row a step, with ``step`` among its columns.
+
+    Returns:
+        A whole HTML document.
+    """
+    found = environment()
+    return _template().render(
+        title=_title(result),
+        date=found.pop("date", None),
+        style=_TEMPLATES.joinpath("report.css").read_text(encoding="utf-8"),
+        introduction=_introduction(result),
+        verdict=_verdict(log),
+        figures=_figures(log),
+        numbers=_numbers(result),
+        environment=list(found.items()),
+        notes=[
+            "Losses are of the training data. Whether something was forgotten is told by text that was not trained on: "
+            "postlude evaluate OUTPUT --text other.txt --reference CHECKPOINT."
+        ],
+    )
+
+
+@functools.cache
+def _template() -> jinja2.Template:
+    return jinja2.Environment(
+        loader=jinja2.FileSystemLoader(_TEMPLATES),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+    ).get_template("tuning.html.jinja")
+
+
+def _title(result: Row) -> str:
+    name = result.get("rule") or result.get("objective") or "a run"
+    what = f"{name} with {result['adapter']}" if result.get("adapter") else str(name)
+    return f"Tuning by {what}"
+
+
+def _introduction(result: Row) -> list[str]:
+    data = result.get("data") or {}
+    lines = []
+    if data:
+        words = (
+            f"{data['sequences']:,} sequences of {data['tokens']:,} tokens, {data['response_tokens']:,} of them "
+            f"responses, were seen {result.get('epochs', 1):.3g} times in {result['steps']:,} steps."
+        )
+        if data.get("truncated"):
+            words += (
+                f" {data['truncated']:,} sequences were cut at {result['max_length']:,} tokens and lost "
+                f"{data['lost_tokens']:,} tokens at their end."
+            )
+        lines.append(words)
+    elif "steps" in result:
+        lines.append(f"{result['steps']:,} steps.")
+    if result.get("skipped_steps"):
+        lines.append(
+            f"{result['skipped_steps']:,} steps had no token of any weight and were left out."
+        )
+    return lines
+
+
+def _verdict(log: Sequence[Row]) -> str | None:
+    """Where the loss started and ended."""
+    name = "mean_loss" if all("mean_loss" in row for row in log) else "loss"
+    values = [row[name] for row in log if _finite(row.get(name))]
+    if len(values) < 4:
+        return None
+    part = max(1, len(values) // 10)
+    start, end = (math.fsum(some) / part for some in (values[:part], values[-part:]))
+    what = "The unweighted loss" if name == "mean_loss" else "The loss"
+    span = "step" if part == 1 else f"{part} steps"
+    return f"{what} went from {start:.3g} in the first {span} to {end:.3g} in the last."
+
+
+def _figures(log: Sequence[Row]) -> list[Figure]:
+    columns = {
+        name for row in log for name, value in row.items() if _finite(value) and name != "step"
+    }
+    kinds = [kind for kind in _KINDS if next(iter(kind.columns)) in columns]
+    drawn = {name for kind in _KINDS for name in kind.columns} | set(_NOT_DRAWN)
+    kinds += [
+        _Kind(f"column-{at}", name.replace("_", " "), {name: name.replace("_", " ")}, "", "")
+        for at, name in enumerate(sorted(columns - drawn))
+    ]
+    return [_figure(kind, log) for kind in kinds]
+
+
+def _figure(kind: _Kind, log: Sequence[Row]) -> Figure:
+    groups = _groups(log)
+    ticks = [str(group[-1]["step"]) for group in groups]
+    lines = [
+        Line(name, [_mean(group, column) for group in groups])
+        for column, name in kind.columns.items()
+        if any(_finite(row.get(column)) for row in log)
+    ]
+    if len(lines) > 1 and all(line.values == lines[0].values for line in lines):
+        lines = lines[:1]
+    size = len(groups[0])
+    caption = kind.caption
+    if size > 1:
+        caption = f"{caption} Each point is the mean of {size} steps.".strip()
+    ends = "; ".join(f"{line.name} ends at {_text(line.values[-1])}" for line in lines)
+    plot = line_plot(
+        f"tuning-{kind.identifier}",
+        lines,
+        ticks,
+        x_label="step",
+        y_label=kind.y_label,
+        alt=f"{kind.title} over {len(log)} steps: {ends}.",
+        limits=kind.limits,
+    )
+    rows = [
+        [tick, *(_text(line.values[at]) for line in lines)] for at, tick in enumerate(ticks)
+    ]  # fmt: skip
+    return Figure(
+        kind.identifier, kind.title, caption, plot, "step", [line.name for line in lines], rows
+    )
+
+
+def _groups(log: Sequence[Row]) -> list[Sequence[Row]]:
+    """Consecutive steps, so many together that the points fit beside each other."""
+    size = math.ceil(len(log) / _PLACES)
+    return [log[start : start + size] for start in range(0, len(log), size)]
+
+
+def _mean(rows: Sequence[Row], column: str) -> float | None:
+    values = [row[column] for row in rows if _finite(row.get(column))]
+    return math.fsum(values) / len(values) if values else None
+
+
+def _numbers(result: Row) -> list[tuple[str, str]]:
+    rows = []
+    for name, value in result.items():
+        if value is None or name == "data":
+            continue
+        if isinstance(value, Mapping):
+            inner = ", ".join(
+                f"{key} {_text(item)}" for key, item in value.items() if item not in (None, [], ())
+            )
+            if inner:
+                rows.append((name.replace("_", " "), inner))
+        else:
+            rows.append((name.replace("_", " "), _text(value)))
+    return rows
+
+
+def _text(value: Any) -> str:
+    if value is None:
+        return "\u2013"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return str(value)
+
+
+def _finite(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
