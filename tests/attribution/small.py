@@ -21,11 +21,11 @@ WORDS = SENTENCE.split()
 
 
 def texts(count: int = 20, seed: int = 0) -> list[dict[str, Any]]:
-    """Records of 8 to 60 tokens of the tiny tokenizer, each with an id."""
+    """Records of about 15 to 60 tokens of the tiny tokenizer, each with an id, no two alike."""
     generator = torch.Generator().manual_seed(seed)
     found = []
     for number in range(count):
-        length = int(torch.randint(2, 12, (1,), generator=generator))
+        length = int(torch.randint(4, 12, (1,), generator=generator))
         words = torch.randint(0, len(WORDS), (length,), generator=generator).tolist()
         found.append({"id": f"text-{number}", "text": " ".join(WORDS[word] for word in words)})
     return found
