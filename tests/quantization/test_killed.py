@@ -38,6 +38,7 @@ def words(work: Path) -> list[str]:
     return [
         "quantize", str(work / "model"), "--method", "gptq", "--bits", "w4a4kv4",
         "--calibration", str(work / "text.txt"), "--samples", "4", "--length", "24",
+        "--no-check",
     ]  # fmt: skip
 
 
