@@ -57,11 +57,13 @@ from postlude.runs.checkpoint import Checkpoint
 from postlude.runs.directory import RunDirectory
 from postlude.runs.documents import data_hash, encode
 from postlude.runs.progress import Progress
+from postlude.surgery.anatomy import anatomy_of
 from postlude.zoo import tiny_lm
 
 QUERIES = 60
 SIDES = (8, 16, 32, 64)
 RANKS = (1, 4, 16)
+MORE_RANKS = (1, 2, 4, 8)
 FORMATS = ("fp32", "bf16", "int8")
 DAMPINGS = (0.1, 0.5, 2.0, 10.0)
 CURVATURE_RANKS = (8, 32, 128)
@@ -78,6 +80,7 @@ class Bench:
         settings: of every training.
         subsets, seeds: random halves, and trainings of each.
         factors: of the projection of LoRIF; the first is measured in every format and with every seed.
+        dense: factors for which gradients are also kept whole.
         kept: where finished trainings and scores are.
     """
 
@@ -89,6 +92,7 @@ class Bench:
     subsets: int
     seeds: int
     factors: Sequence[int]
+    dense: Sequence[int]
     kept: RunDirectory = dataclasses.field(init=False)
 
     def open(self, claim: Claim) -> None:
@@ -186,7 +190,9 @@ def asked(claim: Claim, bench: Bench, name: str, method: Attributor, seed: int =
                 "bytes": report["bytes_per_example"],
                 "seconds": seconds,
             }
-            if type(method) in (LoRIF, LoGRA) and method.curvature == "auto":
+            if type(method) is GradDot or (
+                type(method) in (LoRIF, LoGRA) and method.curvature == "auto"
+            ):
                 for multiplier, scores in swept(index, queries).items():
                     found[f"damping-{multiplier:g}"] = scores
             return found
@@ -232,8 +238,8 @@ def every_method(claim: Claim, bench: Bench) -> dict[str, Row]:
         for kind in ("bf16", "int8")
     }
     for factor in bench.factors:
-        for rank in RANKS:
-            for kind in FORMATS if factor == main else ("bf16",):
+        for rank in RANKS if factor == main else MORE_RANKS:
+            for kind in FORMATS if factor == main else ("int8",):
                 wanted[lorif_name(factor, rank, kind)] = LoRIF(
                     rank=rank, projection_factor=factor, format=kind
                 )
@@ -242,8 +248,8 @@ def every_method(claim: Claim, bench: Bench) -> dict[str, Row]:
             wanted[lorif_name(main, 1, "bf16", f" r={rank} {tail}")] = LoRIF(
                 projection_factor=main, curvature="truncated", curvature_rank=rank, tail=tail
             )
+    wanted |= {f"graddot f={one} bf16": GradDot(projection_factor=one) for one in bench.dense}
     wanted |= {
-        f"graddot f={main} bf16": GradDot(projection_factor=main),
         f"gradcos f={main} bf16": GradCos(projection_factor=main),
         "trak k=64 bf16": TRAK(),
         "ekfac": EKFAC(),
@@ -252,10 +258,17 @@ def every_method(claim: Claim, bench: Bench) -> dict[str, Row]:
     }
     if claim.quick:
         wanted = {name: one for name, one in wanted.items() if "fp32" not in name}
-    return {
-        name: asked(claim, bench, name, one)
-        for name, one in claim.progress.iterate(list(wanted.items()), f"{bench.name}, methods")
-    }
+    rows: dict[str, Row] = {}
+    for name, one in claim.progress.iterate(list(wanted.items()), f"{bench.name}, methods"):
+        row = asked(claim, bench, name, one)
+        if type(one) is GradDot:
+            # The same index, with its exact curvature: LoGRA where both sides are divided by a factor.
+            whole = {at: scores for at, scores in row.scores.items() if at != row.own}
+            exact = name.replace("graddot", "whole")
+            rows[exact] = dataclasses.replace(row, name=exact, scores=whole, own=0.5)
+            row = dataclasses.replace(row, scores={row.own: row.scores[row.own]})
+        rows[name] = row
+    return rows
 
 
 def interval(found: LDS) -> str:
@@ -343,6 +356,7 @@ def report(claim: Claim, bench: Bench) -> None:
     if not claim.quick:
         formats(claim, bench, rows)
     verdict(claim, bench, rows, judge)
+    statements(claim, bench, rows, judge)
     projections(claim, bench, judge)
 
 
@@ -390,6 +404,32 @@ def verdict(claim: Claim, bench: Bench, rows: Mapping[str, Row], judge: Judge) -
     )
 
 
+def statements(claim: Claim, bench: Bench, rows: Mapping[str, Row], judge: Judge) -> None:
+    """Print what should hold of methods on any model, and whether it does."""
+    best = {name: judge.best(row)[0] for name, row in rows.items()}
+    main, (smallest, *_) = bench.factors[0], sorted(bench.dense)
+
+    def compared(name: str, other: str) -> str:
+        difference = bootstrap_mean(best[name].per_query - best[other].per_query)
+        verdict = "yes" if difference.low > 0 else "no" if difference.high < 0 else "level"
+        return f"{verdict}, {interval(difference)}"
+
+    pairs = [("ekfac", f"graddot f={smallest} bf16"), ("ekfac", "bm25")]
+    pairs += [(f"whole f={one} bf16", f"graddot f={one} bf16") for one in bench.dense]
+    pairs += [(f"whole f={main} bf16", lorif_name(main, 1, "bf16"))]
+    pairs += [
+        (lorif_name(main, b, "bf16"), lorif_name(main, a, "bf16"))
+        for a, b in itertools.pairwise(RANKS)
+    ]
+    for a, b in itertools.pairwise(sorted(bench.dense)):
+        pairs += [(f"{name} f={a} bf16", f"{name} f={b} bf16") for name in ("graddot", "whole")]
+    claim.table(
+        f"{bench.name}: is the first better than the second? Each at its best damping",
+        ["", "than", "difference"],
+        [[a, b, compared(a, b)] for a, b in pairs],
+    )
+
+
 def projections(claim: Claim, bench: Bench, judge: Judge) -> None:
     """Print the spread over projections and starts."""
     methods: dict[str, Attributor] = {
@@ -433,9 +473,16 @@ def built_in(quick: bool) -> Bench:
     """tiny-lm on the text that was held out from its training."""
     checkpoint = pl.load("zoo:tiny-lm", dtype="float32")
     train, queries = split(pieces(checkpoint.tokenizer, tiny_lm.held_out_text(), 480 + QUERIES, 48))
-    training = Retraining(epochs=2, rate=5e-4)
     return Bench(
-        "tiny-lm", checkpoint, train, queries, training, 4 if quick else 50, 2, factors=(4, 8)
+        "tiny-lm",
+        checkpoint,
+        train,
+        queries,
+        Retraining(epochs=2, rate=5e-4),
+        subsets=4 if quick else 50,
+        seeds=2,
+        factors=(4, 8, 16),
+        dense=(4,),
     )
 
 
@@ -447,13 +494,68 @@ def stories(quick: bool) -> Bench | None:
     checkpoint = pl.load(data / "stories260k", dtype="float32")
     text = documents(data / "text" / "wikitext2_valid.txt", 200_000)[0]
     train, queries = split(pieces(checkpoint.tokenizer, text, 600 + QUERIES, 64))
-    training = Retraining(epochs=3, rate=1e-3)
     return Bench(
-        "stories260k", checkpoint, train, queries, training, 4 if quick else 100, 2, factors=(2, 1)
+        "stories260k",
+        checkpoint,
+        train,
+        queries,
+        Retraining(epochs=3, rate=1e-3),
+        subsets=4 if quick else 100,
+        seeds=2,
+        factors=(2, 1, 4, 8),
+        dense=(2,),
     )
 
 
-PARTS: dict[str, Callable[[bool], Bench | None]] = {"tiny-lm": built_in, "stories260k": stories}
+def bigrams(quick: bool) -> Bench:
+    """A model of two blocks, trained from nothing on sequences from six random tables of successors."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    words, length, count = 32, 32, 600
+    generator = torch.Generator().manual_seed(0)
+    tables = (3 * torch.randn(6, words, words, generator=generator)).softmax(-1)
+    kind = torch.randint(6, (count + QUERIES,), generator=generator)
+    rows = torch.randint(words, (count + QUERIES, length), generator=generator)
+    for at in range(1, length):
+        chances = tables[kind, rows[:, at - 1]]
+        rows[:, at] = chances.multinomial(1, generator=generator)[:, 0]
+    texts = [" ".join(f"w{i}" for i in row) for row in rows.tolist()]
+    backend = Tokenizer(models.WordLevel({f"w{i}": i for i in range(words)}, unk_token="w0"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    config = LlamaConfig(
+        vocab_size=words,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=length,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = LlamaForCausalLM(config).eval()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
+    return Bench(
+        "bigrams",
+        Checkpoint(model, tokenizer, anatomy_of(model)),
+        texts[:count],
+        texts[count:],
+        Retraining(epochs=8, rate=3e-3, batch=32),
+        subsets=4 if quick else 50,
+        seeds=2,
+        factors=(2, 1),
+        dense=(1, 2, 4),
+    )
+
+
+PARTS: dict[str, Callable[[bool], Bench | None]] = {
+    "tiny-lm": built_in,
+    "stories260k": stories,
+    "bigrams": bigrams,
+}
 
 
 def main() -> None:
