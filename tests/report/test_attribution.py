@@ -64,8 +64,9 @@ def test_it_says_what_was_asked_and_found() -> None:
     page = render(answer())
     text = words(page)
     assert (
-        "Of the 2,000 examples that tiny was trained on, these support the text below most." in text
+        "Of the 2,000 training examples in this index, these support the text below most." in text
     )
+    assert "The model is tiny." in text
     assert "story-0, is 13.7 standard deviations above the mean score of all 2,000 examples" in text
     for expected in (
         "story-37",

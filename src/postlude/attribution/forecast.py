@@ -1,8 +1,10 @@
-"""What a build at hand will take, told before it starts: bytes exactly, time by the formulas of ``plan``."""
+"""What a build at hand will take, told before it starts: bytes within a few percent, time by the formulas of ``plan``."""
 
 from __future__ import annotations
 
 import dataclasses
+
+import torch
 
 from postlude.attribution.engine import Attributor
 from postlude.attribution.examples import Collection, Records, tokenize
@@ -13,8 +15,8 @@ from postlude.runs.checkpoint import Checkpoint
 __all__ = ["Forecast", "forecast"]
 
 _SAMPLE = 64  # records whose tokens are counted
-_COUNTS = 8  # bytes of the two counts that every row carries, and of its loss below
-_LOSS = 4
+_ROW = 12  # bytes of the two counts and the loss that every row carries
+_ENTRY = 75  # bytes that describe a tensor in the header of a file, beside its name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,7 +26,7 @@ class Forecast:
     Attributes:
         examples: of the data.
         tokens: mean of an example, by a sample.
-        bytes: of the index, without the headers of its files.
+        bytes: of the index.
         seconds: of the passes over the data, an order of magnitude.
     """
 
@@ -70,11 +72,19 @@ def forecast(
         rank=representation.rank if isinstance(representation, FactorRepresentation) else 1,
         format=representation.format,
     )
+    # What is stored of a layer has the same names in all of them.
+    first = layers[0]
+    stored = representation.keeper(collection)(
+        first, torch.zeros(1, first.in_width, first.out_width)
+    )
+    names = [f"{layer.module}/{name}" for layer in layers for name in stored]
+    header = sum(len(name) + _ENTRY for name in [*names, "tokens", "cut", "loss"])
+    shards = -(-len(records) // collection.shard_examples)
     passes = ("gradients", "projection", "outer", *(("factorisation",) if factors else ()))
     return Forecast(
         examples=len(records),
         tokens=tokens,
-        bytes=len(records) * (representation.row_bytes(layers) + _COUNTS + _LOSS),
+        bytes=len(records) * (representation.row_bytes(layers) + _ROW) + shards * header,
         seconds=sum(cost.flops[name] for name in passes) / hardware.rate,
     )
 

@@ -146,13 +146,11 @@ def _template() -> jinja2.Template:
 
 def _introduction(method: Results, index: Results, queries: Sequence[Results]) -> list[str]:
     """What was asked, and what a score says, in plain words."""
-    model = index.get("model") or "the model"
     what = "the text below" if len(queries) == 1 else f"each of {len(queries)} texts"
-    lines = [
-        f"Of the {_count(index['examples'])} examples that {model} was trained on, these support {what} most."
-        if index.get("examples")
-        else f"The training examples that support {what} most."
-    ]
+    count = f"{_count(index['examples'])} " if index.get("examples") else ""
+    lines = [f"Of the {count}training examples in this index, these support {what} most."]
+    if index.get("model"):
+        lines[0] += f" The model is {index['model']}."
     meaning = _MEANING.get(method.get("family") or "")
     return [*lines, meaning] if meaning else lines
 
