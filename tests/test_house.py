@@ -27,6 +27,8 @@ def test_public_names() -> None:
         "attribute",
         "errors",
         "evaluate",
+        "evaluate_lds",
+        "evaluate_retrieval",
         "export",
         "generate",
         "inspect",
@@ -44,6 +46,8 @@ def test_verbs_come_from_the_front_door() -> None:
     for name in (
         "attribute",
         "evaluate",
+        "evaluate_lds",
+        "evaluate_retrieval",
         "export",
         "generate",
         "inspect",

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from postlude._front_door import (
         attribute,
         evaluate,
+        evaluate_lds,
+        evaluate_retrieval,
         export,
         generate,
         inspect,
@@ -39,6 +41,8 @@ __all__ = [
     "attribute",
     "errors",
     "evaluate",
+    "evaluate_lds",
+    "evaluate_retrieval",
     "export",
     "generate",
     "inspect",
@@ -49,7 +53,7 @@ __all__ = [
 
 __version__ = "0.1.0"
 
-_VERBS = ("attribute", "evaluate", "export", "generate", "inspect", "load", "quantize", "tune")
+_VERBS = tuple(set(__all__) - {"PostludeError", "__version__", "errors"})
 
 _transformers_hook.install()
 
