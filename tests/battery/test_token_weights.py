@@ -327,6 +327,20 @@ def test_distributions_without_any_doubt(info: MethodInfo) -> None:
 
 
 @each_method
+def test_a_batch_without_a_response(info: MethodInfo) -> None:
+    one = toy()
+    nothing = dataclasses.replace(one.tokens, mask=torch.zeros_like(one.tokens.mask))
+    for weighting in signals(info.settings()):
+        hidden = one.hidden.clone().requires_grad_()
+        result = weighting(
+            hidden, one.weight, nothing, bias=one.bias, reference=one.reference(weighting)
+        )
+        result.loss.backward()
+        assert float(result.loss.detach()) == 0 and result.statistics.empty
+        assert hidden.grad is not None and not hidden.grad.any()
+
+
+@each_method
 def test_one_sequence_does_not_change_another(info: MethodInfo) -> None:
     """Its weights, that is; alone or in company."""
     one = toy()

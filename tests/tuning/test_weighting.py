@@ -104,6 +104,30 @@ def test_weight_one_is_the_loss_of_transformers(
         torch.testing.assert_close(parameter.grad, gradients[name], rtol=1e-5, atol=1e-6)
 
 
+def test_dft_is_the_dft_of_trl(make_model: Callable[..., Any]) -> None:
+    """Its trainer takes log-probabilities from its fused head and weights each by its exponential."""
+    utils = pytest.importorskip("trl.trainer.utils")
+    model = make_model("llama")
+    ids = torch.randint(3, 259, (3, 12), generator=torch.Generator().manual_seed(0))
+    labels = ids.clone()
+    labels[0, :4], labels[1, 9:] = -100, -100
+    tokens = TargetTokens.from_labels(labels)
+    items = 64
+    states = model.base_model(input_ids=ids).last_hidden_state
+    ours = TokenWeighting(DFT())(
+        tokens.align(states), model.lm_head.weight, tokens, num_items=items
+    ).loss
+    gradients = torch.autograd.grad(ours, list(model.parameters()))
+    utils.add_fused_lm_head(model)
+    log_p = model(input_ids=ids, labels=labels, fused_lm_head=True).log_probs
+    theirs = -(log_p * log_p.exp().detach()).sum() / items
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
+    for one, other in zip(
+        gradients, torch.autograd.grad(theirs, list(model.parameters())), strict=True
+    ):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
 # Denominators
 
 
