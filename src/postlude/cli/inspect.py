@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import shlex
+import sys
 from typing import Annotated, Any
 
 import typer
@@ -80,6 +82,9 @@ def compare(
             help="Blocks whose ranks and intruder dimensions are computed, the slow part; all otherwise.",
         ),
     ] = None,
+    html: Annotated[
+        str | None, typer.Option("--html", metavar="FILE", help="Write a page with plots.")
+    ] = None,
     dtype: options.Dtype = "auto",
     device: options.Device = None,
     output: options.NewFile = None,
@@ -97,9 +102,19 @@ def compare(
         raise SettingsError(f"compare takes two or more checkpoints, got {len(checkpoints)}.")
     blocks = None if layers is None else parse_numbers("--layers", layers)
     refuse_existing(output, overwrite=overwrite)
+    refuse_existing(html, overwrite=overwrite)
     models = [_front_door.load(path, dtype=dtype, device=device) for path in checkpoints]
+    command = shlex.join(["postlude", *sys.argv[1:]])
     with Progress(show=True) as progress:
-        result = _front_door.compare(models, text=text, layers=blocks, seed=seed, progress=progress)
+        result = _front_door.compare(
+            models,
+            text=text,
+            layers=blocks,
+            seed=seed,
+            html=html,
+            command=command,
+            progress=progress,
+        )
     write_json(result, output, overwrite=overwrite)
     return Result(result)
 
