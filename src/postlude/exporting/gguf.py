@@ -363,7 +363,8 @@ def _add_config(
     rope = config.rope_parameters
     name = checkpoint.path.name if checkpoint.path is not None else config.model_type
     writer.add_type("model")
-    writer.add_name(name)
+    # transformers looks up an architecture of that name where a file is called "mistral", and there is none.
+    writer.add_name(name.title() if name == "mistral" else name)
     writer.add_quantization_version(library.GGML_QUANT_VERSION)
     writer.add_context_length(context)
     writer.add_embedding_length(config.hidden_size)
