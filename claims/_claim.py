@@ -11,6 +11,7 @@ import math
 import os
 import platform
 import resource
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -80,7 +81,9 @@ class Claim:
             help="where finished measurements are kept, if the script keeps them (default %(default)s)",
         )
         if parts:
-            parser.add_argument("--part", choices=parts, required=True, help="what to measure")
+            parser.add_argument(
+                "--part", choices=parts, help="what to measure (default: one part after the other)"
+            )
         options = parser.parse_args()
         if options.seeds < 1:
             parser.error(f"--seeds {options.seeds}: expected 1 or more")
@@ -88,6 +91,10 @@ class Claim:
             parser.error(
                 f"--write stores whole measurements, of {SEEDS} seeds or more without --quick"
             )
+        if parts and options.part is None:
+            for part in parts:
+                subprocess.run([sys.executable, *sys.argv, "--part", part], check=True)
+            sys.exit()
         return options
 
     def directory(self, settings: Mapping[str, Any]) -> RunDirectory:
