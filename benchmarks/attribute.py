@@ -192,13 +192,13 @@ def postlude_job(make: Callable[[int], Any]) -> Callable[..., dict[str, Any]]:
     return job
 
 
-def lorif(format: str) -> Callable[[int], Any]:
-    """Settings of LoRIF at the factor of a directory."""
+def lorif(format: str, rank: int = 1, narrower: int = 1) -> Callable[[int], Any]:
+    """Settings of LoRIF at the factor of a directory, or at so many times that factor."""
 
     def make(factor: int) -> Any:
         from postlude.attribution.lorif import LoRIF
 
-        return LoRIF(rank=1, projection_factor=factor, format=format)  # type: ignore[arg-type]
+        return LoRIF(rank=rank, projection_factor=narrower * factor, format=format)  # type: ignore[arg-type]
 
     return make
 
@@ -467,6 +467,7 @@ OURS: dict[str, Callable[..., dict[str, Any]]] = {
     "postlude logra": postlude_job(logra),
     "postlude lorif bf16": postlude_job(lorif("bf16")),
     "postlude lorif int8": postlude_job(lorif("int8")),
+    "postlude lorif int8, rank 4 at half the widths": postlude_job(lorif("int8", 4, 2)),
 }
 JOBS = {"forward-backward": forward_backward, "streaming": streaming, **PEERS, **OURS}
 
@@ -550,7 +551,7 @@ def speed(run: Runner, count: int, length: int, shards: int) -> None:
             cells.append(f"{found['scoring']:.3f}" if "scoring" in found else "")
             cells.append(own(directory) if "query" in found else "")
             print("| " + " | ".join(cells) + " |", flush=True)
-            if "lorif" in name and shards:
+            if name in ("postlude lorif bf16", "postlude lorif int8") and shards:
                 kind = name.split()[-1]
                 streams.append(
                     (kind, run("streaming", directory, stream_shards=shards, format=kind))
