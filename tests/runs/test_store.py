@@ -117,9 +117,9 @@ def edit(path: Path, name: str, change: Any) -> None:
 
 
 def test_another_version_kind_or_manifest_is_refused(finished: Path, tmp_path: Path) -> None:
-    with pytest.raises(StoreError, match="describes 'tensors'; expected a index"):
+    with pytest.raises(StoreError, match="describes 'tensors'; expected 'index'"):
         TensorStore.open(finished, kind="index")
-    with pytest.raises(StoreError, match="is not a tensors: it has no manifest"):
+    with pytest.raises(StoreError, match="holds no tensors: there is no manifest"):
         TensorStore.open(tmp_path)
     with pytest.raises(StoreError, match=r"(?s)seed: found 1, expected 2.*--overwrite"):
         TensorStore.create(finished, {"seed": 2, "widths": (3, 5)}, ROWS)

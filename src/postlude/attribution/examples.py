@@ -120,7 +120,7 @@ class Records:
 
     Attributes:
         path: of the file; None for a list.
-        hash: SHA-256 over the records, in order.
+        hash: SHA-256 over the records, in order; the same for a file and for a list of its records.
 
     Raises:
         DataError: no such file, a line that is not such a record, an empty example, or none at all.
@@ -146,7 +146,7 @@ class Records:
             self._list = [{"text": one} if isinstance(one, str) else one for one in source]
             for number, record in enumerate(self._list):
                 _check(record, f"example {number}")
-                digest.update(json.dumps(record, sort_keys=True).encode() + b"\n")
+                digest.update(_canonical(record))
             count = len(self._list)
         if not count:
             raise DataError(f"{source if self.path else 'The list'} holds no example.")
@@ -213,9 +213,14 @@ class Records:
                 except ValueError as error:
                     raise DataError(f"{where} is not valid JSON: {error}.") from error
                 _check(record, where)
-                digest.update(content + b"\n")
+                digest.update(_canonical(record))
                 self._starts.append(start)
                 self._lines.append(line)
+
+
+def _canonical(record: Mapping[str, Any]) -> bytes:
+    # A record is what it says, in a file or in a list, however its keys are ordered.
+    return json.dumps(record, sort_keys=True).encode() + b"\n"
 
 
 def _check(record: Any, where: str) -> None:

@@ -182,7 +182,7 @@ class TensorStore:
                 _write_json(file, body)
         elif directory.is_dir() and any(not is_partial(one) for one in directory.iterdir()):
             raise StoreError(
-                f"{directory} is not empty and holds no {_MANIFEST}, so it is not a {kind}. "
+                f"{directory} is not empty and holds no {_MANIFEST}, so it is no {kind}. "
                 "Choose another output (-o)."
             )
         else:
@@ -202,12 +202,12 @@ class TensorStore:
         directory = Path(os.path.realpath(path))
         file = directory / _MANIFEST
         if not file.is_file():
-            raise StoreError(f"{path} is not a {kind}: it has no {_MANIFEST}.")
+            raise StoreError(f"{path} holds no {kind}: there is no {_MANIFEST} in it.")
         body = _read_json(file, kind)
         if body.get("format") != _FORMAT or body.get("kind") != kind:
             raise StoreError(
                 f"{file} describes {body.get('kind') or body.get('format') or 'something else'!r}; "
-                f"expected a {kind} that Postlude wrote."
+                f"expected {kind!r}, written by Postlude."
             )
         if body.get("version") != VERSION:
             raise StoreError(
