@@ -23,7 +23,8 @@ Data = Annotated[
     str,
     typer.Argument(
         metavar="DATA.jsonl",
-        help="One JSON object a line: `prompt` and `completion`, `messages`, or `text`.",
+        help="One JSON object a line: `prompt` and `completion`, `messages`, or `text`; `prompt`, `chosen` and "
+        "`rejected` for dpo; `prompt` and what the reward asks for, for grpo.",
         show_default=False,
     ),
 ]
@@ -80,9 +81,11 @@ def tune(
         ),
     ] = None,
     reward: Annotated[
-        str | None,
+        list[str] | None,
         typer.Option(
-            "--reward", metavar="MODULE:FUNCTION", help="A Python function, for --objective grpo."
+            "--reward",
+            metavar="MODULE:FUNCTION",
+            help="A Python function, for --objective grpo; repeat for a sum, =0.5 behind one is its weight.",
         ),
     ] = None,
     keep_eos: Annotated[
@@ -192,7 +195,7 @@ def tune(
             "--rank, --alpha and --target are of an adapter: choose one, for example --adapter lora."
         )
     words = _divided(set_ or [], list(info.options), supervised, adapter)
-    given: dict[str, object] = {} if reward is None else {"reward": reward}
+    given: dict[str, object] = {} if not reward else {"reward": tuple(reward)}
     goal: Any = make_settings(info, given, words["method"])
     if supervised:
         goal = TokenWeighting(goal, signal, **_fields(TokenWeighting, words["weighting"]))
