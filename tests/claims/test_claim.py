@@ -115,13 +115,22 @@ def test_seeds(run: Any) -> None:
     assert list(run("--quick", "--seeds", "3").seeds) == [0, 1, 2]
 
 
-def test_a_part_has_a_section_of_its_own(run: Any, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_part_has_a_section_of_its_own(
+    run: Any, shared: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     claim = run("--part", "small", parts=("small", "large"))
     claim.finish()
     assert (claim.part, claim.name) == ("small", "one-small")
     assert "`python claims/one.py --part small`: 5 seeds" in capsys.readouterr().out
-    with pytest.raises(SystemExit):
-        run(parts=("small", "large"))
+    # Without one, all of them, each in a process of its own.
+    started = []
+    monkeypatch.setattr(shared.subprocess, "run", lambda words, check: started.append(words))
+    with pytest.raises(SystemExit) as ended:
+        run("--quick", parts=("small", "large"))
+    assert not ended.value.code
+    assert [words[1:] for words in started] == [
+        ["claim", "--quick", "--part", part] for part in ("small", "large")
+    ]
 
 
 def test_what_was_measured_is_not_measured_again(run: Any, tmp_path: Path) -> None:
