@@ -32,14 +32,18 @@ PAGE = "report.html"
 
 @dataclasses.dataclass(frozen=True)
 class _Kind:
-    """A figure: which columns of the log, under which names, and what to see in them."""
+    """A figure: which columns of the log, under which names, and what to see in them.
+
+    Values are drawn times ``scale``. With a ``top`` the axis goes from 0 to it, or to the largest value for 0.
+    """
 
     identifier: str
     title: str
     columns: Mapping[str, str]
     y_label: str
     caption: str
-    limits: tuple[float, float] | None = None
+    scale: float = 1.0
+    top: float | None = None
 
 
 _KINDS = (
@@ -55,8 +59,10 @@ _KINDS = (
         "rate",
         "Learning rate",
         {"learning_rate": "learning rate"},
-        "per step",
+        "millionths",
         "It rises in the warm-up and falls by the schedule.",
+        scale=1e6,
+        top=0,
     ),
     _Kind(
         "effective",
@@ -65,6 +71,7 @@ _KINDS = (
         "tokens per step",
         "(sum of weights)\u00b2 / sum of squared weights: how many equally weighted tokens would average as well. "
         "Where it is far below the response tokens, few tokens decide a step.",
+        top=0,
     ),
     _Kind(
         "shares",
@@ -72,6 +79,7 @@ _KINDS = (
         {"kept_share": "share kept", "mean_weight": "mean weight"},
         "0 to 1",
         "The share of response tokens whose weight is not zero, and the mean weight of all of them.",
+        top=0,
     ),
     _Kind(
         "end",
@@ -80,6 +88,7 @@ _KINDS = (
         "share of all weight",
         "The token that ends a text. Where a rule gives it next to none, the model does not learn to stop; --keep-eos "
         "makes it weigh 1.",
+        top=0,
     ),
     _Kind(
         "gradient",
@@ -87,6 +96,7 @@ _KINDS = (
         {"gradient_norm": "norm"},
         "norm before clipping",
         "A gradient above the clipping norm is scaled down to it.",
+        top=0,
     ),
 )
 
@@ -144,7 +154,7 @@ def _introduction(result: Row) -> list[str]:
     if data:
         words = (
             f"{data['sequences']:,} sequences of {data['tokens']:,} tokens, {data['response_tokens']:,} of them "
-            f"responses, were seen {result.get('epochs', 1):.3g} times in {result['steps']:,} steps."
+            f"responses, were seen {_times(result.get('epochs', 1))} in {_count(result['steps'], 'step')}."
         )
         if data.get("truncated"):
             words += (
@@ -153,12 +163,20 @@ def _introduction(result: Row) -> list[str]:
             )
         lines.append(words)
     elif "steps" in result:
-        lines.append(f"{result['steps']:,} steps.")
+        lines.append(f"{_count(result['steps'], 'step')}.")
     if result.get("skipped_steps"):
         lines.append(
-            f"{result['skipped_steps']:,} steps had no token of any weight and were left out."
+            f"{_count(result['skipped_steps'], 'step')} had no token of any weight and left the model as it was."
         )
     return lines
+
+
+def _times(number: float) -> str:
+    return {1: "once", 2: "twice"}.get(number, f"{number:.3g} times")
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
 
 
 def _verdict(log: Sequence[Row]) -> str | None:
@@ -191,7 +209,7 @@ def _figure(kind: _Kind, log: Sequence[Row]) -> Figure:
     groups = _groups(log)
     ticks = [str(group[-1]["step"]) for group in groups]
     lines = [
-        Line(name, [_mean(group, column) for group in groups])
+        Line(name, [_mean(group, column, kind.scale) for group in groups])
         for column, name in kind.columns.items()
         if any(_finite(row.get(column)) for row in log)
     ]
@@ -202,6 +220,10 @@ def _figure(kind: _Kind, log: Sequence[Row]) -> Figure:
     if size > 1:
         caption = f"{caption} Each point is the mean of {size} steps.".strip()
     ends = "; ".join(f"{line.name} ends at {_text(line.values[-1])}" for line in lines)
+    largest = max(
+        (value for line in lines for value in line.values if value is not None), default=0
+    )
+    limits = None if kind.top is None else (0.0, 1.08 * max(kind.top, largest) or 1.0)
     plot = line_plot(
         f"tuning-{kind.identifier}",
         lines,
@@ -209,7 +231,7 @@ def _figure(kind: _Kind, log: Sequence[Row]) -> Figure:
         x_label="step",
         y_label=kind.y_label,
         alt=f"{kind.title} over {len(log)} steps: {ends}.",
-        limits=kind.limits,
+        limits=limits,
     )
     rows = [
         [tick, *(_text(line.values[at]) for line in lines)] for at, tick in enumerate(ticks)
@@ -225,23 +247,20 @@ def _groups(log: Sequence[Row]) -> list[Sequence[Row]]:
     return [log[start : start + size] for start in range(0, len(log), size)]
 
 
-def _mean(rows: Sequence[Row], column: str) -> float | None:
+def _mean(rows: Sequence[Row], column: str, scale: float) -> float | None:
     values = [row[column] for row in rows if _finite(row.get(column))]
-    return math.fsum(values) / len(values) if values else None
+    return scale * math.fsum(values) / len(values) if values else None
 
 
 def _numbers(result: Row) -> list[tuple[str, str]]:
     rows = []
     for name, value in result.items():
-        if value is None or name == "data":
+        if value is None or name in ("data", "prior"):
             continue
         if isinstance(value, Mapping):
-            inner = ", ".join(
-                f"{key} {_text(item)}" for key, item in value.items() if item not in (None, [], ())
-            )
-            if inner:
-                rows.append((name.replace("_", " "), inner))
-        else:
+            kept = [(key, item) for key, item in value.items() if item not in (None, [], ())]
+            value = ", ".join(f"{key} {_text(item)}" for key, item in kept)
+        if value != "":
             rows.append((name.replace("_", " "), _text(value)))
     return rows
 
