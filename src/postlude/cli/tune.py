@@ -190,6 +190,8 @@ def tune(
         raise SettingsError(f"{info.name} is no objective but a rule: --weights {info.name}.")
     if not supervised and weights is not None:
         raise SettingsError(f"--weights is for --objective sft; leave it out of {objective}.")
+    if reward and "reward" not in info.options:
+        raise SettingsError(f"--reward is for --objective grpo; leave it out of {info.name}.")
     if adapter is None and not (rank is alpha is target is None):
         raise SettingsError(
             "--rank, --alpha and --target are of an adapter: choose one, for example --adapter lora."
