@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import ClassVar, Literal, Protocol
@@ -50,8 +51,12 @@ __all__ = [
     "choose",
 ]
 
-# Bytes that the matrices of one layer may take.
-MEMORY = 4 << 30
+# Bytes that the matrices of one layer may take, where the machine has twice as much.
+MEMORY = 8 << 30
+
+# Rows at a time: enough for products of matrices to run at speed, few enough that a batch of dense rows stays small.
+_EXACT_ROWS, _DUAL_ROWS, _LEAST_ROWS = 1024, 2048, 128
+_FLAT = 1 << 20  # numbers of dense rows
 
 
 class Source(Protocol):
@@ -194,9 +199,9 @@ class Exact(LayerCurvature):
     def fit(cls, source: Source, settings: CurvatureSettings) -> Exact:
         size = source.layer.size
         h = torch.zeros(size, size, dtype=torch.float64)
-        for _, rows in source.chunks():
+        for _, rows in source.chunks(_EXACT_ROWS):
             flat = rows.flat().to(settings.precision)
-            h += (flat.mT @ flat).double()
+            h += flat.mT @ flat
         damping = _damping(
             settings, float(h.diagonal().sum()), size, len(source), lambda: torch.linalg.eigvalsh(h)
         )
@@ -248,9 +253,10 @@ class Truncated(LayerCurvature):
             tail = energy / layer.size if settings.tail == "corrected" else 0.0
             empty = torch.zeros(layer.size, 0, dtype=precision)
             return cls(SpectralInverse(empty, torch.zeros(0, dtype=torch.float64), damping, tail))
+        at_a_time = max(_LEAST_ROWS, _FLAT // layer.size)
         digest = hashlib.sha256(f"sketch {settings.seed} {layer.module}".encode()).digest()
         svd = streamed_svd(
-            lambda: (rows.flat().to(precision) for _, rows in source.chunks()),
+            lambda: (rows.flat().to(precision) for _, rows in source.chunks(at_a_time)),
             layer.size,
             settings.rank,
             rows=len(source),
@@ -308,10 +314,16 @@ class Dual(LayerCurvature):
 
     @classmethod
     def fit(cls, source: Source, settings: CurvatureSettings) -> Dual:
-        rows = source.rows()
-        if settings.precision == torch.float64:
-            rows = rows.double()
-        gram = rows.products(rows).double()
+        gram = torch.empty(len(source), len(source), dtype=torch.float64)
+        for first, rows in source.chunks(_DUAL_ROWS):
+            wide = rows.double() if settings.precision == torch.float64 else rows
+            for start, others in source.chunks(_DUAL_ROWS):
+                if start > first:
+                    break  # the lower triangle is all that is read
+                if settings.precision == torch.float64:
+                    others = others.double()
+                block = wide.products(others)
+                gram[first : first + len(rows), start : start + len(others)] = block
         trace = float(gram.diagonal().sum())
         damping = _damping(
             settings, trace, source.layer.size, len(source), lambda: torch.linalg.eigvalsh(gram)
@@ -347,7 +359,7 @@ class Dual(LayerCurvature):
 
     @staticmethod
     def memory(count: int, layer: CollectedLayer, settings: CurvatureSettings) -> float:
-        return 3 * 8 * count**2
+        return 2 * 8 * count**2
 
 
 BACKENDS: dict[str, type[LayerCurvature]] = {one.name: one for one in (Dual, Exact, Truncated)}
@@ -428,3 +440,10 @@ def choose(
     if settings.rank == 0:
         fitting = ["truncated"]  # rank 0 asks for no curvature, which the others cannot give
     return Choice(min(fitting, key=costs.__getitem__), False, costs, bytes_)
+
+
+def _physical_memory() -> float:
+    try:
+        return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    except (AttributeError, ValueError, OSError):  # not on every system
+        return float(2 * MEMORY)

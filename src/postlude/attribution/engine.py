@@ -12,6 +12,7 @@ layer at a time is fitted, scored and dropped.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 from abc import ABC, abstractmethod
@@ -244,9 +245,8 @@ class InfluenceAttributor(Attributor):
             if run is None:
                 fitted = kind.fit(source, settings)
             else:
-                state = run.unit(
-                    _unit(layer.module), lambda source=source: kind.fit(source, settings).state()
-                )
+                fit = functools.partial(kind.fit, source, settings)
+                state = run.unit(_unit(layer.module), lambda fit=fit: fit().state())  # type: ignore[misc]
                 fitted = kind.from_state(state)
             yield layer, fitted, source
 

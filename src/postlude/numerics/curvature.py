@@ -51,9 +51,8 @@ class DenseInverse:
 
     @classmethod
     def of(cls, h: Tensor, damping: float) -> DenseInverse:
-        """From ``H [D, D]``, symmetric positive semi-definite."""
-        matrix = h.double()
-        matrix = (matrix + matrix.mT) / 2
+        """From ``H [D, D]``, symmetric positive semi-definite, of which the lower triangle is read."""
+        matrix = h.to(torch.float64, copy=True)
         matrix.diagonal().add_(damping)
         return cls(_cholesky(matrix, damping))
 
@@ -142,9 +141,8 @@ class GramInverse:
 
     @classmethod
     def of(cls, gram: Tensor, damping: float) -> GramInverse:
-        """From ``K [N, N]``."""
-        matrix = gram.double()
-        matrix = (matrix + matrix.mT) / 2
+        """From ``K [N, N]``, of which the lower triangle is read."""
+        matrix = gram.to(torch.float64, copy=True)
         matrix.diagonal().add_(damping)
         return cls(_cholesky(matrix, damping), damping)
 

@@ -225,9 +225,12 @@ def batched_power_iteration(m: Tensor, start: Tensor, iterations: int) -> tuple[
 
 def _orthonormal(x: Tensor) -> Tensor:
     """An orthonormal basis with the span of the columns of ``[..., n, k]``; one column of zeros stays zero."""
+    basis: Tensor
     if x.shape[-1] > 1:
-        return torch.linalg.qr(x).Q
-    return x / x.norm(dim=-2, keepdim=True).clamp_min(torch.finfo(x.dtype).tiny)
+        basis = torch.linalg.qr(x).Q
+    else:
+        basis = x / x.norm(dim=-2, keepdim=True).clamp_min(torch.finfo(x.dtype).tiny)
+    return basis
 
 
 def _subspace(gram: Tensor, first: Tensor, steps: int) -> Tensor:

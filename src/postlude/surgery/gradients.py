@@ -296,7 +296,7 @@ class GradientCollector:
             with torch.enable_grad():
                 total = loss()
                 if total.requires_grad:
-                    total.backward()  # type: ignore[no-untyped-call]
+                    total.backward()
             by_path = {layer.module: layer for layer in self.layers}
             for path in list(
                 self._sums
