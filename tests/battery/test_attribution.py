@@ -1,4 +1,4 @@
-"""What every registered attribution method must do. Nothing is listed by hand: a new method is tested by being there."""
+"""What every registered attribution method must do. None is listed by hand: a new method is tested by being there."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ import pytest
 
 from postlude import errors
 
-VERBS = ["inspect", "quantize", "evaluate", "generate", "export", "methods", "demo"]
+VERBS = ["inspect", "quantize", "attribute", "evaluate", "generate", "export", "methods", "demo"]
 
 
 @pytest.mark.parametrize("words", [["--help"], ["-h"], *([verb, "--help"] for verb in VERBS)])
@@ -28,7 +28,11 @@ def test_help_lists_the_verbs_in_order(postlude_command: Any) -> None:
     assert places == sorted(places)
 
 
-@pytest.mark.parametrize("verb", [["inspect"], ["inspect", "compare"], *([v] for v in VERBS[1:])])
+GROUPS = [["attribute", one] for one in ("build", "query", "verify", "plan")]
+COMMANDS = [["inspect", "compare"], *([one] for one in VERBS if one != "attribute"), *GROUPS]
+
+
+@pytest.mark.parametrize("verb", COMMANDS)
 def test_every_command_takes_json_and_seed(postlude_command: Any, verb: list[str]) -> None:
     out = postlude_command(*verb, "--help").out
     assert "--json" in out

@@ -1,0 +1,201 @@
+"""``postlude attribute``: the commands against a tiny checkpoint, and every refusal by its message."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from postlude.attribution.index import Index
+
+SENTENCE = "the boat lay on the shore and a bird called over grey water"
+WORDS = SENTENCE.split()
+
+
+@pytest.fixture(scope="module")
+def built(tiny_llama_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with ``model``, ``train.jsonl`` and ``index``; read only."""
+    from postlude.cli import run
+
+    folder = tmp_path_factory.mktemp("attribute")
+    shutil.copytree(tiny_llama_dir, folder / "model")
+    lines = [{"id": f"s{n}", "text": " ".join(WORDS[n % 5 : n % 5 + 3 + n % 7])} for n in range(12)]
+    lines += [{"id": "long", "text": " ".join(WORDS * 2)}]
+    (folder / "train.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    words = ["attribute", "build", folder / "model", folder / "train.jsonl", "-o", folder / "index"]
+    options = ["--method", "lorif", "--rank", "1", "--format", "int8", "--shard-examples", "5"]
+    assert run([*map(str, words), *options, "--json"]) == 0
+    return folder
+
+
+@pytest.fixture
+def work(built: Path, tmp_path: Path) -> Path:
+    """A copy to damage. Its index still names the model and the data of the original."""
+    return Path(shutil.copytree(built, tmp_path / "work"))
+
+
+def test_build_says_what_it_made(built: Path, postlude_command: Any, tmp_path: Path) -> None:
+    done = postlude_command(
+        "attribute", "build", built / "model", built / "train.jsonl", "-o", tmp_path / "i",
+        "--method", "lorif", "--rank", 2, "--factor", 8, "--set", "damping=2", "--seed", 3, "--json",
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    report = done.json
+    assert (report["examples"], report["truncated"], report["seed"]) == (13, 1, 3)
+    assert report["seconds"] > 0
+    files = sum(file.stat().st_size for file in (tmp_path / "i" / "shards").iterdir())
+    assert report["bytes"] == files
+    assert report["settings"]["damping"] == 2.0 and report["settings"]["projection_factor"] == 8
+    # What it is expected to take is said before it starts.
+    assert "expected: 13 examples of about" in done.err
+
+
+def test_build_again_changes_nothing_and_other_settings_are_refused(
+    work: Path, postlude_command: Any
+) -> None:
+    words = ["attribute", "build", work / "model", work / "train.jsonl", "-o", work / "new"]
+    first = postlude_command(*words, "--json")
+    before = Index(work / "new").hash()
+    again = postlude_command(*words, "--json")
+    assert (again.json["resumed"], Index(work / "new").hash()) == (13, before)
+    assert first.json["bytes"] == again.json["bytes"]
+    other = postlude_command(*words, "--rank", 2, "--json")
+    assert other.code == 2
+    assert (
+        "rank" in other.json["error"]["message"] and "--overwrite" in other.json["error"]["message"]
+    )
+    assert postlude_command(*words, "--rank", 2, "--overwrite", "--json").code == 0
+
+
+def test_query_of_a_text(built: Path, postlude_command: Any) -> None:
+    words = ("attribute", "query", built / "index", "the boat lay on the shore", "--top", 3)
+    done = postlude_command(*words, "--json")
+    assert done.code == 0, done.err
+    results = done.json["results"]
+    assert len(results) == 3
+    assert set(results[0]) >= {"id", "score", "text"} and "layers" not in results[0]
+    assert [one["score"] for one in results] == sorted((r["score"] for r in results), reverse=True)
+    assert "curvature: " in done.err
+    plain = postlude_command(*words)
+    assert plain.code == 0 and results[0]["id"] in plain.out
+    both = postlude_command(*words, "--layers", "--tokens", "--json").json["results"][0]
+    assert len(both["layers"]) == 14
+    assert sum(both["layers"].values()) == pytest.approx(both["score"], rel=1e-3)
+    assert "".join(piece["text"] for piece in both["tokens"]).startswith("<s>the")
+
+
+def test_query_of_a_file_and_its_page(work: Path, postlude_command: Any) -> None:
+    queries = work / "queries.jsonl"
+    queries.write_text(
+        '{"id": "q", "text": "a bird called"}\n{"prompt": "a ", "completion": "boat"}\n'
+    )
+    page = work / "page.html"
+    words = ("attribute", "query", work / "index", queries, "--html", page, "--top", 2)
+    done = postlude_command(*words, "--json")
+    assert done.code == 0, done.err
+    assert [one["id"] for one in done.json["queries"]] == ["q", 1]
+    assert all(len(one["results"]) == 2 for one in done.json["queries"])
+    assert "a bird called" in page.read_text()
+    again = postlude_command(*words)
+    assert again.code == 2 and "--overwrite" in again.err
+    assert str(page) in " ".join(postlude_command(*words, "--overwrite").out.split())
+
+
+def test_query_with_other_settings(built: Path, postlude_command: Any) -> None:
+    words = ("attribute", "query", built / "index", "a bird called", "--json")
+    usual = postlude_command(*words).json
+    damped = postlude_command(*words, "--set", "damping=50").json
+    assert damped["results"][0]["score"] < usual["results"][0]["score"]
+    cosine = postlude_command(*words, "--method", "gradcos").json
+    assert cosine["unit"] == "cosine" and abs(cosine["results"][0]["score"]) <= 1.0001
+
+
+def test_verify(work: Path, postlude_command: Any) -> None:
+    done = postlude_command("attribute", "verify", work / "index", "--json")
+    assert done.code == 0
+    assert (done.json["ok"], done.json["shards"], done.json["data"]) == (True, 3, "unchanged")
+    shard = sorted((work / "index" / "shards").iterdir())[1]
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    shard.write_bytes(bytes(content))
+    damaged = postlude_command("attribute", "verify", work / "index", "--json")
+    assert damaged.code == 2
+    message = damaged.json["error"]["message"]
+    assert "damaged in 1 of 3 shards: shard 1" in message and shard.name in message
+
+
+def test_plan(built: Path, postlude_command: Any) -> None:
+    words = ("attribute", "plan", "--parameters", "70B", "--examples", "5M", "--hardware", "h100")
+    done = postlude_command(*words, "--json")
+    assert done.code == 0
+    assert done.json["examples"] == 5_000_000
+    assert done.json["bytes"]["index"] > 1e12
+    assert len(done.json["table"]) == 12
+    assert postlude_command(*words, "--format", "int8", "--json").json["bytes"]["index"] < (
+        0.6 * done.json["bytes"]["index"]
+    )
+    shown = postlude_command(*words)
+    assert shown.code == 0 and "h100" in shown.out
+    of_model = postlude_command("attribute", "plan", built / "model", "--examples", 13, "--json")
+    assert of_model.json["layers"] == 14
+
+
+@pytest.mark.parametrize(
+    ("words", "pattern"),
+    [
+        (("plan",), "give one of them"),
+        (("plan", "--parameters", "70X"), "--parameters is '70X'"),
+        (("plan", "--parameters", "70B", "--hardware", "h10"), "Did you mean 'h100'"),
+        (("build", "model", "gone.jsonl", "-o", "o"), "No examples at gone.jsonl"),
+        (("build", "model", "train.jsonl", "-o", "o", "-m", "lorfi"), "Did you mean 'lorif'"),
+        (("build", "model", "train.jsonl", "-o", "o", "-m", "bm25", "--rank", "2"), "setting of bm25"),
+        (("build", "model", "train.jsonl", "-o", "o", "--format", "fp16"), "does not fit lorif"),
+        (("build", "model", "train.jsonl", "-o", "o", "--max-length", "99"), "at most 64 tokens"),
+        (("build", "model", "train.jsonl", "-o", "o", "--layers", "*.nothing"), "no linear layer matches"),
+        (("build", "model", "empty.jsonl", "-o", "o"), "empty.jsonl line 2 is empty"),
+        (("query", "model", "a boat"), "model holds no attribution index"),
+        (("query", "gone", "a boat"), "gone"),
+        (("query", "index", " "), "is empty"),
+        (("query", "index", "a boat", "--method", "logra"), "build an index for logra"),
+        (("query", "index", "a boat", "--set", "dampening=2"), "Did you mean 'damping'"),
+        (("query", "index", "a boat", "--checkpoint", "other"), "built with another model"),
+        (("query", "index", "a boat", "--data", "empty.jsonl"), "line 2 is empty"),
+        (("query", "index", "a boat", "--data", "changed.jsonl"), "has changed since"),
+    ],
+)  # fmt: skip
+def test_refusals(
+    work: Path,
+    make_checkpoint: Any,
+    postlude_command: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    words: tuple[str, ...],
+    pattern: str,
+) -> None:
+    import re
+
+    monkeypatch.chdir(work)
+    (work / "empty.jsonl").write_text('{"text": "a boat"}\n{"text": " "}\n')
+    (work / "changed.jsonl").write_text('{"text": "a boat"}\n')
+    if "other" in words:
+        shutil.copytree(make_checkpoint(seed=7), work / "other")
+    done = postlude_command("attribute", *words, "--json")
+    assert done.code == 2, done.err
+    message = done.json["error"]["message"]
+    assert re.search(pattern, message), message
+    assert not (work / "o").exists()
+
+
+def test_changed_data_are_refused_at_the_next_query(work: Path, postlude_command: Any) -> None:
+    data = work / "train.jsonl"
+    words = ["attribute", "build", work / "model", data, "-o", work / "new", "--json"]
+    assert postlude_command(*words).code == 0
+    data.write_text(data.read_text().replace("boat", "ship", 1))
+    for command in (["attribute", "query", work / "new", "a boat", "--json"], words):
+        done = postlude_command(*command)
+        assert done.code == 2
+        assert "hash" in done.json["error"]["message"] or "data" in done.json["error"]["message"]
+    report = postlude_command("attribute", "verify", work / "new", "--json").json
+    assert report["ok"] and "has changed since" in report["data"]
