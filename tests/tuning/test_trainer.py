@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -84,9 +86,6 @@ def one_step(
 
 
 def tiny_reference(checkpoint: Any) -> Any:
-    import copy
-    import dataclasses
-
     model = copy.deepcopy(checkpoint.model)
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
@@ -143,7 +142,8 @@ def test_dft_and_sft_are_the_losses_of_trl(
     from datasets import Dataset
 
     checkpoint, other = tiny(), tiny()
-    checkpoint.tokenizer.pad_token = "<unk>"
+    tokenizer = copy.deepcopy(checkpoint.tokenizer)
+    tokenizer.pad_token = "<unk>"
     rows = [
         {
             "input_ids": examples.ids(i).tolist(),
@@ -152,14 +152,14 @@ def test_dft_and_sft_are_the_losses_of_trl(
         for i in range(11)
     ]
     args = trl.SFTConfig(
-        str(tmp_path), loss_type=loss_type, use_cpu=True, bf16=False, report_to="none",
+        str(tmp_path), loss_type=loss_type, completion_only_loss=True, use_cpu=True, bf16=False, report_to="none",
         activation_checkpointing=False, per_device_train_batch_size=11, dataloader_pin_memory=False,
     )  # fmt: skip
     trainer = trl.SFTTrainer(
         other.model,
         args,
         train_dataset=Dataset.from_list(rows),
-        processing_class=checkpoint.tokenizer,
+        processing_class=tokenizer,
     )
     trainer.model.train()
     batch = trainer.data_collator([trainer.train_dataset[i] for i in range(11)])
@@ -232,9 +232,6 @@ def test_a_batch_without_sequences_adds_nothing(
 def test_the_reference_is_the_model_with_its_adapters_off(
     tiny: Callable[..., Any], examples: Examples
 ) -> None:
-    import copy
-    import dataclasses
-
     checkpoint = tiny("gpt2")
     base = dataclasses.replace(checkpoint, model=copy.deepcopy(checkpoint.model))
     model = attach(checkpoint, Adapter("lora"))
