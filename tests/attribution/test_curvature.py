@@ -45,11 +45,7 @@ class Memory:
             yield start, self.rows(start, min(start + self.step, len(self)))
 
     def rows(self, start: int = 0, stop: int | None = None) -> Rows:
-        fields: dict[str, Tensor] = {
-            field.name: getattr(self.held, field.name)[start:stop]
-            for field in dataclasses.fields(self.held)  # type: ignore[arg-type]
-        }
-        return type(self.held)(**fields)
+        return self.held.take(slice(start, stop))
 
 
 def drawn(count: int, kind: str, seed: int = 0, factor: float = 1.0) -> Rows:

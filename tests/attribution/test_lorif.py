@@ -179,13 +179,17 @@ def test_a_kept_fit_gives_the_same_bits_and_belongs_to_one_index(
     method = LoRIF(format="fp32", curvature="truncated", curvature_rank=8)
     fresh = method.score(small_index, queries).total
     kept = method.score(small_index, queries, keep=True).total
-    monkeypatch.setattr(Truncated, "fit", None)
+
+    def fitted_again(*_: Any) -> None:
+        raise AssertionError("fitted again")
+
+    monkeypatch.setattr(Truncated, "fit", fitted_again)
     again = method.score(small_index, queries, keep=True).total
     assert torch.equal(fresh, kept)
     assert torch.equal(kept, again)
     (folder,) = (small_index.path / "curvature").iterdir()
     assert small_index.hash() in (folder / "manifest.json").read_text()
-    with pytest.raises(TypeError):  # another damping is another fit
+    with pytest.raises(AssertionError, match="fitted again"):  # another damping is another fit
         dataclasses.replace(method, damping=1.0).score(small_index, queries, keep=True)
 
 
@@ -243,6 +247,16 @@ def test_products_of_factors_are_those_of_the_matrices() -> None:
     m = torch.randn(3, 6, 5, generator=generator)
     torch.testing.assert_close(a.against(m), m.flatten(1) @ a.flat().T)
     assert a.against(m[:0]).shape == (0, 4)
+    scaled = dataclasses.replace(a, scale=torch.rand(4, 3, generator=generator))
+    folded = FactorRows(a.u * scaled.scale.unsqueeze(-1), a.v)  # type: ignore[union-attr]
+    torch.testing.assert_close(scaled.dense(), folded.dense())
+    torch.testing.assert_close(scaled.products(b), folded.products(b))
+    torch.testing.assert_close(b.products(scaled), b.products(folded))
+    torch.testing.assert_close(scaled.energies(), folded.energies())
+    torch.testing.assert_close(scaled.against(m), folded.against(m))
+    joined = scaled.take([0, 2]).followed_by([scaled.take(slice(3, 4))])
+    torch.testing.assert_close(joined.dense(), folded.dense()[[0, 2, 3]])
+    assert joined.double().dense().dtype == torch.float64
 
 
 def test_refused_settings(small_index: Index, plain: Checkpoint) -> None:

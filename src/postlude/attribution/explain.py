@@ -88,7 +88,7 @@ def influence_parts(
         if not pairs:
             break
         wanted = sorted({q for q, _ in pairs})
-        matrices = dict(zip(wanted, fitted.matrices(_take(rows, wanted), source), strict=True))
+        matrices = dict(zip(wanted, fitted.matrices(rows.take(wanted), source), strict=True))
         for at, (q, n) in enumerate(pairs):
             row = source.rows(n, n + 1)
             row = row.double() if matrices[q].dtype == torch.float64 else row
@@ -183,9 +183,3 @@ def _onto(rows: Rows, at: int, matrix: Tensor) -> Factors:
         basis = (v / torch.where(length > 0, length, torch.ones_like(length))).mT
         return matrix @ basis, basis
     raise SettingsError(f"{type(rows).__name__} has no parts by token")
-
-
-def _take(rows: Rows, numbers: Sequence[int]) -> Rows:
-    """Some of the rows."""
-    fields = dataclasses.fields(rows)  # type: ignore[arg-type]
-    return type(rows)(**{one.name: getattr(rows, one.name)[list(numbers)] for one in fields})

@@ -27,7 +27,7 @@ __all__ = ["KIND", "Index", "LayerSource"]
 KIND = "attribution index"
 T = TypeVar("T")
 # Numbers of one layer that are decoded at a time: as fp32 they fit into a core's cache.
-_CHUNK = 1 << 18
+_CHUNK = 1 << 19
 
 
 class Index:
@@ -209,10 +209,7 @@ class LayerSource:
         parts = list(self._parts(start, end, end - start or 1))
         if len(parts) == 1:
             return parts[0][1]
-        first = parts[0][1]
-        fields = [f.name for f in dataclasses.fields(first)]  # type: ignore[arg-type]
-        joined = {name: torch.cat([getattr(rows, name) for _, rows in parts]) for name in fields}
-        return type(first)(**joined)
+        return parts[0][1].followed_by([rows for _, rows in parts[1:]])
 
     def chunks(
         self, rows: int = 0, start: int = 0, stop: int | None = None

@@ -19,7 +19,7 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -76,32 +76,54 @@ class Rows(ABC):
     def energies(self) -> Tensor:
         """``[n]`` squared Frobenius norms."""
 
-    @abstractmethod
-    def double(self) -> Rows:
+    def double(self) -> Self:
         """The same in fp64."""
+        return self._map(Tensor.double)
 
     def flat(self) -> Tensor:
         """``[n, d1 * d2]``, row-major."""
         return self.dense().flatten(1)
 
+    def take(self, which: slice | Sequence[int]) -> Self:
+        """Some of them."""
+        chosen = which if isinstance(which, slice) else list(which)
+        return self._map(lambda one: one[chosen])
+
+    def followed_by(self, others: Sequence[Self]) -> Self:
+        """These and others of the same kind, in order."""
+        fields = [vars(one) for one in (self, *others)]
+        return type(self)(
+            **{
+                name: None if value is None else torch.cat([one[name] for one in fields])
+                for name, value in vars(self).items()
+            }
+        )
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> Self:
+        return type(self)(
+            **{name: None if x is None else change(x) for name, x in vars(self).items()}
+        )
+
 
 @dataclasses.dataclass(frozen=True)
 class FactorRows(Rows):
-    """``G_i = sum_x outer(u[i, x], v[i, x])``.
+    """``G_i = sum_x scale[i, x] * outer(u[i, x], v[i, x])``.
 
     Attributes:
         u: ``[n, c, d1]``.
         v: ``[n, c, d2]``.
+        scale: ``[n, c]``, or None for ones. Stored codes are multiplied by it after a product, not before.
     """
 
     u: Tensor
     v: Tensor
+    scale: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.u)
 
     def dense(self) -> Tensor:
-        return self.u.mT @ self.v
+        return self._scaled().mT @ self.v
 
     def against(self, matrices: Tensor) -> Tensor:
         n, c, d1 = self.u.shape
@@ -109,21 +131,28 @@ class FactorRows(Rows):
         left, right = self.u.reshape(n * c, d1), self.v.reshape(n * c, d2)
         found = [torch.linalg.vecdot(left @ one, right) for one in matrices]
         stacked = torch.stack(found) if found else left.new_zeros(0, n * c)
+        if self.scale is not None:
+            stacked *= self.scale.flatten()
         return stacked if c == 1 else stacked.view(m, n, c).sum(-1)
 
     def products(self, other: Rows) -> Tensor:
         if not isinstance(other, FactorRows):
             return other.products(self).mT
         (n, c, d1), (m, k, _) = self.u.shape, other.u.shape
-        left = self.u.reshape(n * c, d1) @ other.u.reshape(m * k, d1).mT
-        left *= self.v.reshape(n * c, -1) @ other.v.reshape(m * k, -1).mT
-        return left if c == k == 1 else left.view(n, c, m, k).sum((1, 3))
+        found = self.u.reshape(n * c, d1) @ other.u.reshape(m * k, d1).mT
+        found *= self.v.reshape(n * c, -1) @ other.v.reshape(m * k, -1).mT
+        if self.scale is not None:
+            found *= self.scale.reshape(n * c, 1)
+        if other.scale is not None:
+            found *= other.scale.reshape(1, m * k)
+        return found if c == k == 1 else found.view(n, c, m, k).sum((1, 3))
 
     def energies(self) -> Tensor:
-        return ((self.u @ self.u.mT) * (self.v @ self.v.mT)).sum((1, 2))
+        u = self._scaled()
+        return ((u @ u.mT) * (self.v @ self.v.mT)).sum((1, 2))
 
-    def double(self) -> FactorRows:
-        return FactorRows(self.u.double(), self.v.double())
+    def _scaled(self) -> Tensor:
+        return self.u if self.scale is None else self.u * self.scale.unsqueeze(-1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,9 +178,6 @@ class DenseRows(Rows):
     def energies(self) -> Tensor:
         return self.g.square().sum((1, 2))
 
-    def double(self) -> DenseRows:
-        return DenseRows(self.g.double())
-
 
 @dataclasses.dataclass(frozen=True)
 class VectorFormat:
@@ -171,10 +197,13 @@ class VectorFormat:
 
     def decode(self, read: Read, start: int, stop: int) -> Tensor:
         """fp32 ``[rows, k, width]``."""
-        x = read("")[start:stop]
-        if not self.scaled:
-            return x.float()
-        return x.float() * read(".scale")[start:stop].float().unsqueeze(-1)
+        x, scale = self.read(read, start, stop)
+        return x if scale is None else x * scale.unsqueeze(-1)
+
+    def read(self, read: Read, start: int, stop: int) -> tuple[Tensor, Tensor | None]:
+        """fp32 ``[rows, k, width]``, still to be multiplied by ``[rows, k]`` where that is not None."""
+        x = read("")[start:stop].float()
+        return x, read(".scale")[start:stop].float() if self.scaled else None
 
     def bytes(self, vectors: int, width: int) -> int:
         """Bytes of so many vectors."""
@@ -378,10 +407,9 @@ class FactorRepresentation(GradientRepresentation):
 
     def rows(self, layer: CollectedLayer, read: Read, start: int, stop: int) -> FactorRows:
         stored = _format(self.format)
-        return FactorRows(
-            stored.decode(lambda key: read(f"u{key}"), start, stop),
-            stored.decode(lambda key: read(f"v{key}"), start, stop),
-        )
+        u, left = stored.read(lambda key: read(f"u{key}"), start, stop)
+        v, right = stored.read(lambda key: read(f"v{key}"), start, stop)
+        return FactorRows(u, v, None if left is None or right is None else left * right)
 
     def row_numbers(self, layer: CollectedLayer) -> int:
         return self.columns(layer) * (layer.in_width + layer.out_width)
