@@ -56,7 +56,8 @@ def plain(
     Args:
         checkpoint: float or quantized.
         target: what it is exported to, for messages.
-        transforms: whether the target can run online transforms; they are refused otherwise.
+        transforms: whether the target can do what Postlude does online (transforms, rotated and rounded keys and
+            values, a head with a bias); it is refused otherwise.
         instead: what to do where it is refused.
 
     Raises:
@@ -96,11 +97,13 @@ def _tied_head(model: Any) -> str | None:
 
 
 def _reasons(checkpoint: Checkpoint, transforms: bool, instead: str) -> list[str]:
+    if transforms:
+        return []
     model, found = checkpoint.model, []
     made_by = getattr(getattr(model.config, "quantization_config", None), "made_by", {})
     method = made_by.get("method", "its method")
     for path, module in model.named_modules():
-        if isinstance(module, QuantizedLinear) and module.transform is not None and not transforms:
+        if isinstance(module, QuantizedLinear) and module.transform is not None:
             kind = type(module.transform).__name__
             found.append(
                 f"{method} transforms the input of {path} online ({kind}), and a reader would leave that out "
@@ -126,7 +129,7 @@ def _reasons(checkpoint: Checkpoint, transforms: bool, instead: str) -> list[str
                 f"does not have. {instead}"
             )
     head = cast(Any, model).get_output_embeddings()
-    if isinstance(head, nn.Linear) and head.bias is not None and not transforms:
+    if isinstance(head, nn.Linear) and head.bias is not None:
         found.append(
             f"{method} gave the head a bias, which a {model.config.model_type} does not have. {instead}"
         )
