@@ -27,6 +27,8 @@ Row = Mapping[str, Any]
 _TEMPLATES = Path(__file__).parent / "templates"
 _PLACES = 40  # points of a line; more would hide each other
 _NOT_DRAWN = ("step", "epoch", "seconds", "tokens")
+# What a run is judged by, in this order.
+_JUDGED = {"reward": "The mean reward", "mean_loss": "The unweighted loss", "loss": "The loss"}
 PAGE = "report.html"
 
 
@@ -34,7 +36,8 @@ PAGE = "report.html"
 class _Kind:
     """A figure: which columns of the log, under which names, and what to see in them.
 
-    Values are drawn times ``scale``. With a ``top`` the axis goes from 0 to it, or to the largest value for 0.
+    Values are drawn times ``scale``. With a ``top`` the axis goes from 0 to it, or to the largest value for 0. A log
+    with one of the columns ``without`` does not have the figure.
     """
 
     identifier: str
@@ -44,9 +47,33 @@ class _Kind:
     caption: str
     scale: float = 1.0
     top: float | None = None
+    without: str = ""
 
 
 _KINDS = (
+    _Kind(
+        "reward",
+        "Reward",
+        {"reward": "mean", "reward_std": "standard deviation"},
+        "reward",
+        "Of the answers of a step. Each step asks other prompts, so a single step says little.",
+    ),
+    _Kind(
+        "accuracy",
+        "Pairs in the right order",
+        {"accuracy": "share"},
+        "share of pairs",
+        "How often the chosen answer gained more probability over the reference than the rejected one.",
+        top=1,
+    ),
+    _Kind(
+        "margin",
+        "Margin",
+        {"margin": "margin", "chosen_reward": "chosen", "rejected_reward": "rejected"},
+        "beta x log-ratio to the reference",
+        "The chosen answer's gain less that of the rejected one. Where the chosen one falls as well, only the distance "
+        "is learned.",
+    ),
     _Kind(
         "loss",
         "Loss",
@@ -54,6 +81,52 @@ _KINDS = (
         "nats per token",
         "What is minimised, and the plain loss of the same tokens without weights. Losses of different rules are not "
         "comparable; unweighted ones are. Each step sees other sequences, so a single step says little.",
+        without="accuracy reward",
+    ),
+    _Kind(
+        "pair-loss",
+        "Loss",
+        {"loss": "loss"},
+        "nats per pair",
+        "0.693 is where the model equals the reference.",
+        top=0,
+        without="mean_loss reward",
+    ),
+    _Kind(
+        "policy-loss",
+        "Loss",
+        {"loss": "loss"},
+        "of the policy",
+        "Advantages sum to nothing within a group, so this is near 0 before an update whatever is learned: judge by "
+        "the reward.",
+        without="mean_loss accuracy",
+    ),
+    _Kind(
+        "divergence",
+        "Divergence from the reference",
+        {"kl": "divergence"},
+        "nats per token",
+        "How far the answers are from what the reference would have written.",
+        top=0,
+    ),
+    _Kind(
+        "length",
+        "Length of answers",
+        {"completion_length": "length"},
+        "tokens",
+        "Of the answers of a step, those that were cut off included.",
+        top=0,
+    ),
+    _Kind(
+        "groups",
+        "What teaches nothing",
+        {
+            "zero_variance_groups": "groups of equal rewards",
+            "truncated_completions": "answers cut off",
+        },
+        "share",
+        "A group whose answers all got the same reward has no better and no worse one.",
+        top=1,
     ),
     _Kind(
         "rate",
@@ -124,6 +197,7 @@ def render(result: Row, log: Sequence[Row]) -> str:
         introduction=_introduction(result),
         verdict=_verdict(log),
         figures=_figures(log),
+        samples=_samples(result),
         numbers=_numbers(result),
         environment=list(found.items()),
         notes=[
@@ -181,13 +255,13 @@ def _count(number: int, what: str) -> str:
 
 def _verdict(log: Sequence[Row]) -> str | None:
     """Where the loss started and ended."""
-    name = "mean_loss" if all("mean_loss" in row for row in log) else "loss"
+    name = next(one for one in _JUDGED if one == "loss" or all(one in row for row in log))
     values = [row[name] for row in log if _finite(row.get(name))]
     if len(values) < 4:
         return None
     part = max(1, len(values) // 10)
     start, end = (math.fsum(some) / part for some in (values[:part], values[-part:]))
-    what = "The unweighted loss" if name == "mean_loss" else "The loss"
+    what = _JUDGED[name]
     span = "step" if part == 1 else f"{part} steps"
     return f"{what} went from {start:.3g} in the first {span} to {end:.3g} in the last."
 
@@ -196,7 +270,11 @@ def _figures(log: Sequence[Row]) -> list[Figure]:
     columns = {
         name for row in log for name, value in row.items() if _finite(value) and name != "step"
     }
-    kinds = [kind for kind in _KINDS if next(iter(kind.columns)) in columns]
+    kinds = [
+        kind
+        for kind in _KINDS
+        if next(iter(kind.columns)) in columns and not columns & set(kind.without.split())
+    ]
     drawn = {name for kind in _KINDS for name in kind.columns} | set(_NOT_DRAWN)
     kinds += [
         _Kind(f"column-{at}", name.replace("_", " "), {name: name.replace("_", " ")}, "", "")
@@ -252,11 +330,22 @@ def _mean(rows: Sequence[Row], column: str, scale: float) -> float | None:
     return scale * math.fsum(values) / len(values) if values else None
 
 
+def _samples(result: Row) -> list[tuple[str, str, str]]:
+    """Some prompts with an answer and its rewards."""
+    return [
+        (one["prompt"], one["completion"], ", ".join(map(_text, one["rewards"])))
+        for one in result.get("samples") or []
+    ]
+
+
 def _numbers(result: Row) -> list[tuple[str, str]]:
     rows = []
     for name, value in result.items():
-        if value is None or name in ("data", "prior"):
+        if value is None or name in ("data", "prior", "samples"):
             continue
+        if isinstance(value, list) and value and all(isinstance(one, Mapping) for one in value):
+            # Rewards, by name and weight.
+            value = ", ".join(f"{one.get('name')} x {_text(one.get('weight'))}" for one in value)
         if isinstance(value, Mapping):
             kept = [(key, item) for key, item in value.items() if item not in (None, [], ())]
             value = ", ".join(f"{key} {_text(item)}" for key, item in kept)

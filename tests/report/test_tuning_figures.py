@@ -1,0 +1,44 @@
+"""Which figures the page of a run has, by what its objective logs."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+
+from postlude.report.tuning import render
+
+COMMON = {"learning_rate": 1e-5, "loss": 0.5, "gradient_norm": 1.0}
+REWARDS = {"reward": 0.5, "reward_std": 0.1, "kl": 0.01, "zero_variance_groups": 0.25}
+PAIRS = {"accuracy": 0.75, "margin": 0.5, "chosen_reward": 0.2, "rejected_reward": -0.3}
+
+
+@pytest.mark.parametrize(
+    ("columns", "titles", "verdict"),
+    [
+        ({"mean_loss": 2.0}, ["Loss", "Learning rate", "Gradient"], "The unweighted loss went from 2"),
+        (
+            REWARDS,
+            ["Reward", "Loss", "Divergence from the reference", "What teaches nothing", "Learning rate", "Gradient"],
+            "The mean reward went from 0.5",
+        ),
+        (PAIRS, ["Pairs in the right order", "Margin", "Loss", "Learning rate", "Gradient"], "The loss went from 0.5"),
+    ],
+)  # fmt: skip
+def test_figures(columns: dict[str, float], titles: list[str], verdict: str) -> None:
+    log = [{"step": step, **COMMON, **columns} for step in range(1, 6)]
+    page = render({"objective": "some", "steps": 5}, log)
+    assert re.findall(r"<h3>(.*?)</h3>", page) == titles
+    assert verdict in page
+
+
+def test_answers_and_rewards_are_told() -> None:
+    result: dict[str, Any] = {
+        "objective": "grpo",
+        "reward": [{"name": "mine:exact", "weight": 0.5, "source": "abc"}],
+        "samples": [{"prompt": "<q>", "completion": "a & b", "rewards": [1.0, 0.25]}],
+    }
+    page = render(result, [{"step": 1, **COMMON, **REWARDS}])
+    assert "mine:exact x 0.5" in page and "abc" not in page
+    assert "&lt;q&gt;" in page and "a &amp; b" in page and "1, 0.25" in page
