@@ -159,16 +159,19 @@ class OnTRL(Steady):
     # Of the trainer that this is joined with.
     _metrics: Any
 
+    _loss: Tensor | None = None
+
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """A micro-batch; its share of the loss of the step is kept."""
         loss: Tensor = super().training_step(*args, **kwargs)  # type: ignore[misc]
-        self._loss = self._loss + loss if hasattr(self, "_loss") else loss
+        self._loss = loss if self._loss is None else self._loss + loss
         return loss
 
     def _clip_grad_norm(self, model: Any) -> Any:
         norm = super()._clip_grad_norm(model)  # type: ignore[misc]
-        loss = self.accelerator.gather(self._loss.detach().double()).mean()
-        del self._loss
+        found = math.nan if self._loss is None else self._loss.detach().double()
+        loss = self.accelerator.gather(torch.as_tensor(found, device=self.args.device)).mean()
+        self._loss = None
         self._numbers = {
             "learning_rate": self.lr_scheduler.get_last_lr()[0],
             "loss": float(loss),

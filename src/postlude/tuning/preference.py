@@ -52,6 +52,8 @@ _FORMS = (
     '"prompt", "chosen" and "rejected"; "messages", "chosen" and "rejected"; "chosen" and "rejected" as lists of '
     'messages; or "conversations", "chosen" and "rejected"'
 )
+Messages = list[dict[str, str]]
+
 # What ShareGPT calls the roles.
 _ROLES = {"human": "user", "gpt": "assistant", "system": "system"}
 
@@ -267,7 +269,7 @@ class WeightedPairs(on_trl.OnTRL):
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor:
         total = torch.stack([batch["weight"].sum() for batch in batch_samples]).sum().to(device)
-        return self.accelerator.gather(total).sum()  # type: ignore[no-any-return]
+        return self.accelerator.gather(total).sum()
 
     def compute_loss(
         self,
@@ -312,24 +314,18 @@ def _pair(row: Row) -> Pair:
     fields = row.fields
     if not {"chosen", "rejected"} <= fields.keys():
         raise DataError(f"{row.where} has keys {sorted(fields)}; expected {_FORMS}.")
-    given = next((key for key in ("prompt", "messages", "conversations") if key in fields), None)
-    answers = [_messages(row, fields[key], "assistant") for key in ("chosen", "rejected")]
-    if given is None:
-        prompt, answers = _shared_turns(row, answers)
-    else:
-        prompt = _messages(row, fields[given], "user")
-    if all(
-        isinstance(part, str)
-        for part in (fields.get("prompt"), fields["chosen"], fields["rejected"])
-    ):
-        prompt, *answers = (fields[key] for key in ("prompt", "chosen", "rejected"))
-        empty = [not answer for answer in answers]
-    else:
-        empty = [not any(turn["content"] for turn in answer) for answer in answers]
-    for name, missing in zip(("chosen", "rejected"), empty, strict=True):
-        if missing:
+    chosen, rejected = (_messages(row, fields[key], "assistant") for key in ("chosen", "rejected"))
+    for name, answer in (("chosen", chosen), ("rejected", rejected)):
+        if not any(turn["content"] for turn in answer):
             raise DataError(f'{row.where}: "{name}" is empty. Remove such pairs.')
-    return Pair(prompt, *answers, weight=_weight(row))
+    weight = _weight(row)
+    if all(isinstance(fields.get(key), str) for key in ("prompt", "chosen", "rejected")):
+        return Pair(fields["prompt"], fields["chosen"], fields["rejected"], weight)
+    key = next((name for name in ("prompt", "messages", "conversations") if name in fields), None)
+    if key is None:
+        same = _shared_turns(row, chosen, rejected)
+        return Pair(chosen[:same], chosen[same:], rejected[same:], weight=weight)
+    return Pair(_messages(row, fields[key], "user"), chosen, rejected, weight=weight)
 
 
 def _weight(row: Row) -> float:
@@ -342,7 +338,7 @@ def _weight(row: Row) -> float:
     return float(weight)
 
 
-def _messages(row: Row, part: Any, role: str) -> list[dict[str, str]]:
+def _messages(row: Row, part: Any, role: str) -> Messages:
     """A string, a message or a list of them, as a list of ``{"role", "content"}``."""
     turns = part if isinstance(part, list) else [part]
     found = []
@@ -364,17 +360,15 @@ def _messages(row: Row, part: Any, role: str) -> list[dict[str, str]]:
     return found
 
 
-def _shared_turns(row: Row, answers: list[list[dict[str, str]]]) -> tuple[Any, list[Any]]:
-    """The turns with which both begin, and what is left of each."""
+def _shared_turns(row: Row, chosen: Messages, rejected: Messages) -> int:
+    """With how many turns both begin; each keeps one at least."""
     same = 0
-    for first, second in zip(*answers, strict=False):
+    for first, second in zip(chosen[:-1], rejected[:-1], strict=False):
         if first != second:
             break
         same += 1
-    # Twice the same answer is left out later, but has a prompt all the same.
-    same = min(same, *(len(answer) - 1 for answer in answers))
     if same == 0:
         raise DataError(
             f'{row.where} has no "prompt", and its two answers do not begin with the same turns. Expected {_FORMS}.'
         )
-    return answers[0][:same], [answer[same:] for answer in answers]
+    return same

@@ -104,7 +104,9 @@ class Reward:
         Raises:
             SettingsError: it does not take ``completions``, or takes something that cannot be given by name.
         """
-        needs, takes, anything = set(), set(), False
+        needs: set[str] = set()
+        takes: set[str] = set()
+        anything = False
         for parameter in inspect.signature(self.function).parameters.values():
             if parameter.kind is parameter.VAR_KEYWORD:
                 anything = True
@@ -190,7 +192,7 @@ def find_reward(module: str, function: str) -> RewardFunction:
     found = getattr(home, function, None)
     if not callable(found):
         raise UnknownNameError(f"reward function in {module}", function, public)
-    return found  # type: ignore[no-any-return]
+    return found
 
 
 @method("tune", "grpo", family="objective", paper="arXiv:2402.03300", needs=("prompts", "reward"))
