@@ -27,7 +27,7 @@ from typing import ClassVar, Literal, Protocol
 import torch
 from torch import Tensor
 
-from postlude.attribution.representation import Rows
+from postlude.attribution.representation import DenseRows, Rows
 from postlude.errors import SettingsError, UnknownNameError
 from postlude.numerics.curvature import (
     DenseInverse,
@@ -113,9 +113,18 @@ class LayerCurvature(ABC):
     def matrices(self, queries: Rows, source: Source) -> Tensor:
         """``(H + lam)^-1 G_q [Q, d1, d2]``: a score is the Frobenius product of it with a row."""
 
+    def prepared(self, queries: Rows, source: Source) -> Rows:
+        """Rows whose products with those of examples are the scores; narrower than ``matrices`` where that can be."""
+        return DenseRows(self.matrices(queries, source))
+
     def state(self) -> dict[str, Tensor]:
-        """What :meth:`from_state` needs, to keep a fit."""
+        """What :meth:`from_state` needs, to keep a fit; in fp32, which changes scores by about 1e-6."""
         raise NotImplementedError
+
+    @staticmethod
+    def kept_bytes(count: int, layer: CollectedLayer, settings: CurvatureSettings) -> float:
+        """Bytes of :meth:`state`."""
+        return 0.0
 
     @classmethod
     def from_state(cls, state: Mapping[str, Tensor]) -> LayerCurvature:
@@ -186,6 +195,9 @@ class Plain(LayerCurvature):
     def matrices(self, queries: Rows, source: Source) -> Tensor:
         return queries.dense()
 
+    def prepared(self, queries: Rows, source: Source) -> Rows:
+        return queries
+
 
 class Exact(LayerCurvature):
     """``(H + lam I)^-1`` by Cholesky of the ``D x D`` matrix."""
@@ -215,11 +227,15 @@ class Exact(LayerCurvature):
         return self.inverse.apply(dense.flatten(1)).view_as(dense)
 
     def state(self) -> dict[str, Tensor]:
-        return {"lower": self.inverse.lower}
+        return {"lower": self.inverse.lower.float()}
 
     @classmethod
     def from_state(cls, state: Mapping[str, Tensor]) -> Exact:
-        return cls(DenseInverse(state["lower"]))
+        return cls(DenseInverse(state["lower"].double()))
+
+    @staticmethod
+    def kept_bytes(count: int, layer: CollectedLayer, settings: CurvatureSettings) -> float:
+        return 4.0 * layer.size**2
 
     @staticmethod
     def cost(
@@ -291,6 +307,10 @@ class Truncated(LayerCurvature):
         return cls(SpectralInverse(state["vectors"], state["squares"], damping, tail))
 
     @staticmethod
+    def kept_bytes(count: int, layer: CollectedLayer, settings: CurvatureSettings) -> float:
+        return 4.0 * layer.size * min(settings.rank, layer.size, count)
+
+    @staticmethod
     def cost(
         count: int, layer: CollectedLayer, columns: float, settings: CurvatureSettings
     ) -> float:
@@ -336,7 +356,7 @@ class Dual(LayerCurvature):
     def matrices(self, queries: Rows, source: Source) -> Tensor:
         # (H + lam)^-1 g = (g - sum_t s_t g_t) / lam with the scores s of g, by Woodbury's identity. In fp64: where
         # the training set explains a query, both terms are large and nearly equal.
-        dense = queries.dense().double()
+        dense = queries.dense().to(torch.float64, copy=True)
         weights = self.inverse.scores(stream_products(queries.double(), _Double(source)))
         for first, rows in source.chunks():
             flat = rows.flat().double()
@@ -345,11 +365,15 @@ class Dual(LayerCurvature):
 
     def state(self) -> dict[str, Tensor]:
         damping = torch.tensor(self.inverse.damping, dtype=torch.float64)
-        return {"lower": self.inverse.lower, "damping": damping}
+        return {"lower": self.inverse.lower.float(), "damping": damping}
 
     @classmethod
     def from_state(cls, state: Mapping[str, Tensor]) -> Dual:
-        return cls(GramInverse(state["lower"], float(state["damping"])))
+        return cls(GramInverse(state["lower"].double(), float(state["damping"])))
+
+    @staticmethod
+    def kept_bytes(count: int, layer: CollectedLayer, settings: CurvatureSettings) -> float:
+        return 4.0 * count**2
 
     @staticmethod
     def cost(

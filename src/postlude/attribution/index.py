@@ -27,7 +27,7 @@ __all__ = ["KIND", "Index", "LayerSource"]
 KIND = "attribution index"
 T = TypeVar("T")
 # Numbers of one layer that are decoded at a time: as fp32 they fit into a core's cache.
-_CHUNK = 1 << 19
+_CHUNK = 1 << 18
 
 
 class Index:

@@ -302,18 +302,20 @@ def stream(
         if choice is not None:
             shown.log(str(choice))
         fits = shown.iterate(method.fits(index, keep=keep), "curvature", total=len(index.layers))
-        matrices = {
-            layer.module: fitted.matrices(method.query_rows(index, queries, layer), source)
+        asked = {
+            layer.module: fitted.prepared(method.query_rows(index, queries, layer), source)
             for layer, fitted, source in fits
         }
-        sources = {module: index.layer(module) for module in matrices}
+        _, settings, _ = method.chosen_curvature(index)
+        double = settings.precision == torch.float64
+        sources = {module: index.layer(module) for module in asked}
         for shard in shown.iterate(index.store.shards, "shards"):
             scores = torch.zeros(len(queries), len(shard))
-            for module, one in matrices.items():
+            for module, one in asked.items():
                 for first, rows in sources[module].chunks(start=shard.start, stop=shard.stop):
-                    rows = rows.double() if one.dtype == torch.float64 else rows
+                    rows = rows.double() if double else rows
                     place = slice(first - shard.start, first - shard.start + len(rows))
-                    scores[:, place] += rows.against(one)
+                    scores[:, place] += one.products(rows)
             if weights is not None:
                 scores *= weights[0][:, None].to(scores)
                 scores *= weights[1][shard.start : shard.stop].to(scores)
