@@ -41,6 +41,9 @@ from postlude.surgery.gradients import CollectedLayer
 
 __all__ = ["Attributor", "InfluenceAttributor", "Queries", "Scores", "record_queries"]
 
+# What a kept curvature may take where the index is smaller.
+_KEPT_BYTES = 1 << 30
+
 
 @dataclasses.dataclass(frozen=True)
 class Queries:
@@ -111,7 +114,8 @@ class Attributor(ABC):
             index: that keeps this method's representation.
             queries: recorded for that index, see :func:`record_queries`.
             per_layer: also return the part of every layer.
-            keep: keep what was fitted to the index beside it, so that the next call reads the index once.
+            keep: keep what was fitted to the index beside it, so that the next call reads the index once; unless
+                that is more than the index and more than 1 GiB.
             progress: where to show it.
         """
 
@@ -239,7 +243,11 @@ class InfluenceAttributor(Attributor):
     ) -> Iterator[tuple[CollectedLayer, LayerCurvature, LayerSource]]:
         """The curvature of every layer, one at a time, with the rows it was fitted to."""
         kind, settings, _ = self.chosen_curvature(index)
-        run = self._kept(index, kind, settings) if keep and kind is not Plain else None
+        size = sum(kind.kept_bytes(len(index), layer, settings) for layer in index.layers)
+        # What would dwarf the index is fitted again for every call rather than kept.
+        run = None
+        if keep and kind is not Plain and size <= max(_KEPT_BYTES, index.bytes):
+            run = self._kept(index, kind, settings)
         for layer in index.layers:
             source = index.layer(layer.module)
             if run is None:
