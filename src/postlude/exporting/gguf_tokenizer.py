@@ -112,10 +112,8 @@ def _tokens(description: dict[str, Any], vocabulary: int) -> tuple[list[str], li
 
 
 def _merges(model: dict[str, Any]) -> list[tuple[str, str]]:
-    return [
-        tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge)
-        for merge in model["merges"]
-    ]
+    pairs = [m.split(" ") if isinstance(m, str) else m for m in model["merges"]]
+    return [(left, right) for left, right in pairs]
 
 
 def _split_name(description: dict[str, Any]) -> str:
@@ -133,7 +131,7 @@ def _split_name(description: dict[str, Any]) -> str:
         if len(parts) == 1 and last.get("use_regex", True) and not whole:
             return "gpt-2"
         if len(parts) == 2 and not last.get("use_regex", True):
-            name = _SPLITS.get((_regex(parts[0]), whole))
+            name = _SPLITS.get((_regex(parts[0]) or "", whole))
             if name is not None:
                 return name
     raise DataError(

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from postlude.errors import SettingsError
 from postlude.numerics.formats import _MAX_ZERO_POINT, Granularity, Integer, Scheme
 from postlude.numerics.packing import pack, unpack
+from postlude.surgery.key_values import HeadRotation
 from postlude.surgery.layers import BlockHadamard, InputOrder, QuantizedLinear
 
 __all__ = ["Graph", "layer_reason"]
@@ -219,7 +220,9 @@ class Graph:
         """``[batch, heads of the cache, shared, length, size]`` by the rotation of queries and keys."""
         if isinstance(rotation, BlockHadamard):
             return str(self.op("MatMul", x, self._hadamard(_matrix(rotation))))
-        matrices = rotation.matrices.float()  # type: ignore[union-attr]
+        if not isinstance(rotation, HeadRotation):
+            raise SettingsError(f"ONNX cannot hold a {type(rotation).__name__} ({name})")
+        matrices = rotation.matrices.float()
         return str(self.op("MatMul", x, self.tensor(f"{name}.matrices", matrices.unsqueeze(1))))
 
     def _hadamard(self, matrix: Tensor) -> str:

@@ -68,7 +68,7 @@ def load(
     check_supported(config["model_type"])
     check_finite(weight_files(directory))
     quantization = config.get("quantization_config") or {}
-    reader = READERS.get(quantization.get("quant_method"))
+    reader = READERS.get(str(quantization.get("quant_method")))
     source = None if reader is None else _foreign(directory, quantization, reader)
     model = _model(directory, target_dtype, source)
     check_scales(model, positive=reader is None)
