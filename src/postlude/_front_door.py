@@ -513,9 +513,10 @@ def attribute(
         expected = forecast(opened, Records(data), settings, chosen, _plan.this_machine())
         if expected is not None:
             progress.log(str(expected))
-    index, index.report = _build(
+    index, report = _build(
         opened, data, settings, out, collection=chosen, overwrite=overwrite, progress=progress
     )
+    index.report = report
     return index
 
 

@@ -1,4 +1,4 @@
-"""What a build at hand will take, told before it starts: bytes within a few percent, time by the formulas of ``plan``."""
+"""What a build at hand will take, told before it starts: bytes within a few percent, time by formulas."""
 
 from __future__ import annotations
 

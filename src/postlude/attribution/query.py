@@ -278,13 +278,11 @@ def _pieces(
     method: Attributor, index: Index, queries: Queries, keep: bool, progress: Progress | None
 ) -> Iterator[tuple[int, Tensor]]:
     """Scores ``[queries, examples]`` of consecutive examples."""
-    linear = isinstance(method, InfluenceAttributor)
     # The dual form is taken for small sets, scores all of them in one pass, and would need two more for matrices.
-    if not linear or method.chosen_curvature(index)[0] is Dual:
+    if isinstance(method, InfluenceAttributor) and method.chosen_curvature(index)[0] is not Dual:
+        yield from stream(method, index, queries, keep=keep, progress=progress)
+    else:
         yield 0, method.score(index, queries, keep=keep, progress=progress).total
-        return
-    assert isinstance(method, InfluenceAttributor)
-    yield from stream(method, index, queries, keep=keep, progress=progress)
 
 
 def stream(

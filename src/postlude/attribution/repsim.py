@@ -128,8 +128,11 @@ class RepSim(Attributor):
         asked = _unit_rows(queries.tensors["hidden"][:, 0])
         parts = []
         for shard in index.store.shards:
+            stored = {key: shard.tensor(key) for key in shard.names() if key.startswith("hidden")}
             rows = FORMATS[self.format].decode(
-                lambda key, shard=shard: shard.tensor(f"hidden{key}"), 0, len(shard)
+                lambda key, stored=stored: stored[f"hidden{key}"],  # type: ignore[misc]
+                0,
+                len(shard),
             )
             parts.append(asked @ _unit_rows(rows[:, 0]).mT)
         return Scores(torch.cat(parts, 1))
