@@ -215,6 +215,28 @@ def test_a_killed_run_ends_with_the_same_bits(
         assert torch.equal(value, parameters(whole.model)[name]), name
 
 
+def test_a_loss_that_is_not_finite_names_the_step(
+    tmp_path: Path, tiny: Any, tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from postlude.errors import NonFiniteError
+    from postlude.tuning.trainer import last_state
+
+    calls: list[int] = []
+
+    def broken(*given: Any) -> torch.Tensor:
+        calls.append(1)
+        return preference_losses(*given) * (math.nan if len(calls) == 3 else 1.0)
+
+    monkeypatch.setattr("postlude.tuning.preference.preference_losses", broken)
+    data = write_lines(tmp_path / "pairs.jsonl", lines())
+    job = make_job(tiny, tiny_tokenizer, data, steps=4, batch_size=4)
+    with pytest.raises(NonFiniteError, match="Step 3 of 4 has a loss of nan"):
+        DPO().train(job)
+    state = last_state(job.directory)
+    assert state is not None and state.name == "step-2"
+    assert all(bool(value.isfinite().all()) for value in job.model.parameters())
+
+
 def test_pairs_that_teach_nothing_are_counted(
     tmp_path: Path, tiny: Any, tiny_tokenizer: Any
 ) -> None:
