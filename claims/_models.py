@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 import postlude as pl
-from _arithmetic import Example, Rows, corrupt, encode, make
+from _arithmetic import Rows, corrupt, encode, make
 from _weightings import Batch, fit
 from postlude.evaluation.perplexity import evaluate
 from postlude.numerics.weighted_likelihood import Head, TokenColumns, token_columns
@@ -28,15 +28,13 @@ from postlude.surgery.head import LanguageHead
 from postlude.tuning.weighting import TargetTokens, TokenWeighting
 from postlude.zoo import tiny_lm
 
-__all__ = ["COLUMNS", "MEASURES", "Lesson", "Student", "built_in", "stories"]
+__all__ = ["COLUMNS", "MEASURES", "Lesson", "Student", "built_in", "solved", "stories"]
 
 MEASURES = ("accuracy", "clean_loss", "forgetting", "kl")
 COLUMNS = ("log_probability", "mass_above", "top_entropy")
 
-HELD_OUT, TEACHER = (
-    10**6,
-    10**7,
-)  # seeds of problems that nobody is tuned on, and of those the start was taught with
+# Seeds of the problems that nobody is tuned on, of those that the start was taught with, and those without solutions.
+HELD_OUT, TEACHER, PROMPTS = 10**6, 10**7, 10**8
 _ANSWER = re.compile(r".* is (\d+)\.", re.DOTALL)
 
 
@@ -101,7 +99,7 @@ class Student:
         labels = own.clone()
         rows = encode(self.start.tokenizer, make(1000, TEACHER))
         source = torch.Generator().manual_seed(TEACHER)
-        self._reset()
+        self.reset()
 
         def batches() -> Iterator[Batch]:
             for _ in range(steps):
@@ -136,7 +134,7 @@ class Student:
 
     def tune(self, lesson: Lesson, weighting: TokenWeighting, seed: int) -> list[float]:
         """Tune the copy on a lesson, once through; the plain loss of each step."""
-        self._reset()
+        self.reset()
         order = torch.randperm(len(lesson.rows), generator=torch.Generator().manual_seed(seed))
         length = lesson.rows.ids.shape[1]
 
@@ -174,7 +172,8 @@ class Student:
     @torch.no_grad()
     def accuracy(self) -> float:
         """Share of problems whose answer, written greedily, is right."""
-        return sum(map(right, self._problems, self._written())) / len(self._problems)
+        pairs = zip(self._written(), self._problems, strict=True)
+        return sum(solved(text, one.answer) for text, one in pairs) / len(self._problems)
 
     def _written(self) -> list[str]:
         tokenizer = self.work.tokenizer
@@ -227,7 +226,8 @@ class Student:
             schedule=lambda step: min(1.0, (step + 1) / rise) * (1 - step / steps),
         )
 
-    def _reset(self) -> None:
+    def reset(self) -> None:
+        """Take the copy back to where tuning starts."""
         self.work.model.load_state_dict(self.start.model.state_dict())
 
     @torch.no_grad()
@@ -248,10 +248,10 @@ class Student:
         return written
 
 
-def right(example: Example, written: str) -> bool:
+def solved(written: str, answer: str) -> bool:
     """Whether the last number of a solution is the answer."""
     found = _ANSWER.fullmatch(written.strip())
-    return found is not None and found.group(1) == example.answer
+    return found is not None and found.group(1) == answer
 
 
 def _labels(rows: Rows) -> Tensor:

@@ -14,17 +14,26 @@ The seed of a run draws the problems, their order and the tokens that are replac
 from __future__ import annotations
 
 import functools
+import itertools
+import json
 import statistics
+import tempfile
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
+import torch
 from scipy.stats import t as student_t
 from torch import Tensor
 
 import _models
 import _toy
+import postlude as pl
+from _arithmetic import Example, make
 from _claim import Claim, data_directory, share, spread
 from _weightings import PAIRS, variants
 from postlude.runs.directory import RunDirectory
+from postlude.tuning import GRPO
+from postlude.tuning.run import TuneRun
 
 # Values over seeds, by variant and quantity.
 Values = dict[str, dict[str, list[float]]]
@@ -154,54 +163,59 @@ MAIN = (
     "sft",
     "dft",
     "prift-prob",
-    "prift-mass",
     "nucleus",
+    "prift-mass",
     "eaft, online",
     "eaft, reference",
     "asft, online",
-    "asft, reference",
 )
 """What is measured also where all rules would take too long."""
 
 
-def plan(model: str, names: Sequence[str]) -> list[tuple[str, float, Sequence[str]]]:
-    """Start, noise and variants of a model's tables."""
-    if model == "tiny-lm":
-        return [("taught", 0.0, MAIN), ("taught", 0.4, MAIN)]
+def plan(names: Sequence[str]) -> list[tuple[str, str, float, Sequence[str]]]:
+    """Model, start, noise and variants of each table."""
+    few = ("sft", "dft", "prift-prob", "prift-mass")
     return [
-        ("taught", 0.0, names),
-        ("taught", 0.4, names),
-        ("taught", 0.2, MAIN),
-        ("untaught", 0.0, MAIN),
-        ("untaught", 0.4, MAIN),
+        ("stories260k", "taught", 0.4, names),
+        ("tiny-lm", "taught", 0.4, MAIN),
+        ("stories260k", "taught", 0.0, names),
+        ("tiny-lm", "taught", 0.0, few),
+        ("stories260k", "taught", 0.2, few),
+        ("stories260k", "untaught", 0.0, few),
+        ("stories260k", "untaught", 0.4, few),
     ]
 
 
 def models(claim: Claim) -> None:
     """Every rule with every signal on two language models."""
     data = data_directory()
-    students = [_models.built_in(claim.quick)]
+    students = {"tiny-lm": _models.built_in(claim.quick)}
     if data is None:
         claim.say("stories260k: skipped, its files are not here (`POSTLUDE_DATA` says where).")
     else:
-        students.insert(0, _models.stories(data, claim.quick))
-    weightings = variants("cached")
+        students["stories260k"] = _models.stories(data, claim.quick)
     settings = {
-        one.name: {"batch": one.batch, "steps": one.steps, "rate": one.rate} for one in students
+        name: {"batch": one.batch, "steps": one.steps, "rate": one.rate}
+        for name, one in students.items()
     }
     kept = claim.directory(settings)
-    for student in students:
-        untaught = {name: value.clone() for name, value in student.start.model.state_dict().items()}
+    starts: dict[str, dict[str, State]] = {}
+    for name, student in students.items():
+        came = student.start.model.state_dict()
+        untaught = {key: value.clone() for key, value in came.items()}
         taught = kept.unit(
-            f"{student.name}.taught", lambda one=student: one.taught(*([10] if claim.quick else []))
+            f"{name}.taught", lambda one=student: one.taught(*([10] if claim.quick else []))
         )
-        show_starts(claim, student, {"untaught": untaught, "taught": taught})
-        for start, noise, names in plan(student.name, list(weightings)):
-            student.teach({**untaught, **taught} if start == "taught" else untaught)
-            values = measure_models(claim, kept, student, start, noise, names)
-            title = f"{student.name}, {start} start, {percent(noise)} of the tokens replaced"
-            show(claim, title, values, MODELS)
-            show_pairs(claim, f"{title}, what the frozen signal changes", values, MODELS)
+        starts[name] = {"untaught": untaught, "taught": {**untaught, **taught}}
+        show_starts(claim, student, starts[name])
+    for name, start, noise, names in plan(list(variants("cached"))):
+        if name not in students:
+            continue
+        students[name].teach(starts[name][start])
+        values = measure_models(claim, kept, students[name], start, noise, names)
+        title = f"{name}, {start} start, {percent(noise)} of the tokens replaced"
+        show(claim, title, values, MODELS)
+        show_pairs(claim, f"{title}, what the frozen signal changes", values, MODELS)
     claim.say(
         "Bold: the 95 % interval over seeds excludes 0; with this many comparisons one in twenty does so by chance."
     )
@@ -242,10 +256,120 @@ def measure_models(
     return values
 
 
+# ---------------------------------------------------------------------------------------------------------- rl
+
+STARTS = ("sft", "dft", "prift-prob", "prift-mass")
+ANSWERS = 8  # to each prompt
+PROMPTS = 4  # of a step
+RATE = 2e-4
+
+
+def reinforce(
+    student: _models.Student, problems: Sequence[Example], steps: int, seed: int
+) -> dict[str, Tensor | float]:
+    """GRPO on the tuned copy: accuracy before and after, and the mean reward of each step."""
+    before = student.measure()
+    longest = max(len(student.work.tokenizer(one.completion).input_ids) for one in problems) + 2
+    run = TuneRun(
+        steps=steps,
+        batch_size=ANSWERS * PROMPTS,
+        learning_rate=RATE,
+        schedule="constant",
+        weight_decay=0.0,
+        seed=seed,
+    )
+    goal = GRPO(reward=(correct,), generations=ANSWERS, max_new_tokens=longest)  # type: ignore[arg-type]
+    with tempfile.TemporaryDirectory() as folder:
+        data = Path(folder, "prompts.jsonl")
+        rows = [{"prompt": one.prompt, "answer": one.answer} for one in problems]
+        data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        tuned = pl.tune(student.work, data, goal, run, inplace=True, dtype="float32")
+    after = student.measure()
+    return {
+        "reward": torch.tensor([row["reward"] for row in tuned.log]),
+        "idle": torch.tensor([row["zero_variance_groups"] for row in tuned.log]),
+        **{f"{key} before": value for key, value in before.items()},
+        **{f"{key} after": value for key, value in after.items()},
+    }
+
+
+def correct(completions: list[str], answer: list[str]) -> list[float]:
+    """Reward 1 where the last number written is the answer."""
+    pairs_ = zip(completions, answer, strict=True)
+    return [float(_models.solved(text, expected)) for text, expected in pairs_]
+
+
+def rl(claim: Claim) -> None:
+    """GRPO with the same budget from several starts."""
+    data = data_directory()
+    if data is None:
+        claim.say("Skipped: the files of stories260k are not here (`POSTLUDE_DATA` says where).")
+        return
+    student = _models.stories(data, claim.quick)
+    weightings = variants("cached")
+    steps = 2 if claim.quick else 30
+    settings = {"batch": student.batch, "steps": student.steps, "rate": student.rate}
+    kept = claim.directory({"tune": settings, "grpo": {"steps": steps, "rate": RATE}})
+    taught = kept.unit("taught", lambda: student.taught(*([10] if claim.quick else [])))
+    student.teach({**student.start.model.state_dict(), **taught})
+    starts = ["not tuned", *STARTS]
+    for noise in NOISES:
+        values: Values = {}
+        curves: dict[str, list[Tensor]] = {}
+        jobs = [(seed, name) for seed in claim.seeds for name in starts]
+        for seed, name in claim.progress.iterate(jobs, f"grpo, {percent(noise)}"):
+
+            def measure(
+                seed: int = seed, name: str = name, noise: float = noise
+            ) -> dict[str, Tensor | float]:
+                if name in weightings:
+                    student.tune(student.lesson(noise, seed), weightings[name], seed)
+                else:
+                    student.reset()
+                return reinforce(student, make(200, _models.PROMPTS + seed), steps, seed)
+
+            # A model that was not tuned has seen no noise.
+            unit = f"seed-{seed}." + (
+                f"noise-{noise}.{name}" if name in weightings else "not-tuned"
+            )
+            found = claim.measured(kept, unit, measure)
+            curves.setdefault(name, []).append(found.pop("reward"))
+            idle = found.pop("idle")
+            one = values.setdefault(name, {})
+            one.setdefault("idle", []).append(float(idle.mean()))
+            for key, value in found.items():
+                one.setdefault(key, []).append(float(value))
+        title = f"GRPO on stories260k, started after tuning with {percent(noise)} of the tokens replaced"
+        show_curves(claim, f"{title}: mean reward", curves)
+        columns = {
+            "accuracy before": "accuracy before",
+            "accuracy after": "after",
+            "forgetting before": "added loss on own text before",
+            "forgetting after": "after",
+            "idle": "share of groups without a difference",
+        }
+        show(claim, title, values, columns)
+
+
+def show_curves(
+    claim: Claim, title: str, curves: Mapping[str, Sequence[Tensor]], parts: int = 5
+) -> None:
+    """Print mean rewards of a few stretches of the run."""
+    steps = len(next(iter(curves.values()))[0])
+    parts = min(parts, steps)
+    edges = [steps * part // parts for part in range(parts + 1)]
+    stretches = list(itertools.pairwise(edges))
+    rows = [
+        [name, *(spread([float(one[a:b].mean()) for one in found]) for a, b in stretches)]
+        for name, found in curves.items()
+    ]
+    claim.table(title, ["start", *(f"steps {a + 1} to {b}" for a, b in stretches)], rows)
+
+
 def main() -> None:
     """Measure one part."""
     claim = Claim("prift", __doc__ or "", PARTS)
-    {"toy": toy, "models": models}[claim.part](claim)
+    {"toy": toy, "models": models, "rl": rl}[claim.part](claim)
     claim.finish()
 
 
