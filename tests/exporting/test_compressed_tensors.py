@@ -220,6 +220,7 @@ def test_float_model_is_written_as_it_is(make_model: Callable[..., Any], tmp_pat
     assert torch.equal(logits(by_transformers(tmp_path / "out")), logits(original.model))
 
 
+@pytest.mark.slow
 def test_a_fresh_process_reads_it(make_model: Callable[..., Any], tmp_path: Path) -> None:
     small = rounded(checkpoint(make_model), Scheme(ASYMMETRIC))
     report = pl.export(small, "compressed-tensors", tmp_path / "out")

@@ -21,8 +21,8 @@ from postlude.runs.checkpoint import Checkpoint
 from postlude.runs.importing import READERS, Foreign, Reader
 from postlude.runs.quiet import quiet_transformers
 from postlude.runs.weights import check_finite, read_json, weight_files
-from postlude.surgery.anatomy import anatomy_of, check_supported
-from postlude.surgery.layers import check_scales
+from postlude.surgery.anatomy import Anatomy, anatomy_of, check_supported
+from postlude.surgery.layers import QuantizedLinear, check_scales
 
 __all__ = ["dtype_of", "load", "resolve"]
 
@@ -72,12 +72,14 @@ def load(
     source = None if reader is None else _foreign(directory, quantization, reader)
     model = _model(directory, target_dtype, source)
     check_scales(model, positive=reader is None)
+    anatomy = anatomy_of(model)
+    _check_places(model, anatomy, directory)
     model.eval()
     model.to(target_device)
     return Checkpoint(
         model=model,
         tokenizer=_tokenizer(directory),
-        anatomy=anatomy_of(model),
+        anatomy=anatomy,
         path=directory,
     )
 
@@ -147,6 +149,20 @@ def _config(directory: Path) -> dict[str, Any]:
                 "was made from."
             )
     return config
+
+
+def _check_places(model: Any, anatomy: Anatomy, directory: Path) -> None:
+    known = set(anatomy.linears())
+    other = [
+        path
+        for path, module in model.named_modules()
+        if isinstance(module, QuantizedLinear) and path not in known
+    ]
+    if other:
+        raise CheckpointError(
+            f"{directory} quantizes {', '.join(other[:5])}; Postlude reads quantized linears of the blocks only. "
+            "Start from the float model it was made from, or from a version with the head in floating point."
+        )
 
 
 def _foreign(directory: Path, quantization: dict[str, Any], reader: Reader) -> dict[str, Any]:

@@ -208,6 +208,23 @@ def test_parts_of_compressed_tensors_are_refused(
         load(tmp_path / "in")
 
 
+def test_a_quantized_head_is_refused(source: Path, tmp_path: Path) -> None:
+    def pack(*parts: Tensor) -> dict[str, Tensor]:
+        return writers.gptq(*parts, 4, 1)
+
+    write(source, tmp_path / "in", settings("gptq", sym=False), 4, False, pack)
+    file = tmp_path / "in" / "model.safetensors"
+    tensors = load_file(file)
+    weight = torch.zeros(256, 32)
+    del tensors["lm_head.weight"]
+    head = {f"lm_head.{k}": v for k, v in pack(*random_layer(weight, 4, 16, 1, False)).items()}
+    save_file({**tensors, **head}, file, metadata={"format": "pt"})
+    with pytest.raises(
+        CheckpointError, match=r"quantizes lm_head; Postlude reads quantized linears of the blocks"
+    ):
+        load(tmp_path / "in")
+
+
 def test_damaged_scales_and_groups(source: Path, tmp_path: Path) -> None:
     write(
         source,
