@@ -140,6 +140,21 @@ def test_the_tail_correction_makes_a_truncation_better() -> None:
     assert errors[20, "corrected"] < errors[8, "corrected"] < errors[2, "corrected"]
 
 
+def test_fewer_rows_than_dimensions_share_the_tail_among_themselves() -> None:
+    """20 rows in 30 dimensions: what 8 directions leave out lies in 12 others, not in 22."""
+    rows, queries = drawn(20, "1"), drawn(QUERIES, "1", seed=1)
+    expected = dense_solve(queries, rows, DOUBLE)
+    fitted = Truncated.fit(Memory(rows), dataclasses.replace(DOUBLE, rank=8, tail="corrected"))
+    inverse = fitted.inverse
+    left = float(rows.flat().square().sum() - inverse.squares.sum())
+    assert inverse.tail == pytest.approx(left / 12, rel=1e-9)
+    spread = dataclasses.replace(inverse, tail=left / 22).apply(queries.flat()) @ rows.flat().T
+    found = fitted.scores(queries, Memory(rows))
+    assert relative(found, expected) < relative(spread, expected)
+    none = Truncated.fit(Memory(rows), dataclasses.replace(DOUBLE, rank=0, tail="corrected"))
+    assert none.inverse.tail == pytest.approx(float(rows.flat().square().sum()) / 20)
+
+
 @pytest.mark.parametrize("name", BACKENDS)
 def test_how_rows_are_cut_does_not_matter(name: str) -> None:
     rows, queries = drawn(COUNT, "2"), drawn(QUERIES, "2", seed=1)

@@ -266,7 +266,8 @@ class Truncated(LayerCurvature):
                     "the paper's damping rule needs singular values: curvature_rank from 1"
                 )
             damping = trace_damping(energy, layer.size, settings.damping)
-            tail = energy / layer.size if settings.tail == "corrected" else 0.0
+            spanned = min(layer.size, len(source))
+            tail = energy / spanned if settings.tail == "corrected" else 0.0
             empty = torch.zeros(layer.size, 0, dtype=precision)
             return cls(SpectralInverse(empty, torch.zeros(0, dtype=torch.float64), damping, tail))
         at_a_time = max(_LEAST_ROWS, _FLAT // layer.size)
@@ -284,7 +285,8 @@ class Truncated(LayerCurvature):
         damping = _damping(
             settings, svd.energy, layer.size, len(source), lambda: svd.sketch_values.square()
         )
-        return cls(SpectralInverse.of(svd, damping, corrected=settings.tail == "corrected"))
+        corrected = settings.tail == "corrected"
+        return cls(SpectralInverse.of(svd, damping, corrected=corrected, rows=len(source)))
 
     def scores(self, queries: Rows, source: Source) -> Tensor:
         return stream(self.matrices(queries, source), source)

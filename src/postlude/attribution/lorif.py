@@ -13,7 +13,8 @@ gradients ``G [d1, d2]`` as rank-``c`` factors and the covariance as its leading
 Paper: LoRIF (arXiv:2601.21929); Li, Le, Xu, Salzmann. What differs here, and why:
 
 * the directions outside of ``Psi`` are weighted by their mean (``tail="corrected"``); the release divides by ``lam``
-  alone (``tail="truncated"``), which at small ``r`` weighs them far too much;
+  alone (``tail="truncated"``), which at small ``r`` weighs them far too much. With fewer examples than dimensions
+  the mean is over the directions that the examples span, not over all ``D``: claims/lorif.py shows the difference;
 * ``H`` is inverted exactly, by the dual form or a ``D x D`` Cholesky, where that is cheaper (``curvature="auto"``);
 * factors can be stored in int8, one scale a vector;
 * a side of ``n`` features is ``ceil(n / projection_factor)`` wide: the paper does not say how it rounds.

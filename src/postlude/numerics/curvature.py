@@ -84,7 +84,13 @@ class SpectralInverse:
 
     @classmethod
     def of(
-        cls, svd: StreamedSVD, damping: float, *, corrected: bool = True, rank: int | None = None
+        cls,
+        svd: StreamedSVD,
+        damping: float,
+        *,
+        corrected: bool = True,
+        rank: int | None = None,
+        rows: int | None = None,
     ) -> SpectralInverse:
         """From a streamed SVD of the rows.
 
@@ -93,14 +99,17 @@ class SpectralInverse:
             damping: ``lam``.
             corrected: set ``tail`` to what the truncation leaves out, ``(energy - sum s^2) / (D - r)``.
             rank: leading directions to use; all by default.
+            rows: how many rows there were. Fewer than ``D`` span no more directions than that, and what is left out
+                is spread over those, ``min(D, rows) - r``: nothing else is ever multiplied with a row (our choice).
         """
         vectors = svd.vectors if rank is None else svd.vectors[:, :rank]
         squares = svd.values.double().square()[: vectors.shape[1]]
         size, kept = vectors.shape
+        spanned = size if rows is None else min(size, rows)
         # With every direction kept the rest is 0 / 0, and rounding must not make it anything else.
         tail = 0.0
-        if corrected and kept < size:
-            tail = max(svd.energy - float(squares.sum()), 0.0) / (size - kept)
+        if corrected and kept < spanned:
+            tail = max(svd.energy - float(squares.sum()), 0.0) / (spanned - kept)
         return cls(vectors, squares, damping, tail)
 
     def coefficients(self, x: Tensor) -> Tensor:
