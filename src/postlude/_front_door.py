@@ -541,6 +541,7 @@ def attribution_query(
     layers: bool = False,
     tokens: bool = False,
     html: Path_ | None = None,
+    keep: bool = True,
     command: str = "",
     progress: Progress | None = None,
 ) -> list[Answer]:
@@ -554,6 +555,7 @@ def attribution_query(
         checkpoint, data: the model and the examples, where they are no longer where they were.
         top, layers, tokens: see :func:`postlude.attribution.query.query`.
         html: file to write the page to, with layers and tokens.
+        keep: keep the fitted curvature in the index for later queries.
         command: that makes the page again, to be printed on it.
         progress: where to show it.
     """
@@ -572,6 +574,7 @@ def attribution_query(
         method=settings,
         checkpoint=model,
         data=data,
+        keep=keep,
         progress=progress,
     )
     if html is not None:

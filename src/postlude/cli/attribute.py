@@ -167,6 +167,12 @@ def query(
         str | None,
         typer.Option("--data", metavar="FILE", help="The training examples, if they were moved."),
     ] = None,
+    keep: Annotated[
+        bool,
+        typer.Option(
+            "--keep/--no-keep", help="Keep the fitted curvature in the index for later queries."
+        ),
+    ] = True,
     dtype: options.Dtype = "auto",
     device: options.Device = None,
     overwrite: options.Overwrite = False,
@@ -207,6 +213,7 @@ def query(
             layers=layers,
             tokens=tokens,
             html=html,
+            keep=keep,
             command=shlex.join(["postlude", *sys.argv[1:]]),
             progress=progress,
         )
