@@ -150,10 +150,9 @@ def test_fewer_bits_keep_the_ranking(
     queries = record_queries(index, plain, ASKED)
     assert queries.representation.format == "fp32"  # type: ignore[attr-defined]
     found = method.score(index, queries).total
+    assert rank_correlation(found.flatten(), expected.flatten()) > 0.999
     for ours, theirs in zip(found, expected, strict=True):
         assert float(torch.corrcoef(torch.stack([ours, theirs]))[0, 1]) > 0.999
-        # Twenty examples that lie close together may change places; see claims for longer lists.
-        assert rank_correlation(ours, theirs) > 0.98
     whole = small_index.representation.row_bytes(index.layers)
     assert (
         index.representation.row_bytes(index.layers) <= whole * {"int8": 0.5, "bf16": 0.5}[format]

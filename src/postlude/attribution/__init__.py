@@ -1,4 +1,4 @@
-"""One file per method; what they share is in ``index`` and ``scoring``.
+"""One file per method; what they share is in ``engine``, ``index`` and ``curvature``.
 
 The settings class of every registered method can be imported from here: ``from postlude.attribution import LoRIF``.
 """
