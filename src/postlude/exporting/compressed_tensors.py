@@ -293,15 +293,22 @@ def _layer(layer: QuantizedLinear, dtype: torch.dtype) -> dict[str, Tensor]:
     return out
 
 
+def _parts(tensors: list[Tensor]) -> Iterator[Tensor]:
+    """Slices of 16 M entries, so that no second model is in memory."""
+    for tensor in tensors:
+        yield from tensor.detach().reshape(-1).split(1 << 24)
+
+
 def _exact(tensors: list[Tensor], dtype: torch.dtype) -> bool:
-    return all(bool((t.to(dtype).double() == t.double()).all()) for t in tensors)
+    return all(bool((part.to(dtype).double() == part.double()).all()) for part in _parts(tensors))
 
 
 def _close(tensors: list[Tensor], dtype: torch.dtype) -> bool:
     """Whether the error of a cast is far below that of bf16; entries near zero lose digits in fp16."""
-    for tensor in tensors:
-        error = (tensor.to(dtype).double() - tensor.double()).abs().max()
-        if not bool(error <= tensor.double().square().mean().sqrt() / 4096):
+    for part in _parts(tensors):
+        exact = part.double()
+        error = (part.to(dtype).double() - exact).abs().max()
+        if not bool(error <= exact.square().mean().sqrt() / 4096):
             return False
     return True
 
@@ -309,8 +316,12 @@ def _close(tensors: list[Tensor], dtype: torch.dtype) -> bool:
 def _save(tensors: dict[str, Tensor], out: Path) -> None:
     from huggingface_hub import save_torch_state_dict
 
-    # A view of a larger tensor would be taken for a shared one.
-    whole = {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
+    whole = {}
+    for name, tensor in tensors.items():
+        kept = tensor.detach().cpu().contiguous()
+        # A view of a larger tensor would be taken for a shared one.
+        view = kept.untyped_storage().nbytes() > kept.nbytes
+        whole[name] = kept.clone() if view else kept
     save_torch_state_dict(whole, out, metadata={"format": "pt"})
 
 

@@ -95,7 +95,7 @@ def _place(settings: Exporter, out: str | os.PathLike[str], overwrite: bool) -> 
     Path(out).resolve().parent.mkdir(parents=True, exist_ok=True)
     # A reader may go by the ending of the name, so the file is made in a directory of its own.
     with atomic_write(out) as temporary:
-        work = temporary.with_name(temporary.name + ".d")
+        work = temporary.with_name(temporary.name.removesuffix(".partial") + ".d.partial")
         work.mkdir()
         try:
             made = work / Path(out).name
