@@ -33,7 +33,11 @@ PREFERS_LENGTH = {"graddot", "bm25"}
 @pytest.fixture(scope="module")
 def models() -> dict[str, Checkpoint]:
     # At the usual start GPT-2 predicts all tokens alike, and gradients of all texts are alike too.
-    return {"llama": checkpoint(), "gpt2": checkpoint("gpt2", initializer_range=0.2)}
+    return {
+        "llama": checkpoint(),
+        "gpt2": checkpoint("gpt2", initializer_range=0.2),
+        "qwen2-bf16": checkpoint("qwen2", dtype=torch.bfloat16),
+    }
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +68,7 @@ def assert_close(found: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(found, expected, atol=1e-3 * scale, rtol=1e-3)
 
 
-@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "qwen2-bf16"])
 @each_method
 def test_a_training_copy_finds_itself(
     indices: Any, models: dict[str, Checkpoint], info: MethodInfo, architecture: str

@@ -322,7 +322,8 @@ def sampled(hidden: Tensor, weight: Tensor, bias: Tensor | None, uniforms: Tenso
     """
     drawn = []
     for rows, given in zip(hidden.split(_ROWS), uniforms.split(_ROWS), strict=True):
-        logits = torch.nn.functional.linear(rows.float(), weight.float(), bias)
+        offset = None if bias is None else bias.float()
+        logits = torch.nn.functional.linear(rows.float(), weight.float(), offset)
         reached = logits.softmax(-1).cumsum(-1)
         # Scaled by the last sum, which rounding leaves a little off one.
         goal = given.to(reached)[:, None] * reached[:, -1:]
@@ -411,8 +412,10 @@ def eigenvalues(
     found: dict[str, Tensor] = {}
     examples = 0
 
+    near = {path: basis.to(device_of(checkpoint.model)) for path, basis in bases.items()}
+
     def add(layer: CollectedLayer, gradients: Tensor) -> None:
-        squares = bases[layer.module].rotate(gradients.float()).square_().double().sum(0)
+        squares = near[layer.module].rotate(gradients.float()).square_().double().sum(0)
         found[layer.module] = found[layer.module] + squares if layer.module in found else squares
 
     with GradientCollector(checkpoint.model, list(bases)) as collector:

@@ -44,6 +44,10 @@ class KroneckerBasis:
                 )
         return cls(_eigenvectors(input_moment), _eigenvectors(output_moment))
 
+    def to(self, device: torch.device | str) -> KroneckerBasis:
+        """The same on a device."""
+        return KroneckerBasis(self.inputs.to(device), self.outputs.to(device))
+
     def rotate(self, gradients: Tensor) -> Tensor:
         """``Q_A^T G Q_S`` of ``[..., in_features, out_features]``."""
         return self.inputs.T @ gradients @ self.outputs
