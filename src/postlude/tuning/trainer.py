@@ -35,7 +35,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, SequentialSampler
 
 from postlude.errors import MissingDependencyError, NonFiniteError
 from postlude.numerics.weighted_likelihood import TokenColumns
@@ -432,12 +432,17 @@ class TokenLoss(Steady):
             prior: whose columns are in the batches, if that is.
         """
         self._weighting, self._plan, self._head = weighting, plan, head
+        self._batches = range(len(plan.batches))
         self._reference, self._prior = reference, prior
         self._precision = torch.bfloat16 if autocasts(self.model) else None
         self._sums: StepStatistics | None = None
         self._previous: StepStatistics | None = None
         self._numbers: dict[str, float] = {}
         self.skipped = 0
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        # The plan has shuffled the data; its order is what steps and denominators count on.
+        return SequentialSampler(self._batches)
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> Any:
         """Micro-batches of one step, and the learned tokens of that step on all ranks."""
@@ -501,6 +506,12 @@ class TokenLoss(Steady):
             **sums.to_dict(),
             "gradient_norm": float(norm),
         }
+        planned = self._plan.targets[self.state.global_step]
+        if round(self._numbers["tokens"]) != planned:
+            raise RuntimeError(
+                f"step {self.state.global_step + 1} has {self._numbers['tokens']:.0f} learned tokens, planned were "
+                f"{planned}: the Trainer has not kept the order of the batches"
+            )
         for name, what in (("loss", "loss"), ("gradient_norm", "gradient norm")):
             if not math.isfinite(self._numbers[name]):
                 self._fail(f"{what} of {self._numbers[name]}")
