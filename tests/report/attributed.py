@@ -51,6 +51,7 @@ def answer(**changes: Any) -> dict[str, Any]:
             "examples": 2000,
             "bytes": 1_234_567,
             "layers": 9,
+            "keeps": {"kind": "factors", "rank": 1, "side": 0, "format": "int8"},
             "seconds": 12.5,
         },
         "queries": [

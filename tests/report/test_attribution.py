@@ -68,6 +68,7 @@ def test_it_says_what_was_asked_and_found() -> None:
     )
     assert "The model is tiny." in text
     assert "story-0, is 13.7 standard deviations above the mean score of all 2,000 examples" in text
+    assert "factors, rank 1, format int8" in text
     for expected in (
         "story-37",
         "61.5",

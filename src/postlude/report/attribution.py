@@ -5,7 +5,7 @@
     title                        words
     method                       name, family, summary, paper, unit (of a score), settings {name: value},
                                  curvature (words)
-    index                        path, model, examples, bytes, layers, seconds (to build)
+    index                        path, model, examples, bytes, layers, seconds (to build), keeps {name: value}
     queries                      list of: text, count (tokens), truncated (tokens cut off), examples, mean,
                                  deviation (of the scores of all examples), tokens [{text, score}], results
       results                    list of: id, score, text, count, truncated, tokens [{text, score}],
@@ -44,6 +44,8 @@ Results = Mapping[str, Any]
 _TEMPLATES = Path(__file__).parent / "templates"
 _LEVELS = 6  # shades of each sign; as many classes in attribution.css
 _EXCERPT = 160  # tokens of a passage that are shown at once
+# Settings that say what an index keeps.
+_KEPT = ("rank", "projection_factor", "side", "format", "factor_iterations")
 _MEANING = {
     "influence": "A score estimates, from gradients, how much having learned the example lowers the model's loss on "
     "the text. The higher, the more; below zero it raised it.",
@@ -74,7 +76,11 @@ def page_of(index: Index, answers: Sequence[Answer], method: Attributor, command
                 "paper": info.paper,
                 "family": info.family,
                 "unit": method.unit,
-                "settings": dataclasses.asdict(method),
+                "settings": {
+                    name: value
+                    for name, value in dataclasses.asdict(method).items()
+                    if name not in _KEPT
+                },
                 "curvature": answers[0].curvature if answers else None,
             },
             "index": {
@@ -83,6 +89,8 @@ def page_of(index: Index, answers: Sequence[Answer], method: Attributor, command
                 "examples": len(index),
                 "bytes": index.bytes,
                 "layers": len(index.layers),
+                # Of the index, which another method than the one it was built for may have been asked with.
+                "keeps": index.representation.to_dict(),
             },
             "queries": [
                 {**answer.to_dict(), "tokens": [dataclasses.asdict(one) for one in answer.tokens]}
@@ -312,6 +320,11 @@ def _facts(method: Results, index: Results, results: Results) -> list[tuple[str,
         rows.append(("settings", ", ".join(f"{name} {value}" for name, value in settings.items())))
     if index.get("path"):
         rows.append(("index", str(index["path"])))
+    if index.get("keeps"):
+        words = (
+            f"{name} {value}" for name, value in index["keeps"].items() if value not in ("", 0)
+        )
+        rows.append(("kept of an example", ", ".join(words).removeprefix("kind ")))
     if index.get("bytes"):
         each = (
             f", {_bytes(index['bytes'] / index['examples'])} an example"
