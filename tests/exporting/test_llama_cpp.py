@@ -93,6 +93,23 @@ def test_text_and_losses(
         assert abs(loss - float(expected)) < 0.01, (loss, float(expected))
 
 
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize(("bits", "type"), [(3, "q3_k"), (6, "q6_k")])
+def test_large_blocks(llama: str, tmp_path: Path, bits: int, type: str) -> None:
+    small = pl.load("zoo:tiny-lm", dtype="float32")
+    small = pl.quantize(small, RTN(weights=bits, activations=16, kv=16))
+    report = pl.export(small, GGUF(), tmp_path / "model.gguf", check=False)
+    assert report["types"] == {type: 35}
+    tokens = small.tokenizer(PROMPTS["zoo:tiny-lm"] + TEXTS[1])["input_ids"]
+    found = run(llama, tmp_path / "model.gguf", prompt="a", tokens=[tokens], vocabulary=2048)
+    batch = torch.tensor([tokens])
+    with torch.inference_mode():
+        logits = small.model(batch, use_cache=False).logits
+    expected = torch.nn.functional.cross_entropy(logits[0, :-1], batch[0, 1:])
+    # One scale for 256 activations in llama.cpp, and this model has activations that stand far out.
+    assert abs(found["losses"][0] - float(expected)) < 0.05
+
+
 @pytest.mark.parametrize("model", ["stories260k", "zoo:tiny-lm"])
 def test_tokens(llama: str, tmp_path: Path, request: pytest.FixtureRequest, model: str) -> None:
     source = request.getfixturevalue("stories_dir") if model == "stories260k" else model

@@ -1,18 +1,8 @@
 """GGUF: one file for llama.cpp and everything built on it, tokenizer included.
 
-Codes keep their bits wherever a block type of GGUF means the same. A block is 32 inputs of one output, ``d`` and ``m``
-are fp16::
-
-    Q4_0  d (q - 8)    symmetric codes of up to 4 bits     Q4_1  d q + m    asymmetric ones
-    Q5_0  d (q - 16)   of 5 bits                           Q5_1  d q + m
-    Q8_0  d q          of 6 to 8 bits
-
-A scale that more than 32 inputs share is written once for every block, so any group that is a multiple of 32, whole
-channels and whole tensors are exact. Of an asymmetric layer the codes are exact and the offset ``m = -z s`` is rounded
-to fp16, which is refused where it moves a value by more than a hundredth of a step.
-
-Layers that no type holds are refused, and so are float layers if a smaller file is wanted, unless ``requantize`` names
-the type to round them to. GGUF's K-types have scales of scales, which no code of ours maps to.
+Codes keep their bits wherever a block type of GGUF means the same, see :mod:`postlude.exporting.gguf_blocks`: any
+integers per channel, per tensor or in groups that are multiples of 32, symmetric of 2 to 8 bits and asymmetric of 2 to
+5. Layers that no type holds are refused, unless ``requantize`` names the type to round them to.
 
 Names are llama.cpp's own (the tables of its ``gguf`` package). Its Llama rotates neighbouring entries of a head where
 transformers rotates halves, so rows of Q and K are reordered for that architecture.
@@ -39,16 +29,14 @@ from postlude.errors import (
     SettingsError,
 )
 from postlude.exporting.engine import Exporter
+from postlude.exporting.gguf_blocks import BLOCK, blocks, type_of
 from postlude.exporting.gguf_tokenizer import tokenizer_fields
 from postlude.exporting.plain import Plain, plain, refuse
-from postlude.numerics.formats import Integer
-from postlude.numerics.packing import pack, unpack
 from postlude.registry import method
 from postlude.runs.checkpoint import Checkpoint
 from postlude.runs.selfcheck import compare_reload
-from postlude.surgery.layers import QuantizedLinear
 
-__all__ = ["GGUF", "blocks"]
+__all__ = ["GGUF"]
 
 # model_type: architecture in llama.cpp, and whether it rotates neighbours rather than halves of a head.
 ARCHITECTURES = {
@@ -59,9 +47,6 @@ ARCHITECTURES = {
 }
 _FLOATS = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 _REQUANTIZE = ("none", "f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
-_BLOCK = 32
-# Largest accepted error of an offset, in steps of the grid.
-_OFFSET_ERROR = 0.01
 _INSTEAD = "Export a checkpoint made by rtn, gptq or smoothquant; a rotated one runs here (postlude generate)"
 
 _LOAD = """
@@ -180,7 +165,7 @@ class GGUF(Exporter):
         kept: dict[str, str] = {}
         reasons: list[str] = []
         for path, layer in parts.layers.items():
-            type, reason = _type_of(layer)
+            type, reason = type_of(layer)
             if type is not None:
                 kept[path] = type
             elif self.requantize == "none":
@@ -192,9 +177,9 @@ class GGUF(Exporter):
         if self.requantize != "none":
             rounded = {path for path in checkpoint.anatomy.linears() if path not in parts.layers}
             for path, width in _widths(checkpoint).items():
-                if path not in kept and self.requantize not in _FLOATS and width % _BLOCK:
+                if path not in kept and self.requantize not in _FLOATS and width % BLOCK:
                     reasons.append(
-                        f"{path} has {width} inputs, and blocks of {self.requantize} hold {_BLOCK}. Use "
+                        f"{path} has {width} inputs, and blocks of {self.requantize} hold {BLOCK}. Use "
                         "--set requantize=f16"
                     )
         refuse("GGUF", reasons)
@@ -224,86 +209,6 @@ class GGUF(Exporter):
             "reload_max_difference": found.max_difference,
             "reload_relative_difference": found.relative,
         }
-
-
-def blocks(layer: QuantizedLinear, type: str) -> Any:
-    """The codes of a layer as blocks of a GGUF type, ``uint8 [out, bytes]`` of numpy.
-
-    Raises:
-        SettingsError: the type does not hold these codes.
-    """
-    held, reason = _type_of(layer)
-    scheme = layer.weight_scheme
-    if held != type or scheme is None or not isinstance(scheme.format, Integer):
-        raise SettingsError(f"{type} does not hold this layer: {reason or f'it takes {held}'}")
-    out, width = layer.out_features, layer.in_features
-    codes = unpack(layer.codes, scheme.format.bits, width).cpu().unflatten(1, (-1, _BLOCK))
-    scale = _per_block(layer, layer.scale).half().unsqueeze(-1)
-    parts = [scale.view(torch.uint8)]
-    bits = _BITS[type]
-    if layer.zero_point is not None:
-        zero = _per_block(layer, layer.zero_point).float().unsqueeze(-1)
-        parts.append((-zero * scale.float()).half().view(torch.uint8))
-    else:
-        signed = codes.to(torch.int16) - (scheme.format.highest + 1)
-        codes = (
-            signed.to(torch.int8).view(torch.uint8)
-            if bits == 8
-            else (signed + (1 << (bits - 1))).to(torch.uint8)
-        )
-    if bits == 5:
-        parts.append(pack(codes >> 4, 1))
-    if bits == 8:
-        parts.append(codes)
-    else:
-        low = codes & 15
-        # The first half of a block is in the low halves of its bytes, the second in the high ones.
-        parts.append(low[..., :16] | (low[..., 16:] << 4))
-    return torch.cat(parts, dim=-1).reshape(out, -1).numpy()
-
-
-_BITS = {"q4_0": 4, "q4_1": 4, "q5_0": 5, "q5_1": 5, "q8_0": 8}
-
-
-def _type_of(layer: QuantizedLinear) -> tuple[str | None, str]:
-    """The type that holds the codes of a layer, or None and why there is none."""
-    scheme = layer.weight_scheme
-    if scheme is None or layer.input_scheme is not None:
-        return None, "rounds its input, and llama.cpp rounds activations its own way"
-    format, granularity = scheme.format, scheme.granularity
-    if not isinstance(format, Integer):
-        return None, f"has {format.kind} codes, and GGUF has blocks of integers"
-    if layer.in_features % _BLOCK:
-        return None, f"has {layer.in_features} inputs, and a block of GGUF holds {_BLOCK}"
-    if granularity.kind == "group" and granularity.size % _BLOCK:
-        return None, f"has groups of {granularity.size}, and a block of GGUF holds {_BLOCK}"
-    scale = layer.scale
-    if not bool((scale.half().float() == scale.float()).all()):
-        return None, "has scales that fp16 does not hold exactly"
-    if layer.zero_point is None:
-        return "q4_0" if format.bits <= 4 else "q5_0" if format.bits == 5 else "q8_0", ""
-    if format.bits > 5:
-        return None, f"has asymmetric {format.bits}-bit codes, for which GGUF has no type"
-    offset = layer.zero_point.float() * scale.float()
-    error = ((offset.half().float() - offset).abs() / scale.float().abs()).max()
-    if not bool(error <= _OFFSET_ERROR):
-        return (
-            None,
-            f"has zero points so far outside its codes that fp16 moves them by {float(error):.2g} steps",
-        )
-    return "q4_1" if format.bits <= 4 else "q5_1", ""
-
-
-def _per_block(layer: QuantizedLinear, values: Tensor) -> Tensor:
-    """``[out, groups]`` or ``[1]`` to ``[out, blocks]``."""
-    count = layer.in_features // _BLOCK
-    values = values.cpu()
-    if values.ndim == 1:
-        return values.expand(layer.out_features, count).contiguous()
-    size = -(-layer.in_features // values.shape[1])
-    if layer.weight_scheme is not None and layer.weight_scheme.granularity.kind == "group":
-        size = layer.weight_scheme.granularity.size
-    return values.repeat_interleave(size // _BLOCK, 1)[:, :count].contiguous()
 
 
 def _converted(library: Any, tensor: Tensor, type: str) -> Any:
@@ -417,4 +322,6 @@ def _own_float(dtype: torch.dtype) -> str:
 
 def _file_type(library: Any, type: str) -> int:
     name = "ALL_F32" if type == "f32" else f"MOSTLY_{type.upper()}"
-    return int(getattr(library.LlamaFileType, name))
+    # K-types are named with a size, of which none fits exactly.
+    names = library.LlamaFileType.__members__
+    return int(names.get(name, names.get(f"{name}_S", library.LlamaFileType.GUESSED)))
