@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import importlib.util
 import json
 from pathlib import Path
 from typing import Any, Literal
@@ -186,6 +187,11 @@ class GGUF(Exporter):
         return kept, rounded
 
     def check(self, checkpoint: Checkpoint, out: Path) -> dict[str, float]:
+        if importlib.util.find_spec("accelerate") is None:
+            raise MissingDependencyError(
+                "transformers reads GGUF files with accelerate: pip install 'postlude[serve-formats]', or leave the "
+                "check out (--no-check)"
+            )
         config = checkpoint.model.config
         # What transformers does not read from a file of these architectures.
         unread = {

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from postlude.errors import SettingsError
-from postlude.numerics.formats import _MAX_ZERO_POINT, Granularity, Integer, Scheme
+from postlude.numerics.formats import MAX_ZERO_POINT, Granularity, Integer, Scheme
 from postlude.numerics.packing import pack, unpack
 from postlude.surgery.key_values import HeadRotation
 from postlude.surgery.layers import BlockHadamard, InputOrder, QuantizedLinear
@@ -315,7 +315,7 @@ class Graph:
             high = self.op("Max", high, self.constant(0.0))
         step = self.op("Div", self.op("Sub", high, low), self.constant(top))
         if format.range == "free":
-            least = self.op("Div", self._largest(low, high), self.constant(float(_MAX_ZERO_POINT)))
+            least = self.op("Div", self._largest(low, high), self.constant(float(MAX_ZERO_POINT)))
             step = self.op("Max", step, least)
         scale = self._stored(step, scheme)
         zero = self.op("Round", self.op("Div", self.op("Neg", low), scale))

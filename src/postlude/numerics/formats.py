@@ -33,6 +33,7 @@ from postlude.errors import SettingsError
 from postlude.numerics.packing import packed_width
 
 __all__ = [
+    "MAX_ZERO_POINT",
     "Codebook",
     "Encoded",
     "Format",
@@ -46,7 +47,7 @@ __all__ = [
 ]
 
 # A free zero point is stored in 16 bits; the scale is kept large enough for it to fit.
-_MAX_ZERO_POINT = 32000
+MAX_ZERO_POINT = 32000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,7 +151,7 @@ class Integer(Format):
             low, high = low.clamp(max=0), high.clamp(min=0)
         step: Tensor = (high - low) / (2**self.bits - 1)
         if self.range == "free":
-            step = torch.maximum(step, torch.maximum(low.abs(), high.abs()) / _MAX_ZERO_POINT)
+            step = torch.maximum(step, torch.maximum(low.abs(), high.abs()) / MAX_ZERO_POINT)
         return step
 
     def zero_point(self, low: Tensor, high: Tensor, scale: Tensor) -> Tensor | None:

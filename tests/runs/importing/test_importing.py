@@ -123,6 +123,8 @@ def test_symmetric_gptq_needs_no_zero_points(source: Path, tmp_path: Path) -> No
     found = load(tmp_path / "in")
     assert found.model.model.layers[0].mlp.up_proj.zero_point is None
     torch.testing.assert_close(logits(found.model), logits(reference), atol=2e-5, rtol=0)
+    kernels.use(found.model, "auto")
+    torch.testing.assert_close(logits(found.model), logits(reference), atol=2e-5, rtol=0)
 
 
 def test_awq_then_everything_else(source: Path, tmp_path: Path, some_text: str) -> None:
