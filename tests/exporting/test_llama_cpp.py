@@ -31,7 +31,7 @@ TEXTS = [
     "Tom and Anna were friends. One day they went to the 3 caf\u00e9s near the river, and it wasn't raining at all!",
 ]
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +56,6 @@ def run(python: str, file: Path, **asked: Any) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.timeout(300)
 @pytest.mark.parametrize("model", ["stories260k", "zoo:tiny-lm"])
 @pytest.mark.parametrize(
     ("bits", "group"), [(16, "channel"), (8, 32), (4, 32)], ids=["float", "w8", "w4"]
@@ -93,7 +92,6 @@ def test_text_and_losses(
         assert abs(loss - float(expected)) < 0.01, (loss, float(expected))
 
 
-@pytest.mark.timeout(300)
 @pytest.mark.parametrize(("bits", "type"), [(3, "q3_k"), (6, "q6_k")])
 def test_large_blocks(llama: str, tmp_path: Path, bits: int, type: str) -> None:
     small = pl.load("zoo:tiny-lm", dtype="float32")
