@@ -226,7 +226,7 @@ def query(
 
 @app.command("verify")
 def verify(index: Index, seed: options.Seed = 0, json: options.Json = False) -> Result:
-    """Read every byte of an index and compare it with its checksums; a damaged shard is named, and the exit code is 2."""
+    """Read every byte of an index and compare it with its checksums; names damaged shards, with exit code 2."""
     from postlude import _front_door
     from postlude.errors import StoreError
 
