@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 from postlude import registry
+from postlude.cli import run as command_line
 from postlude.errors import (
     DataError,
     NonFiniteError,
@@ -34,7 +35,6 @@ from postlude.tuning.run import TuneRun, tune
 from postlude.tuning.supervised import objective_of
 
 RUN = TuneRun(batch_size=4, learning_rate=1e-3, max_length=64)
-HERE = Path(__file__).parent
 
 
 def weights(directory: Path) -> dict[str, torch.Tensor]:
@@ -362,61 +362,76 @@ def test_settings_that_make_no_sense(values: dict[str, Any], message: str) -> No
         TuneRun(**values)
 
 
-def start(
-    model: Path, data: Path, out: Path, *options: str, ranks: int = 1
-) -> subprocess.Popen[str]:
-    """The command line in a process of its own, or in several."""
-    command = [sys.executable, "-m"]
-    if ranks > 1:
-        command += ["torch.distributed.run", f"--nproc-per-node={ranks}", "--standalone", "-m"]
-    command += ["postlude", "tune", str(model), str(data), "-o", str(out), "--max-length", "64"]
-    command += ["--learning-rate", "1e-3", "--json", *options]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    return subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-
-
-def finish(process: subprocess.Popen[str]) -> dict[str, Any]:
-    out, err = process.communicate(timeout=100)
-    assert process.returncode == 0, err
-    assert out.count("\n") == 1, out
-    found: dict[str, Any] = json.loads(out)
+def in_process(capsys: pytest.CaptureFixture[str], words: list[str]) -> dict[str, Any]:
+    capsys.readouterr()
+    assert command_line(words) == 0
+    found: dict[str, Any] = json.loads(capsys.readouterr().out)
     return found
 
 
+def log_of(out: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (out / "steps.jsonl").read_text().splitlines()]
+
+
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize(
     "options", [("--weights", "talr"), ("--adapter", "lora", "--set", "lora_dropout=0.2")]
 )
 def test_a_killed_run_resumes_bit_equal(
-    tiny_llama_dir: Path, demonstrations: Path, tmp_path: Path, options: tuple[str, ...]
+    tiny_llama_dir: Path,
+    demonstrations: Path,
+    tmp_path: Path,
+    options: tuple[str, ...],
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    long = (*options, "--batch-size", "2", "--epochs", "20", "--save-every", "3")
-    process = start(tiny_llama_dir, demonstrations, tmp_path / "out", *long)
-    states = tmp_path / ".out.run" / "states"
-    while process.poll() is None and not any(int(p.name[5:]) >= 30 for p in states.glob("step-*")):
-        time.sleep(0.01)
-    assert process.poll() is None
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
+    words = [
+        "tune",
+        str(tiny_llama_dir),
+        str(demonstrations),
+        *options,
+        "--device",
+        "cpu",
+        "--json",
+    ]
+    words += [
+        "--max-length",
+        "64",
+        "--learning-rate",
+        "1e-3",
+        "--batch-size",
+        "2",
+        "--epochs",
+        "60",
+    ]
+    words += ["--save-every", "3"]
+    steps, states = 360, tmp_path / ".out.run" / "states"
+    command = [sys.executable, "-m", "postlude", *words, "-o", str(tmp_path / "out")]
+    with subprocess.Popen(
+        command,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    ) as process:
+        while process.poll() is None and not any(
+            int(path.name[5:]) >= 30 for path in states.glob("step-*")
+        ):
+            time.sleep(0.01)
+        assert process.poll() is None
+        process.send_signal(signal.SIGKILL)
     assert not (tmp_path / "out").exists()
-    done = [int(p.name[5:]) for p in states.glob("step-*")]
-    assert done and max(done) < 120
+    done = [int(path.name[5:]) for path in states.glob("step-*")]
+    assert done and max(done) < steps
     assert not [p for p in states.rglob("*") if p.suffix in (".pt", ".pth", ".bin", ".pkl")]
-    resumed = start(tiny_llama_dir, demonstrations, tmp_path / "out", *long)
-    result = finish(resumed)
-    whole = finish(start(tiny_llama_dir, demonstrations, tmp_path / "whole", *long))
-    for name in ("loss", "final_loss", "steps", "effective_tokens"):
+    result = in_process(capsys, [*words, "-o", str(tmp_path / "out")])
+    whole = in_process(capsys, [*words, "-o", str(tmp_path / "whole")])
+    for name in ("loss", "final_loss", "effective_tokens"):
         assert result[name] == whole[name]
+    assert result["steps"] == whole["steps"] == steps
     name = "adapter_model" if "--adapter" in options else "model"
     files = [tmp_path / out / f"{name}.safetensors" for out in ("out", "whole")]
     assert files[0].read_bytes() == files[1].read_bytes()
-    logs = [
-        [json.loads(line) for line in (tmp_path / out / "steps.jsonl").read_text().splitlines()]
-        for out in ("out", "whole")
-    ]
-    for row, expected in zip(*logs, strict=True):
+    for row, expected in zip(log_of(tmp_path / "out"), log_of(tmp_path / "whole"), strict=True):
         assert row["loss"] == expected["loss"] and row["step"] == expected["step"]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "whole"]
 
@@ -473,23 +488,36 @@ def test_resuming_in_this_process(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_two_ranks_have_the_loss_of_one(
     tiny_llama_dir: Path, demonstrations: Path, tmp_path: Path
 ) -> None:
-    """Eleven sequences do not divide by two ranks of two micro-batches, and one rule rescales gradients."""
-    for rule, more in (("dft", ()), ("threshold", ("--set", "cut=0.001")), ("prift-mass", ())):
-        options = ("--weights", rule, *more, "--epochs", "3")
-        one = tmp_path / f"one-{rule}"
-        two = tmp_path / f"two-{rule}"
-        finish(start(tiny_llama_dir, demonstrations, one, *options, "--batch-size", "4"))
-        finish(start(tiny_llama_dir, demonstrations, two, *options, "--batch-size", "2", ranks=2))
-        logs = [
-            [json.loads(line) for line in (out / "steps.jsonl").read_text().splitlines()]
-            for out in (one, two)
-        ]
-        assert len(logs[0]) == 9
-        for expected, row in zip(*logs, strict=True):
+    """Eleven sequences do not divide by two ranks of two, and one of the rules rescales gradients."""
+    rules: dict[str, dict[str, Any]] = {"dft": {}, "threshold": {"cut": 0.001}, "prift-mass": {}}
+    run: dict[str, Any] = {"epochs": 3, "max_length": 64, "learning_rate": 1e-3, "batch_size": 2}
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
+    command += [
+        str(Path(__file__).parent / "two_ranks.py"),
+        str(tiny_llama_dir),
+        str(demonstrations),
+    ]
+    command += [str(tmp_path), json.dumps(run), json.dumps(rules)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("done") == 1
+    for rule, values in rules.items():
+        one = tune(
+            load(tiny_llama_dir, device="cpu"),
+            demonstrations,
+            objective_of(settings(rule, **values)),
+            TuneRun(**{**run, "batch_size": 4}),
+        )
+        rows = log_of(tmp_path / rule)
+        assert len(rows) == 9
+        for row, expected in zip(rows, one.log, strict=True):
             for name in ("loss", "mean_weight", "effective_tokens", "tokens", "gradient_norm"):
                 assert row[name] == pytest.approx(expected[name], rel=1e-4, abs=1e-5), (rule, name)
-        for name, tensor in weights(one).items():
-            torch.testing.assert_close(weights(two)[name], tensor, atol=1e-4, rtol=1e-3)
+        for name, tensor in weights(tmp_path / rule).items():
+            expected = one.checkpoint.model.state_dict()[name]
+            torch.testing.assert_close(tensor, expected, atol=1e-4, rtol=1e-3)

@@ -246,7 +246,7 @@ def _introduction(result: Row) -> list[str]:
 
 
 def _times(number: float) -> str:
-    return {1: "once", 2: "twice"}.get(number, f"{number:.3g} times")
+    return {1.0: "once", 2.0: "twice"}.get(number, f"{number:.3g} times")
 
 
 def _count(number: int, what: str) -> str:

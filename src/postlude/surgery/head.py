@@ -94,7 +94,7 @@ class LanguageHead:
     @contextlib.contextmanager
     def _off(self) -> Iterator[None]:
         # An attribute of the instance goes before the method of its class.
-        self.module.forward = _identity  # type: ignore[method-assign]
+        self.module.forward = _identity  # type: ignore[method-assign, assignment]
         try:
             yield
         finally:

@@ -18,6 +18,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import functools
 import hashlib
 import json
 import os
@@ -307,9 +308,8 @@ def compute_prior(
     pieces = []
     bar = progress.iterate(units, "prior") if progress is not None else units
     for number, unit in enumerate(bar):
-        pieces.append(
-            kept.unit(f"piece-{number:06d}", lambda unit=unit: _unit(run, examples, unit, top))
-        )
+        piece = functools.partial(_unit, run, examples, unit, top)
+        pieces.append(kept.unit(f"piece-{number:06d}", piece))
     columns = {name: torch.cat([piece[name] for piece in pieces]) for name in COLUMNS}
     for name, column in columns.items():
         if not bool(column.isfinite().all()):
