@@ -613,7 +613,7 @@ def judged(run: Runner, part: str) -> None:
             return
         count = masks.shape[1]
         print(
-            f"\n## LDS on {part}: {count} examples, {losses.shape[1]} queries, {len(masks)} halves\n"
+            f"\n**LDS on {part}: {count} examples, {losses.shape[1]} queries, {len(masks)} halves**\n"
         )
         print("| job | LDS [95 %] | bytes an example |")
         print("| --- | ---: | ---: |")
