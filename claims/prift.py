@@ -177,12 +177,12 @@ def plan(names: Sequence[str]) -> list[tuple[str, str, float, Sequence[str]]]:
     few = ("sft", "dft", "prift-prob", "prift-mass")
     return [
         ("stories260k", "taught", 0.4, names),
-        ("tiny-lm", "taught", 0.4, MAIN),
-        ("stories260k", "taught", 0.0, names),
-        ("tiny-lm", "taught", 0.0, few),
         ("stories260k", "taught", 0.2, few),
-        ("stories260k", "untaught", 0.0, few),
+        ("stories260k", "taught", 0.0, MAIN),
         ("stories260k", "untaught", 0.4, few),
+        ("stories260k", "untaught", 0.0, few),
+        ("tiny-lm", "taught", 0.4, MAIN),
+        ("tiny-lm", "taught", 0.0, few),
     ]
 
 
