@@ -235,3 +235,22 @@ def test_a_json_file_with_a_list(tmp_path: Path) -> None:
         file.write_text(content)
         with pytest.raises(DataError, match=message):
             read_rows(file)
+
+
+def test_a_completion_tokenized_apart_begins_without_a_blank(
+    tmp_path: Path, stories_dir: Path
+) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(stories_dir)
+    rows = [
+        {"prompt": f"She said{end}", "completion": "hello there"} for end in (" ", ": ", ":", "\n")
+    ]
+    examples = read_examples(write(tmp_path, *rows), tokenizer, 99)
+    for index, row in enumerate(rows):
+        text = tokenizer.decode(examples.ids(index), skip_special_tokens=True)
+        assert text.strip() == row["prompt"] + row["completion"]
+        assert learned(tokenizer, examples, index).strip() in (
+            "hello there</s>",
+            "hello there </s>",
+        )

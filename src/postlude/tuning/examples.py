@@ -322,6 +322,16 @@ def _started(tokenizer: Any, text: str) -> list[int]:
     return ids
 
 
+def _continued(tokenizer: Any, text: str) -> list[int]:
+    """Tokens of a text that something comes before: some tokenizers begin a text with a blank of their own."""
+    for before in ("\n", "."):
+        start = encode(tokenizer, before, add_special_tokens=False)
+        whole = encode(tokenizer, before + text, add_special_tokens=False)
+        if whole[: len(start)] == start:
+            return whole[len(start) :]
+    return encode(tokenizer, text, add_special_tokens=False)
+
+
 def _says(tokenizer: Any, ids: Iterable[int]) -> list[bool]:
     special = set(tokenizer.all_special_ids)
     return [token not in special for token in ids]
@@ -339,7 +349,7 @@ def _completion(tokenizer: Any, row: Row) -> _Tokens:
     ids = _started(tokenizer, prompt + completion)
     apart = ids[: len(before)] != before
     if apart:
-        ids = before + encode(tokenizer, completion, add_special_tokens=False)
+        ids = before + _continued(tokenizer, completion)
     says = [False] * len(before) + _says(tokenizer, ids[len(before) :])
     whole = _ended(tokenizer, ids) if len(ids) > len(before) else ids
     says += [False] * (len(whole) - len(ids))
