@@ -59,7 +59,8 @@ def build(
 
     Returns:
         The index, and ``examples``, ``tokens``, ``truncated`` (examples that were cut), ``truncated_tokens``,
-        ``bytes``, ``bytes_per_example``, ``seconds``, ``resumed`` (examples that were already there).
+        ``bytes``, ``bytes_per_example``, ``curvature_bytes`` (what is kept beside the rows), ``seconds``,
+        ``resumed`` (examples that were already there).
 
     Raises:
         DataError: a record that cannot be used (names its line), or no tokenizer.
@@ -138,6 +139,7 @@ def build(
         "truncated_tokens": int(cut.sum()),
         "bytes": index.bytes,
         "bytes_per_example": index.bytes / len(index),
+        "curvature_bytes": index.curvature_bytes,
         "seconds": time.perf_counter() - started,
         "resumed": resumed,
         "path": str(index.path),

@@ -79,6 +79,12 @@ class Index:
         """Bytes of the shards on disk."""
         return self.store.bytes
 
+    @property
+    def curvature_bytes(self) -> int:
+        """Bytes of what was fitted to the index and kept beside the shards."""
+        files = (self.path / "curvature").rglob("*.safetensors")
+        return sum(file.stat().st_size for file in files)
+
     def hash(self) -> str:
         """SHA-256 of the whole index."""
         return self.store.hash()

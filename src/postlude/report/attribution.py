@@ -5,7 +5,8 @@
     title                        words
     method                       name, family, summary, paper, unit (of a score), settings {name: value},
                                  curvature (words)
-    index                        path, model, examples, bytes, layers, seconds (to build), keeps {name: value}
+    index                        path, model, examples, bytes, curvature_bytes, layers, seconds (to build),
+                                 keeps {name: value}
     queries                      list of: text, count (tokens), truncated (tokens cut off), examples, mean,
                                  deviation (of the scores of all examples), tokens [{text, score}], results
       results                    list of: id, score, text, count, truncated, tokens [{text, score}],
@@ -88,6 +89,7 @@ def page_of(index: Index, answers: Sequence[Answer], method: Attributor, command
                 "model": Path(model).name if model else None,
                 "examples": len(index),
                 "bytes": index.bytes,
+                "curvature_bytes": index.curvature_bytes,
                 "layers": len(index.layers),
                 # Of the index, which another method than the one it was built for may have been asked with.
                 "keeps": index.representation.to_dict(),
@@ -332,6 +334,8 @@ def _facts(method: Results, index: Results, results: Results) -> list[tuple[str,
             else ""
         )
         rows.append(("size", f"{_bytes(index['bytes'])}{each}"))
+    if index.get("curvature_bytes"):
+        rows.append(("kept curvature", _bytes(index["curvature_bytes"])))
     if index.get("layers"):
         rows.append(("layers", f"{index['layers']} linear layers"))
     if _finite(index.get("seconds")):
