@@ -261,7 +261,7 @@ def measure_models(
 STARTS = ("sft", "dft", "prift-prob", "prift-mass")
 ANSWERS = 8  # to each prompt
 PROMPTS = 4  # of a step
-RATE = 2e-4
+RATE = 3e-5
 
 
 def reinforce(
