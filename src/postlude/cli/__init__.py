@@ -105,6 +105,9 @@ def run(arguments: Sequence[str]) -> int:
     except typer.Abort:
         return _fail("Abort", "Aborted.", 1, as_json)
     if isinstance(outcome, Result):
+        # Of the processes that torchrun starts, one prints.
+        if os.environ.get("RANK", "0") != "0":
+            return 0
         if as_json:
             print(to_json(outcome.value), file=stdout)
         else:
