@@ -139,9 +139,11 @@ def test_the_three_references_are_one(
     checkpoint = load(tiny_llama_dir, device="cpu")
     examples = read_examples(demonstrations, checkpoint.tokenizer, 64)
     compute_prior(checkpoint, examples, tmp_path / "prior", max_length=64)
+    reference = load(tiny_llama_dir, device="cpu")
+    before = reference.fingerprint()
     runs = [
         tune(checkpoint, demonstrations, objective_of(rule), RUN),
-        tune(checkpoint, demonstrations, objective_of(rule), RUN, reference=load(tiny_llama_dir, device="cpu")),
+        tune(checkpoint, demonstrations, objective_of(rule), RUN, reference=reference),
         tune(checkpoint, demonstrations, objective_of(rule, prior=tmp_path / "prior"), RUN),
     ]  # fmt: skip
     for other in runs[1:]:
@@ -149,6 +151,11 @@ def test_the_three_references_are_one(
             for name in ("loss", "mean_weight", "kept_share"):
                 assert row[name] == pytest.approx(expected[name], abs=2e-6)
     assert 0 < runs[0].result["kept_share"] <= 1
+    # The frozen reference stays as it was, gets no gradient and is not in the output.
+    assert reference.fingerprint() == before
+    assert all(parameter.grad is None for parameter in reference.model.parameters())
+    names = set(checkpoint.model.state_dict())
+    assert all(set(one.checkpoint.model.state_dict()) == names for one in runs)
 
 
 def test_a_prior_of_another_reference(
@@ -273,10 +280,10 @@ def test_a_loss_that_is_not_finite_at_once(tiny: Callable[..., Any], demonstrati
 def test_a_saved_model_that_is_another_one_does_not_appear(
     tiny: Callable[..., Any], demonstrations: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from postlude.tuning import run
+    from postlude.tuning import output
 
     other = tiny(seed=4)
-    monkeypatch.setattr(run, "load", lambda *args, **kwargs: other)
+    monkeypatch.setattr(output, "load", lambda *args, **kwargs: other)
     with pytest.raises(VerificationError, match="What was saved, loaded again, is another model"):
         tune(tiny(), demonstrations, objective_of("sft"), RUN, out=tmp_path / "out")
     assert not (tmp_path / "out").exists()

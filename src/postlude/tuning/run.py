@@ -13,17 +13,15 @@ import contextlib
 import copy
 import dataclasses
 import hashlib
-import json
 import math
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 import postlude
 from postlude import registry
@@ -34,24 +32,21 @@ from postlude.errors import (
     RunDirectoryError,
     SettingsError,
 )
-from postlude.runs.atomic import atomic_directory, check_replaceable, discard
+from postlude.runs.atomic import check_replaceable, discard
 from postlude.runs.checkpoint import Checkpoint
 from postlude.runs.directory import RunDirectory
-from postlude.runs.loading import load
 from postlude.runs.progress import Progress
 from postlude.runs.quiet import quiet_transformers
 from postlude.surgery.layers import QuantizedLinear
 from postlude.tuning import adapters
 from postlude.tuning.adapters import Adapter
+from postlude.tuning.output import MARKER, Report, finished, keep_model, plain, save
 from postlude.tuning.prior import cast, frozen
 
 __all__ = ["Job", "Objective", "Outcome", "TuneRun", "Tuned", "data_files", "main_process", "tune"]
 
 SCHEDULES = ("constant", "cosine", "linear")
-MARKER = "tune.json"
 _STATES, _MODEL = "states", "model-before"
-
-Report = Callable[[Path, Mapping[str, Any], Sequence[Mapping[str, Any]]], None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -270,10 +265,13 @@ def tune(
             with quiet_transformers():
                 outcome = objective.train(job)
         except NonFiniteError as error:
-            raise NonFiniteError(f"{error}{_keep_model(job, directory, final)}") from error
+            if final is None or not main_process():
+                raise
+            place = keep_model(job, directory.parent / _MODEL)
+            raise NonFiniteError(f"{error} The model as it was then is in {place}.") from error
         finally:
             job.checkpoint.model.config.use_cache = uses_cache
-        model, differs = _finished(job, merge, stored)
+        model, differs = finished(job, merge, stored)
         result = {
             "output": None if out is None else os.fspath(out),
             **manifest["objective"],
@@ -290,7 +288,7 @@ def tune(
             [dict(row) for row in outcome.log],
         )
         if final is not None and main_process():
-            _save(tuned, job, model, manifest, final, overwrite, report)
+            save(tuned, job, manifest, final, overwrite, report)
             discard(directory.parent, final)
         _wait()
     return tuned
@@ -351,7 +349,7 @@ def _manifest(
     for file in data_files(data):
         if file.is_file():
             digest.update(file.read_bytes())
-    return _plain(
+    return plain(
         {
             "postlude": postlude.__version__,
             "verb": "tune",
@@ -366,17 +364,6 @@ def _manifest(
             "ranks": _ranks(),
         }
     )
-
-
-def _plain(value: Any) -> Any:
-    """As JSON has it: no infinity, no paths."""
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple | set):
-        return [_plain(item) for item in value]
-    if isinstance(value, float):
-        return value if math.isfinite(value) else str(value)
-    return value if value is None or isinstance(value, bool | int | str) else str(value)
 
 
 @contextlib.contextmanager
@@ -450,94 +437,6 @@ def _job(
     with seeded(run.seed):
         trained = model if adapter is None else adapters.attach(work, adapter)
     return Job(work, trained, data, run, reference, directory, progress)
-
-
-# ------------------------------------------------------------------------------------------------------- after
-
-
-def _finished(job: Job, merge: bool, stored: torch.dtype) -> tuple[Any, float | None]:
-    """The trained model as it is to be stored, and how far merging moved its logits."""
-    model, differs = job.model, None
-    if merge:
-        model, differs = adapters.merge(model, _sequences(job))
-    if merge or not job.adapters:
-        model = cast(model, stored)
-    return model.eval(), differs
-
-
-def _sequences(job: Job) -> list[Tensor]:
-    """Some tokens to compare models on: what the data says, read as plain text."""
-    if job.checkpoint.tokenizer is None:
-        return []
-    from postlude.runs.documents import encode
-    from postlude.tuning.examples import read_rows
-
-    texts = [json.dumps(row.fields, ensure_ascii=False) for row in read_rows(job.data)[:4]]
-    limit = job.checkpoint.context
-    ids = [encode(job.checkpoint.tokenizer, text)[:limit] for text in texts]
-    return [torch.tensor(one) for one in ids if one]
-
-
-def _save(
-    tuned: Tuned,
-    job: Job,
-    model: Any,
-    manifest: Mapping[str, Any],
-    final: Path,
-    overwrite: bool,
-    report: Report | None,
-) -> None:
-    """Write the output, load it again and compare, and only then give it its name."""
-    alone = hasattr(model, "peft_config")
-    with atomic_directory(final, overwrite, marker=MARKER) as directory:
-        if alone:
-            adapters.save_adapter(model, job.checkpoint.tokenizer, directory)
-        else:
-            tuned.checkpoint.write(directory)
-        tuned.result["reload_difference"] = _read_again(job, model, directory, alone)
-        text = "".join(json.dumps(_plain(row)) + "\n" for row in tuned.log)
-        (directory / "steps.jsonl").write_text(text, encoding="utf-8")
-        about = _plain({"result": tuned.result, "manifest": manifest})
-        (directory / MARKER).write_text(
-            json.dumps(about, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
-        )
-        if report is not None:
-            report(directory, tuned.result, tuned.log)
-
-
-def _read_again(job: Job, model: Any, directory: Path, alone: bool) -> float | None:
-    """How far the logits of the files are from those in memory; None for an adapter of a model that has no directory.
-
-    Raises:
-        VerificationError: they are another model.
-    """
-    if alone and job.checkpoint.path is None:
-        return None
-    if alone:
-        dtype = str(model.get_base_model().dtype).removeprefix("torch.")
-        loaded = adapters.load_adapter(directory, dtype, model.device, merged=False)
-    else:
-        loaded = load(directory, device=model.device)
-    tried = adapters.probes(_sequences(job), model.config.vocab_size)
-    expected = adapters.logits(model, tried)
-    found = adapters.logits(loaded.model, tried)
-    # The same weights in the same types, so the same sums; adapters may have been stored in another type.
-    return adapters.same_logits(
-        found, expected, 1e-5, "What was saved, loaded again, is another model"
-    )
-
-
-def _keep_model(job: Job, directory: Path, final: Path | None) -> str:
-    """Save the model as it was before a step that failed, where it can be looked at."""
-    if final is None or not main_process():
-        return ""
-    place = directory.parent / _MODEL
-    with contextlib.suppress(OutputExistsError), atomic_directory(place, overwrite=True) as folder:
-        if job.adapters:
-            adapters.save_adapter(job.model, job.checkpoint.tokenizer, folder)
-        else:
-            job.checkpoint.write(folder)
-    return f" The model as it was then is in {place}."
 
 
 # ------------------------------------------------------------------------------------------------------- ranks

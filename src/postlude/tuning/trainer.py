@@ -19,19 +19,15 @@ The numbers of a step are read from the device once, before the optimizer moves.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import os
-import random
-import re
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -44,6 +40,17 @@ from postlude.runs.progress import Progress
 from postlude.surgery.head import LanguageHead
 from postlude.tuning.batches import Plan, collate
 from postlude.tuning.examples import Examples
+from postlude.tuning.states import (
+    STEP,
+    TRAINER,
+    flatten,
+    last_state,
+    plain_schedule,
+    random_states,
+    restore,
+    seeded,
+    set_random_states,
+)
 from postlude.tuning.weighting import StepStatistics, TargetTokens, TokenWeighting
 
 if TYPE_CHECKING:
@@ -61,8 +68,7 @@ __all__ = [
 ]
 
 LOG = "steps.jsonl"
-_STATE, _TENSORS, _TRAINER = "state.json", "tensors.safetensors", "trainer_state.json"
-_STEP = re.compile(r"step-(\d+)")
+_STATE, _TENSORS = "state.json", "tensors.safetensors"
 _SECONDS_BETWEEN_STATES = 60.0
 _STATES_PER_RUN = 20
 
@@ -143,32 +149,6 @@ def autocasts(model: Any) -> bool:
 def joined(*classes: type) -> type:
     """A Trainer class with overrides; the Trainer comes last."""
     return type(classes[-1].__name__, classes, {})
-
-
-@contextlib.contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """Give every random generator this seed, and its old state back at the end."""
-    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
-    python, numbers = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng(devices=devices):
-        random.seed(seed)
-        np.random.seed(seed % 2**32)
-        torch.manual_seed(seed)
-        try:
-            yield
-        finally:
-            random.setstate(python)
-            np.random.set_state(numbers)
-
-
-def last_state(directory: Path) -> Path | None:
-    """The newest state in the directory of a run, None where there is none."""
-    found = [
-        (int(match[1]), path)
-        for path in directory.glob("step-*")
-        if (match := _STEP.fullmatch(path.name)) and (path / _TRAINER).is_file()
-    ]
-    return max(found)[1] if found else None
 
 
 class Batches(Dataset[dict[str, Tensor]]):
@@ -323,7 +303,7 @@ class Steady:
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Write ``step-N``: trained parameters, optimizer, schedule, random states; drop the one before."""
         step = self.state.global_step
-        randoms = _random_states()
+        randoms = random_states()
         gathered = [randoms]
         if self.args.world_size > 1:
             from accelerate.utils import gather_object
@@ -335,11 +315,11 @@ class Steady:
                 for name, parameter in self.model.named_parameters()
                 if parameter.requires_grad
             }
-            about: dict[str, Any] = {"scheduler": _plain(self.lr_scheduler.state_dict())}
-            about["optimizer"] = _flatten(self.optimizer.state_dict(), "optimizer", tensors)
-            about["own"] = _flatten(self._own_state(), "own", tensors)
+            about: dict[str, Any] = {"scheduler": plain_schedule(self.lr_scheduler.state_dict())}
+            about["optimizer"] = flatten(self.optimizer.state_dict(), "optimizer", tensors)
+            about["own"] = flatten(self._own_state(), "own", tensors)
             about["random"] = [
-                _flatten(one, f"random.{rank}", tensors) for rank, one in enumerate(gathered)
+                flatten(one, f"random.{rank}", tensors) for rank, one in enumerate(gathered)
             ]
             with open(self._directory / LOG, "a", encoding="utf-8") as file:
                 os.fsync(file.fileno())
@@ -349,10 +329,10 @@ class Steady:
                     directory / _TENSORS,
                 )
                 (directory / _STATE).write_text(json.dumps(about), encoding="utf-8")
-                self.state.save_to_json(str(directory / _TRAINER))
+                self.state.save_to_json(str(directory / TRAINER))
             sync_directory(self._directory)
             for path in self._directory.glob("step-*"):
-                if path.name != f"step-{step}" and _STEP.fullmatch(path.name):
+                if path.name != f"step-{step}" and STEP.fullmatch(path.name):
                     shutil.rmtree(path, ignore_errors=True)
         self._saved, self._saved_step = time.monotonic(), step
 
@@ -370,14 +350,14 @@ class Steady:
             for name, parameter in self.model.named_parameters():
                 if parameter.requires_grad:
                     parameter.copy_(stored[f"parameter.{name}"])
-        self._take_own_state(_restore(about["own"], stored))
+        self._take_own_state(restore(about["own"], stored))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None:
             return
         stored = load_file(Path(checkpoint) / _TENSORS)
         about = json.loads((Path(checkpoint) / _STATE).read_text(encoding="utf-8"))
-        self.optimizer.load_state_dict(_restore(about["optimizer"], stored))
+        self.optimizer.load_state_dict(restore(about["optimizer"], stored))
         self.lr_scheduler.load_state_dict(about["scheduler"])
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
@@ -385,7 +365,7 @@ class Steady:
             return
         stored = load_file(Path(checkpoint) / _TENSORS)
         about = json.loads((Path(checkpoint) / _STATE).read_text(encoding="utf-8"))
-        _set_random_states(_restore(about["random"][self.args.process_index], stored))
+        set_random_states(restore(about["random"][self.args.process_index], stored))
 
     def _load_scaler(self, checkpoint: str | None) -> None:
         """There is none: fp16 is not trained in."""
@@ -535,61 +515,3 @@ class TokenLoss(Steady):
         values = state["previous"]
         if values is not None:
             self._previous = StepStatistics(values.to(self.args.device))
-
-
-def _flatten(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
-    """``value`` as JSON, with its tensors taken out into ``tensors``."""
-    if isinstance(value, Tensor):
-        tensors[name] = value.detach()
-        return {"$tensor": name}
-    if isinstance(value, Mapping):
-        items = [[key, _flatten(item, f"{name}.{key}", tensors)] for key, item in value.items()]
-        return {"$items": items}
-    if isinstance(value, list | tuple):
-        return [_flatten(item, f"{name}.{at}", tensors) for at, item in enumerate(value)]
-    return value
-
-
-def _restore(value: Any, tensors: Mapping[str, Tensor]) -> Any:
-    """The inverse; a tuple comes back as a list."""
-    if isinstance(value, dict):
-        if "$tensor" in value:
-            return tensors[value["$tensor"]]
-        return {key: _restore(item, tensors) for key, item in value["$items"]}
-    if isinstance(value, list):
-        return [_restore(item, tensors) for item in value]
-    return value
-
-
-def _plain(state: Mapping[str, Any]) -> dict[str, Any]:
-    """A schedule's state without the functions that made it."""
-    return {key: value for key, value in state.items() if key != "lr_lambdas"} | {
-        "lr_lambdas": [None] * len(state.get("lr_lambdas", ()))
-    }
-
-
-def _random_states() -> dict[str, Any]:
-    version, words, gauss = random.getstate()
-    kind, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
-    state: dict[str, Any] = {
-        "python": {"version": version, "words": torch.tensor(words), "gauss": gauss},
-        "numpy": {
-            "kind": str(kind),
-            "keys": torch.from_numpy(np.asarray(keys).astype(np.int64)),
-            "rest": [int(position), int(has_gauss), float(cached)],
-        },
-        "torch": torch.random.get_rng_state(),
-    }
-    if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state()
-    return state
-
-
-def _set_random_states(state: dict[str, Any]) -> None:
-    python, numbers = state["python"], state["numpy"]
-    random.setstate((python["version"], tuple(python["words"].tolist()), python["gauss"]))
-    keys = numbers["keys"].numpy().astype(np.uint32)
-    np.random.set_state((numbers["kind"], keys, *numbers["rest"]))
-    torch.random.set_rng_state(state["torch"])
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])
