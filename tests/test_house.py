@@ -35,6 +35,7 @@ def test_public_names() -> None:
         "load",
         "quantize",
         "tune",
+        "tune_prior",
     }
     assert set(postlude.__all__) == expected
     assert dir(postlude) == sorted(expected)

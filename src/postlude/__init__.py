@@ -33,6 +33,7 @@ if TYPE_CHECKING:
         load,
         quantize,
         tune,
+        tune_prior,
     )
 
 __all__ = [
@@ -49,6 +50,7 @@ __all__ = [
     "load",
     "quantize",
     "tune",
+    "tune_prior",
 ]
 
 __version__ = "0.1.0"
