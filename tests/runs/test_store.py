@@ -138,6 +138,26 @@ def test_another_version_kind_or_manifest_is_refused(finished: Path, tmp_path: P
         TensorStore.create(edited / "letter.txt", {}, [1])
 
 
+def test_a_manifest_edited_after_the_build_is_refused(finished: Path) -> None:
+    before = files(finished)
+    edit(finished, "manifest.json", lambda body: body["content"].update(seed=2))
+    with pytest.raises(StoreError, match=r"manifest.json was changed after the build.*--overwrite"):
+        TensorStore.open(finished)
+    # The same words in other bytes are written back by a build of the same settings.
+    edit(finished, "manifest.json", lambda body: body["content"].update(seed=1))
+    with pytest.raises(StoreError, match="was changed after the build"):
+        TensorStore.open(finished)
+    again = fill(finished)
+    assert again.missing() == []
+    again.finish()
+    assert files(finished) == before
+    edit(finished, "shards.json", lambda body: body.pop("manifest"))
+    with pytest.raises(StoreError, match="was changed after the build"):
+        TensorStore.open(finished)
+    fill(finished).finish()
+    assert files(finished) == before
+
+
 def test_overwriting_starts_afresh(finished: Path) -> None:
     store = TensorStore.create(finished, {"seed": 2}, [4], overwrite=True)
     assert store.missing() == [0]

@@ -2,7 +2,8 @@
 
     manifest.json                        what the store holds and how its rows are cut into shards
     shards/00003@SHA256.safetensors      one finished shard under the hash of its bytes
-    shards.json                          written last: every shard with its hash, size and rows
+    shards.json                          written last: every shard with its hash, size and rows, and the hash of
+                                         the manifest
 
 A shard appears by a rename after it was flushed to the disk, so it is there whole or not at all; a killed
 build looks at what is there and goes on with the rest. Shards do not depend on who writes them, so any number of
@@ -179,6 +180,8 @@ class TensorStore:
                 )
             if different or overwrite:
                 _remove(directory)
+            # Also where it says the same in other bytes: the list knows it by its hash.
+            if file.read_bytes() != _as_bytes(body):
                 _write_json(file, body)
         elif directory.is_dir() and any(not is_partial(one) for one in directory.iterdir()):
             raise StoreError(
@@ -194,10 +197,11 @@ class TensorStore:
 
     @classmethod
     def open(cls, path: str | os.PathLike[str], *, kind: str = "tensors") -> Self:
-        """A finished store. Sizes and names of its files are checked; :meth:`verify` reads the bytes.
+        """A finished store. The manifest, and sizes and names of the shards, are checked; :meth:`verify` reads them.
 
         Raises:
-            StoreError: not a store of this kind, of another version, unfinished or damaged.
+            StoreError: not a store of this kind, of another version, unfinished, damaged, or with a manifest that was
+                changed after the build.
         """
         directory = Path(os.path.realpath(path))
         file = directory / _MANIFEST
@@ -291,8 +295,6 @@ class TensorStore:
         Raises:
             StoreError: a shard is missing.
         """
-        if self.complete:
-            return
         files = {number: (file, sha) for number, file, sha in self._files()}
         missing = [number for number in range(len(self.rows)) if number not in files]
         if missing:
@@ -302,8 +304,11 @@ class TensorStore:
             file, sha = files[number]
             size = file.stat().st_size
             listing.append({"file": file.name, "sha256": sha, "bytes": size, "rows": rows})
+        body = {"manifest": hash_file(self.path / _MANIFEST), "shards": listing}
+        if self.complete and (self.path / _LIST).read_bytes() == _as_bytes(body):
+            return
         try:
-            _write_json(self.path / _LIST, {"shards": listing})
+            _write_json(self.path / _LIST, body)
         except OSError as error:
             raise _full(error, None, self) from error
 
@@ -340,7 +345,13 @@ class TensorStore:
                 f"{self.path} is not finished: {have} of {len(self.rows)} shards are there. "
                 "Run the same build command again; it goes on where it stopped."
             )
-        entries = _read_json(file, self.kind).get("shards")
+        body = _read_json(file, self.kind)
+        if body.get("manifest") != hash_file(self.path / _MANIFEST):
+            raise StoreError(
+                f"{self.path / _MANIFEST} was changed after the build, so it no longer says what the shards hold. Put "
+                f"the old file back, or build the {self.kind} again (with --overwrite if that says it is another)."
+            )
+        entries = body.get("shards")
         if not isinstance(entries, list) or len(entries) != len(self.rows):
             raise StoreError(
                 f"{file} does not list the {len(self.rows)} shards of the manifest: damaged."
@@ -425,8 +436,11 @@ def _read_json(file: Path, kind: str) -> dict[str, Any]:
 
 def _write_json(file: Path, value: Mapping[str, Any]) -> None:
     with atomic_write(file) as temporary:
-        text = json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False)
-        temporary.write_text(text + "\n", encoding="utf-8")
+        temporary.write_bytes(_as_bytes(value))
+
+
+def _as_bytes(value: Mapping[str, Any]) -> bytes:
+    return (json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n").encode()
 
 
 def _full(error: Exception, number: int | None, store: TensorStore) -> Exception:
