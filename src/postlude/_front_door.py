@@ -423,6 +423,7 @@ def tune_prior(
     out: Path_,
     *,
     max_length: int | None = None,
+    dtype: str | torch.dtype = "auto",
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
@@ -433,17 +434,25 @@ def tune_prior(
         data: as for :func:`tune`.
         out: the directory to write. The same call after a kill resumes.
         max_length: tokens at which a sequence is cut; the same as in tuning.
+        dtype: to compute in; ``"auto"`` for the model's own, on a CPU float32.
         overwrite: replace ``out``.
         progress: where to show it.
 
     Returns:
         The manifest of :mod:`postlude.tuning.prior`: what it was computed from, how much it holds.
     """
+    chosen = dtype_of(dtype)
     opened = _open(reference)
     length = length_of(max_length, opened.context)
     examples = read_examples(data, opened.tokenizer, length, progress)
     return compute_prior(
-        opened, examples, out, max_length=length, overwrite=overwrite, progress=progress
+        opened,
+        examples,
+        out,
+        max_length=length,
+        dtype=chosen if isinstance(chosen, torch.dtype) else None,
+        overwrite=overwrite,
+        progress=progress,
     )
 
 
@@ -591,22 +600,30 @@ def attribution_verify(index: Path_ | Index) -> dict[str, Any]:
     """Read every byte of an index and compare it with its checksums.
 
     Returns:
-        ``path``, ``examples``, ``shards``, ``bytes``, ``ok``, ``damaged`` (shard, file and reason of each), and
-        ``data``: whether the training examples are ``unchanged`` since the build, or why that is not known.
+        ``path``, ``examples``, ``shards``, ``bytes``, ``damaged`` (shard, file and reason of each), ``data``: whether
+        the training examples are ``unchanged`` since the build, what is wrong with them, or why that is not known,
+        and ``ok``: whether no shard is damaged and the examples, where they are at hand, are unchanged.
 
     Raises:
         StoreError: not an index, or one that cannot even be opened.
     """
     opened = index if isinstance(index, Index) else Index(index)
     damaged = opened.verify()
-    try:
-        opened.records()
-        data = "unchanged"
-    except InputError as error:
-        data = str(error)
+    data, whole = "unchanged", True
+    given = opened.manifest["data"]["path"]
+    if given is None:
+        data = "unknown: the index was built from examples in memory"
+    elif not os.path.isfile(given):
+        data = f"unknown: there is no file {given} any more"
+    else:
+        try:
+            # Read again, whatever the index has in memory.
+            opened.records(given)
+        except InputError as error:
+            data, whole = str(error), False
     return {
         "path": str(opened.path),
-        "ok": not damaged,
+        "ok": whole and not damaged,
         "examples": len(opened),
         "shards": len(opened.store.shards),
         "bytes": opened.bytes,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -113,7 +114,7 @@ def test_query_with_other_settings(built: Path, postlude_command: Any) -> None:
     assert cosine["unit"] == "cosine" and abs(cosine["results"][0]["score"]) <= 1.0001
 
 
-def test_verify(work: Path, postlude_command: Any) -> None:
+def test_verify(built: Path, work: Path, postlude_command: Any) -> None:
     done = postlude_command("attribute", "verify", work / "index", "--json")
     assert done.code == 0
     assert (done.json["ok"], done.json["shards"], done.json["data"]) == (True, 3, "unchanged")
@@ -125,6 +126,21 @@ def test_verify(work: Path, postlude_command: Any) -> None:
     assert damaged.code == 2
     message = damaged.json["error"]["message"]
     assert "damaged in 1 of 3 shards: shard 1" in message and shard.name in message
+    # What it advises mends it.
+    assert "Run the same build command again" in message
+    build = (
+        "build",
+        built / "model",
+        built / "train.jsonl",
+        "-o",
+        work / "index",
+        "--method",
+        "lorif",
+    )
+    options = ("--rank", "1", "--format", "int8", "--shard-examples", "5")
+    assert postlude_command("attribute", *build, *options, "--json").json["resumed"] == 8
+    mended = postlude_command("attribute", "verify", work / "index")
+    assert mended.code == 0 and "damaged" not in mended.out
 
 
 def test_plan(built: Path, postlude_command: Any) -> None:
@@ -174,8 +190,6 @@ def test_refusals(
     words: tuple[str, ...],
     pattern: str,
 ) -> None:
-    import re
-
     monkeypatch.chdir(work)
     (work / "empty.jsonl").write_text('{"text": "a boat"}\n{"text": " "}\n')
     (work / "changed.jsonl").write_text('{"text": "a boat"}\n')
@@ -197,5 +211,11 @@ def test_changed_data_are_refused_at_the_next_query(work: Path, postlude_command
         done = postlude_command(*command)
         assert done.code == 2
         assert "hash" in done.json["error"]["message"] or "data" in done.json["error"]["message"]
+    done = postlude_command("attribute", "verify", work / "new", "--json")
+    assert done.code == 2
+    assert re.search(
+        "shards of .* are whole, but: .* has changed since", done.json["error"]["message"]
+    )
+    data.unlink()
     report = postlude_command("attribute", "verify", work / "new", "--json").json
-    assert report["ok"] and "has changed since" in report["data"]
+    assert report["ok"] and "there is no file" in report["data"]

@@ -130,6 +130,8 @@ def build(
             progress=progress,
         )
     report = {"output": output, "method": info.name, **index.report, "seed": seed}
+    # The same as the output.
+    report.pop("path", None)
     return Result({**report, "settings": settings})
 
 
@@ -226,20 +228,26 @@ def query(
 
 @app.command("verify")
 def verify(index: Index, seed: options.Seed = 0, json: options.Json = False) -> Result:
-    """Read every byte of an index and compare it with its checksums; names damaged shards, with exit code 2."""
+    """Read every byte of an index and compare it with its checksums; the training examples too.
+
+    Damaged shards are named, with exit code 2; so are training examples that changed since the build.
+    """
     from postlude import _front_door
     from postlude.errors import StoreError
 
     report = _front_door.attribution_verify(index)
-    if not report["ok"]:
+    if report["damaged"]:
         named = "; ".join(
             f"shard {one['shard']} ({one['file']}): {one['reason']}" for one in report["damaged"]
         )
         raise StoreError(
-            f"{report['path']} is damaged in {len(report['damaged'])} of {report['shards']} shards: {named}. Remove "
-            "shards.json and the damaged shards, and run the same build command again: it makes those anew."
+            f"{report['path']} is damaged in {len(report['damaged'])} of {report['shards']} shards: {named}. Run the "
+            "same build command again: it makes the damaged shards alone anew."
         )
-    return Result(report)
+    if not report["ok"]:
+        raise StoreError(f"The shards of {report['path']} are whole, but: {report['data']}")
+    shown = {name: value for name, value in report.items() if name != "damaged"}
+    return Result(report if json else shown)
 
 
 @app.command("plan")
