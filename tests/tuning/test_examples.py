@@ -254,3 +254,19 @@ def test_a_completion_tokenized_apart_begins_without_a_blank(
             "hello there</s>",
             "hello there </s>",
         )
+
+
+def test_turns_that_merge_with_their_prompt(tmp_path: Path, stories_dir: Path) -> None:
+    """A blank at the end of the generation prompt, which the tokenizer would put before the next word."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(stories_dir)
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}{% if m.role == 'assistant' %}</s>{% endif %}\n"
+        "{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    examples = read_examples(write(tmp_path, {"messages": TURNS}), tokenizer, 99)
+    assert examples.retokenized == 1
+    text = tokenizer.decode(examples.ids(0)).replace(" ", "")
+    assert text == "user:a?assistant:b.</s>user:c?assistant:dd.</s>"
+    assert learned(tokenizer, examples).replace(" ", "") == "b.</s>dd.</s>"

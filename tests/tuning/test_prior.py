@@ -18,6 +18,7 @@ from postlude.tuning.examples import Examples, read_examples
 from postlude.tuning.prior import (
     Prior,
     Reference,
+    cast,
     check_vocabulary,
     columns_of,
     compute_prior,
@@ -167,6 +168,23 @@ def test_a_stale_prior_is_refused_with_the_reason(
     other = dataclasses.replace(examples, response=moved)
     with pytest.raises(DataError, match="which of them are learned"):
         stored.check(identity(checkpoint.fingerprint(), tiny_tokenizer, other))
+
+
+def test_the_type_to_compute_in_is_no_part_of_what_it_belongs_to(
+    tiny: Callable[..., Any], examples: Examples, tmp_path: Path
+) -> None:
+    checkpoint = tiny()
+    cast(checkpoint.model, torch.bfloat16)
+    columns = []
+    for dtype in (None, torch.bfloat16, torch.float64):
+        about = compute_prior(
+            checkpoint, examples, tmp_path / "prior", max_length=64, dtype=dtype, overwrite=True
+        )
+        assert about["identity"]["reference"] == checkpoint.fingerprint()
+        columns.append(Prior.load(tmp_path / "prior").columns["entropy"])
+    assert columns[2].dtype == torch.float32
+    torch.testing.assert_close(columns[0], columns[2], atol=1e-5, rtol=1e-5)
+    assert not torch.equal(columns[0], columns[1])
 
 
 def test_damage_is_found(tiny: Callable[..., Any], examples: Examples, tmp_path: Path) -> None:

@@ -320,16 +320,27 @@ def test_objectives_that_are_refused(change: dict[str, Any], message: str) -> No
     ],
 )  # fmt: skip
 def test_runs_that_are_refused(
-    tiny: Callable[..., Any],
+    tiny_llama_dir: Path,
     demonstrations: Path,
     tmp_path: Path,
     options: dict[str, Any],
     message: str,
 ) -> None:
     given = {"run": RUN, **options}
+    checkpoint = load(tiny_llama_dir, device="cpu")
     with pytest.raises((SettingsError, ValueError), match=message):
-        tune(tiny(), demonstrations, objective_of("sft"), out=tmp_path / "out", **given)
+        tune(checkpoint, demonstrations, objective_of("sft"), out=tmp_path / "out", **given)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_adapter_of_a_model_without_a_directory(
+    tiny: Callable[..., Any], demonstrations: Path, tmp_path: Path
+) -> None:
+    goal, adapter = objective_of("sft"), Adapter(rank=2)
+    with pytest.raises(SettingsError, match="has no directory of its own"):
+        tune(tiny(), demonstrations, goal, RUN, adapter=adapter, out=tmp_path / "out")
+    tune(tiny(), demonstrations, goal, RUN, adapter=adapter, merge=True, out=tmp_path / "out")
+    assert load(tmp_path / "out", device="cpu").model.config.vocab_size == 259
 
 
 def test_a_reference_with_another_vocabulary(

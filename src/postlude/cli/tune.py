@@ -261,10 +261,17 @@ def prior(
     from postlude import _front_door
     from postlude.runs.progress import Progress
 
-    model = _front_door.load(checkpoint, dtype=dtype, device=device)
+    # As it is stored, whatever it computes in: that is what `tune` compares.
+    model = _front_door.load(checkpoint, device=device)
     with Progress(show=True) as progress:
         manifest = _front_door.tune_prior(
-            model, data, output, max_length=max_length, overwrite=overwrite, progress=progress
+            model,
+            data,
+            output,
+            max_length=max_length,
+            dtype=dtype,
+            overwrite=overwrite,
+            progress=progress,
         )
     return Result({"output": output, **manifest})
 

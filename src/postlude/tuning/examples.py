@@ -15,12 +15,11 @@ such lines are counted (``retokenized``).
 
 Messages go through the chat template of the tokenizer. Where the template marks ``{% generation %}``, transformers
 tells which tokens are the assistant's. Elsewhere the template is applied to the first turns only, again and again;
-each result must be a prefix of the next, which is checked, and what an assistant turn adds is a response.
+each text must begin the next, which is checked, and what an assistant turn adds is a response.
 """
 
 from __future__ import annotations
 
-import bisect
 import dataclasses
 import hashlib
 import json
@@ -371,10 +370,11 @@ def _messages(tokenizer: Any, row: Row) -> _Tokens:
             'Give "prompt" and "completion" as strings instead, or put the chat_template.jinja that the model '
             "was made for beside its tokenizer."
         )
+    apart = False
     if _GENERATION.search(str(tokenizer.chat_template)):
         ids, response = _by_mask(tokenizer, row, messages, first)
     else:
-        ids, response = _by_prefix(tokenizer, row, messages, first)
+        ids, response, apart = _by_prefix(tokenizer, row, messages, first)
     says = [a and b for a, b in zip(response, _says(tokenizer, ids), strict=True)]
     if (
         any(says)
@@ -383,7 +383,7 @@ def _messages(tokenizer: Any, row: Row) -> _Tokens:
         ).strip()
     ):
         says = [False] * len(says)
-    return _Tokens(ids, response, says)
+    return _Tokens(ids, response, says, retokenized=apart)
 
 
 def _turns(part: Any, role: str) -> list[Any]:
@@ -419,9 +419,9 @@ def _template(tokenizer: Any, row: Row, messages: Sequence[Any], **options: Any)
         ) from error
 
 
-def _applied(tokenizer: Any, row: Row, messages: Sequence[Any], goes_on: bool = False) -> list[int]:
-    text = _template(tokenizer, row, messages, tokenize=False, add_generation_prompt=goes_on)
-    return encode(tokenizer, text, add_special_tokens=False)
+def _written(tokenizer: Any, row: Row, messages: Sequence[Any], goes_on: bool = False) -> str:
+    """What the template makes of some messages, as text."""
+    return str(_template(tokenizer, row, messages, tokenize=False, add_generation_prompt=goes_on))
 
 
 def _by_mask(
@@ -436,27 +436,47 @@ def _by_mask(
         if response[index - 1] and ids[index] == tokenizer.eos_token_id:
             response[index] = True
     if first:
-        given = _applied(tokenizer, row, messages[:first])
-        _check_prefix(tokenizer, row, given, ids, first)
-        response[: len(given)] = [False] * len(given)
+        given = _written(tokenizer, row, messages[:first])
+        _check_prefix(row, given, _written(tokenizer, row, messages), first)
+        size = len(encode(tokenizer, given, add_special_tokens=False))
+        response[:size] = [False] * size
     return ids, response
 
 
 def _by_prefix(
     tokenizer: Any, row: Row, messages: Sequence[Any], first: int
-) -> tuple[list[int], list[bool]]:
-    ids = _applied(tokenizer, row, messages)
-    response = [False] * len(ids)
+) -> tuple[list[int], list[bool], bool]:
+    """Tokens, which of them are the assistant's, and whether turns had to be tokenized apart."""
+    text = _written(tokenizer, row, messages)
+    borders = [0]
     for index in range(first, len(messages)):
         if messages[index]["role"] != "assistant":
             continue
-        before = _applied(tokenizer, row, messages[:index], goes_on=True)
-        after = _applied(tokenizer, row, messages[: index + 1])
-        _check_prefix(tokenizer, row, before, after, index + 1)
-        _check_prefix(tokenizer, row, after, ids, index + 1)
-        stop = _end_of_turn(tokenizer, after, len(before))
-        response[len(before) : stop] = [True] * (stop - len(before))
-    return ids, response
+        before = _written(tokenizer, row, messages[:index], goes_on=True)
+        after = _written(tokenizer, row, messages[: index + 1])
+        _check_prefix(row, before, after, index + 1)
+        _check_prefix(row, after, text, index + 1)
+        borders += [len(before), len(after)]
+    pieces = [
+        text[start:stop] for start, stop in zip(borders, [*borders[1:], len(text)], strict=True)
+    ]
+    ids = encode(tokenizer, text, add_special_tokens=False)
+    cuts = [len(encode(tokenizer, text[:at], add_special_tokens=False)) for at in borders]
+    apart = any(
+        ids[:cut] != encode(tokenizer, text[:at], add_special_tokens=False)
+        for cut, at in zip(cuts, borders, strict=True)
+    )
+    if apart:
+        parts = [encode(tokenizer, pieces[0], add_special_tokens=False)]
+        parts += [_continued(tokenizer, piece) for piece in pieces[1:]]
+        ids = [token for part in parts for token in part]
+        cuts = [sum(map(len, parts[:number])) for number in range(len(parts))]
+    response = [False] * len(ids)
+    # Pieces are by turns the prompt's and the assistant's.
+    for start, stop in zip(cuts[1::2], [*cuts[2::2], len(ids)], strict=False):
+        end = _end_of_turn(tokenizer, ids[:stop], start)
+        response[start:end] = [True] * (end - start)
+    return ids, response, apart
 
 
 def _end_of_turn(tokenizer: Any, ids: list[int], start: int) -> int:
@@ -468,13 +488,13 @@ def _end_of_turn(tokenizer: Any, ids: list[int], start: int) -> int:
     return last + 1
 
 
-def _check_prefix(tokenizer: Any, row: Row, part: list[int], whole: list[int], turn: int) -> None:
-    if whole[: len(part)] == part:
+def _check_prefix(row: Row, part: str, whole: str, turn: int) -> None:
+    if whole.startswith(part):
         return
-    same = bisect.bisect_left(range(len(part)), True, key=lambda n: whole[: n + 1] != part[: n + 1])
-    near = tokenizer.decode(part[max(0, same - 8) : same + 8])
+    pairs = enumerate(zip(part, whole, strict=False))
+    same = next((at for at, (a, b) in pairs if a != b), min(len(part), len(whole)))
     raise DataError(
         f"{row.where}: the chat template writes the turns up to message {turn} otherwise when more follows (near "
-        f"{near!r}), so it cannot be told which tokens are the response. Use a template that marks them with "
-        "{% generation %}, or give each answer as a line of its own."
+        f"{part[max(0, same - 20) : same + 20]!r}), so it cannot be told which tokens are the response. Use a template "
+        "that marks them with {% generation %}, or give each answer as a line of its own."
     )

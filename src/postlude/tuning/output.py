@@ -88,14 +88,12 @@ def save(
             report(directory, tuned.result, tuned.log)
 
 
-def _read_again(job: Job, model: Any, directory: Path, alone: bool) -> float | None:
-    """How far the logits of the files are from those in memory; None for an adapter of a model that has no directory.
+def _read_again(job: Job, model: Any, directory: Path, alone: bool) -> float:
+    """How far the logits of the files are from those in memory.
 
     Raises:
         VerificationError: they are another model.
     """
-    if alone and job.checkpoint.path is None:
-        return None
     if alone:
         dtype = str(model.get_base_model().dtype).removeprefix("torch.")
         loaded = adapters.load_adapter(directory, dtype, model.device, merged=False)

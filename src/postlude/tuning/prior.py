@@ -207,11 +207,11 @@ def cast(model: Any, dtype: torch.dtype) -> Any:
     return model
 
 
-def frozen(model: Any) -> Any:
-    """A model to compute a prior with: on a CPU, which is slow in 16 bits, a copy in fp32, elsewhere itself."""
-    if model.device.type == "cpu" and model.dtype in (torch.float16, torch.bfloat16):
-        return cast(copy.deepcopy(model), torch.float32)
-    return model
+def frozen(model: Any, dtype: torch.dtype | None = None) -> Any:
+    """A model to compute a prior with: itself, or a copy in ``dtype``; on a CPU, which is slow in 16 bits, in fp32."""
+    if dtype is None and model.device.type == "cpu" and model.dtype.itemsize == 2:
+        dtype = torch.float32
+    return model if dtype in (None, model.dtype) else cast(copy.deepcopy(model), dtype)
 
 
 def check_tokens(examples: Examples, model: Any) -> None:
@@ -257,6 +257,7 @@ def compute_prior(
     out: str | os.PathLike[str],
     *,
     max_length: int,
+    dtype: torch.dtype | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
@@ -265,10 +266,11 @@ def compute_prior(
     Finished pieces are kept beside the output (``.NAME.run``): the same call after a kill goes on from them.
 
     Args:
-        reference: the frozen model as it was loaded. On a CPU it computes in fp32.
+        reference: the frozen model as it was loaded.
         examples: the tokens.
         out: the directory to write.
         max_length: at which the examples were cut.
+        dtype: to compute in; None for that of the model, on a CPU fp32.
         overwrite: replace ``out``.
         progress: where to show a bar.
 
@@ -281,7 +283,7 @@ def compute_prior(
     """
     final = Path(os.path.realpath(out))
     key = identity(reference.fingerprint(), reference.tokenizer, examples)
-    model = frozen(reference.model)
+    model = frozen(reference.model, dtype)
     head = LanguageHead(model, reference.anatomy)
     check_tokens(examples, model)
     head.check(examples.ids(0))

@@ -321,6 +321,11 @@ def _check(
             raise OutputExistsError(
                 f"{final} is the model itself, which would be lost: choose another output."
             )
+    if final is not None and adapter is not None and not merge and checkpoint.path is None:
+        raise SettingsError(
+            "The model to adapt has no directory of its own (it is in memory, or an adapter was merged into it), so an "
+            "adapter alone could not be loaded again: save the model first, or merge (--merge)."
+        )
     if merge and adapter is None:
         raise SettingsError(
             "There is no adapter to merge: choose one (--adapter lora), or leave --merge out."
