@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import postlude as pl
 from postlude import _front_door, _judging
@@ -41,6 +42,12 @@ def test_lds_of_methods(checkpoint: Any, texts: list[str], tmp_path: Path) -> No
     for row in result["methods"]:
         assert -1 <= row["low"] <= row["lds"] <= row["high"] <= 1
         assert row["bytes_per_example"] > 0
+        assert (
+            row["above_controls"] is None
+            if row["control"]
+            else row["above_controls"] in (True, False)
+        )
+    assert "4 halves are few" in result["notes"][0]
     assert (result["examples"], result["queries"]) == (12, 4)
     assert -1 <= result["seed_correlation"] <= 1
     assert result["query_loss"] < result["query_loss_before"]
@@ -60,7 +67,9 @@ def test_retrieval_of_methods(checkpoint: Any, texts: list[str]) -> None:
     )
     assert [row["method"] for row in result["methods"]] == ["graddot", "bm25", "repsim"]
     assert result["examples"] == 16 + 8
-    bm25 = result["methods"][1]
+    graddot, bm25 = result["methods"][:2]
+    for key in ("noised_above_controls", "planted_above_controls"):
+        assert isinstance(graddot[key], bool) and bm25[key] is None
     # Exact copies share every token.
     assert bm25["exact_top1"] == 1.0
     assert 0 <= bm25["planted_recall_low"] <= bm25["planted_recall"] <= bm25["planted_recall_high"]
@@ -68,6 +77,15 @@ def test_retrieval_of_methods(checkpoint: Any, texts: list[str]) -> None:
         checkpoint, texts, ["bm25"], queries=6, facts=0, training=TRAINING
     )
     assert "planted_recall" not in without["methods"][0]
+    assert "planted_above_controls" not in without["methods"][0]
+
+
+def test_marks_are_paired_with_the_best_control() -> None:
+    worse, best = torch.tensor([0.1, 0.5, 0.3, 0.2]), torch.tensor([0.2, 0.6, 0.4, 0.3])
+    values = [worse, best, best + 0.01, best - 0.01, best]
+    rows: list[dict[str, Any]] = [{"control": number < 2} for number in range(5)]
+    _judging._mark(rows, "above", values, seed=0)
+    assert [row["above"] for row in rows] == [None, None, True, False, False]
 
 
 def test_queries_of_their_own(checkpoint: Any, texts: list[str]) -> None:

@@ -31,14 +31,16 @@ from postlude.attribution.index import Index
 from postlude.errors import DataError, SettingsError
 from postlude.evaluation.lds import (
     Retraining,
+    above,
     draw_subsets,
     lds,
+    note_on_halves,
     reliability,
     retrain,
     retraining_bank,
 )
 from postlude.evaluation.perplexity import Sequences, sequence_losses
-from postlude.evaluation.retrieval import plant_facts, planted_sources, self_retrieval
+from postlude.evaluation.retrieval import plant_facts, planted_ranks, self_ranks
 from postlude.runs.checkpoint import Checkpoint
 from postlude.runs.directory import RunDirectory
 from postlude.runs.progress import Progress
@@ -114,6 +116,8 @@ def judge_by_retraining(
         {"method": label, "lds": found.value, "low": found.low, "high": found.high, **cost}
         for (label, cost), found in zip(asked_of, judged, strict=True)
     ]
+    _mark(rows, "above_controls", [found.per_query for found in judged], seed)
+    note = note_on_halves(subsets)
     asked_sequences = Sequences(query_tokens, "documents")
     return {
         "examples": len(tokens),
@@ -126,6 +130,7 @@ def judge_by_retraining(
         "query_loss_of_halves": float(losses.mean()),
         "seed_correlation": reliability(losses, seed=seed).value if seeds > 1 else None,
         "methods": rows,
+        "notes": [note] if note else [],
         "seconds": time.perf_counter() - started,
     }
 
@@ -154,7 +159,8 @@ def judge_by_retrieval(
     if planted is not None:
         train += [{"text": text} for text in planted.examples]
     tokens = _tokens(checkpoint, train, collection)
-    rows = []
+    rows: list[dict[str, Any]] = []
+    noised, recalls = [], []
     with contextlib.ExitStack() as stack:
         shown = stack.enter_context(progress or Progress(show=False))
         place = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="postlude-")))
@@ -162,13 +168,19 @@ def judge_by_retrieval(
         explained = retrain(checkpoint, tokens, settings, seed)
         for method in shown.iterate(chosen, "methods"):
             with _asking(explained, train, method, collection, place) as ask:
-                row = self_retrieval(ask.tokens, tokens, queries=queries, share=share, seed=seed)
+                ranks = self_ranks(ask.tokens, tokens, queries=queries, share=share, seed=seed)
+                noised.append((ranks.noised == 1).double())
+                row = ranks.summary()
                 if planted is not None:
                     sources = [[len(records) + i for i in one] for one in planted.sources]
                     asked = _tokens(explained, [{"text": q} for q in planted.queries], collection)
-                    found = planted_sources(ask.tokens, asked, sources, len(tokens))
-                    row |= {f"planted_{key}": value for key, value in found.items()}
+                    found = planted_ranks(ask.tokens, asked, sources, len(tokens))
+                    recalls.append(found.recall)
+                    row |= {f"planted_{key}": value for key, value in found.summary().items()}
                 rows.append({"method": ask.label, **row, **ask.cost()})
+    _mark(rows, "noised_above_controls", noised, seed)
+    if recalls:
+        _mark(rows, "planted_above_controls", recalls, seed)
     return {
         "examples": len(tokens),
         "queries": min(queries, len(tokens)),
@@ -178,6 +190,14 @@ def judge_by_retrieval(
         "methods": rows,
         "seconds": time.perf_counter() - started,
     }
+
+
+def _mark(rows: Sequence[dict[str, Any]], key: str, per_query: Sequence[Tensor], seed: int) -> None:
+    """Say of every method whether it is above the best control on the same queries; None of a control."""
+    controls = [values for row, values in zip(rows, per_query, strict=True) if row["control"]]
+    best = max(controls, key=lambda values: float(values.double().mean()))
+    for row, values in zip(rows, per_query, strict=True):
+        row[key] = None if row["control"] else above(values, best, seed=seed)
 
 
 def methods_of(methods: Sequence[Method]) -> list[Attributor]:

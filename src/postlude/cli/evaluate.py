@@ -86,6 +86,14 @@ Methods = Annotated[
         help="Attribution methods, comma-separated; the controls bm25 and repsim are always added.",
     ),
 ]
+Set = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="METHOD.KEY=VALUE",
+        help="A setting of a method, as in lorif.rank=4; repeat for more. `postlude methods NAME` lists them.",
+    ),
+]
 Epochs = Annotated[
     int, typer.Option("--epochs", min=1, help="Passes over the examples of a training.")
 ]
@@ -102,6 +110,7 @@ def lds(
     checkpoint: options.Checkpoint,
     data: Data,
     methods: Methods = "lorif,logra,graddot",
+    set_: Set = None,
     queries: Annotated[
         str | None,
         typer.Option(
@@ -147,14 +156,14 @@ def lds(
     from postlude.runs.progress import Progress
 
     refuse_existing(output, overwrite=overwrite)
-    names = _names(methods)
+    chosen = _chosen(methods, set_ or [])
     settings = Retraining(epochs=epochs, rate=rate, batch=batch)
     model = _front_door.load(checkpoint, dtype=dtype, device=device)
     with Progress(show=True) as progress:
         result = _front_door.evaluate_lds(
             model,
             data,
-            names,
+            chosen,
             queries=held_out if queries is None else queries,
             subsets=subsets,
             seeds=seeds,
@@ -166,7 +175,7 @@ def lds(
             progress=progress,
         )
     write_json(result, output, overwrite=overwrite)
-    return Result(result)
+    return Result(result, None if json else _lds_view(result))
 
 
 @app.command("retrieval")
@@ -174,6 +183,7 @@ def retrieval(
     checkpoint: options.Checkpoint,
     data: Data,
     methods: Methods = "lorif,logra,graddot",
+    set_: Set = None,
     queries: Annotated[
         int, typer.Option("--queries", min=1, help="Examples to look for by copies of themselves.")
     ] = 60,
@@ -199,21 +209,21 @@ def retrieval(
     """Judge attribution methods by what they must find: noised copies, and sources of planted facts.
 
     The checkpoint is trained on the examples and the planted facts. Quick, and no evidence of influence by
-    itself: where bm25 does as well, finding words is enough.
+    itself: where bm25 does as well, finding tokens is enough.
     """
     from postlude import _front_door
     from postlude.evaluation.lds import Retraining
     from postlude.runs.progress import Progress
 
     refuse_existing(output, overwrite=overwrite)
-    names = _names(methods)
+    chosen = _chosen(methods, set_ or [])
     settings = Retraining(epochs=epochs, rate=rate, batch=batch)
     model = _front_door.load(checkpoint, dtype=dtype, device=device)
     with Progress(show=True) as progress:
         result: dict[str, Any] = _front_door.evaluate_retrieval(
             model,
             data,
-            names,
+            chosen,
             queries=queries,
             share=share,
             facts=facts,
@@ -223,14 +233,141 @@ def retrieval(
             progress=progress,
         )
     write_json(result, output, overwrite=overwrite)
-    return Result(result)
+    return Result(result, None if json else _retrieval_view(result))
 
 
-def _names(methods: str) -> list[str]:
-    """Names of registered methods, refused before a model is loaded."""
+def _chosen(methods: str, assignments: list[str]) -> list[Any]:
+    """Names of registered methods, settings objects of those that --set names; refused before a model is loaded."""
     from postlude import registry
+    from postlude.cli._settings import make_settings
+    from postlude.errors import SettingsError
 
     names = [name.strip() for name in methods.split(",") if name.strip()]
     for name in names:
         registry.find("attribute", name)
-    return names
+    given: dict[str, list[str]] = {}
+    for word in assignments:
+        left, equals, value = word.partition("=")
+        name, dot, key = left.partition(".")
+        name = name.strip()
+        if not (equals and dot and name and key.strip()):
+            raise SettingsError(
+                f"--set {word!r} is not understood: expected METHOD.KEY=VALUE, as in lorif.rank=4."
+            )
+        registry.find("attribute", name)
+        # The controls are always asked, named or not.
+        if name in _CONTROLS and name not in names:
+            names.append(name)
+        if name not in names:
+            raise SettingsError(
+                f"--set {word!r}: {name} is not asked; expected one of {', '.join(names)}, or {name} among --methods."
+            )
+        given.setdefault(name, []).append(f"{key}={value}")
+    return [
+        make_settings(registry.find("attribute", name), {}, given[name]) if name in given else name
+        for name in names
+    ]
+
+
+_CONTROLS = ("bm25", "repsim")
+
+
+def _lds_view(result: dict[str, Any]) -> object:
+    rows = [
+        (row["method"], _interval(row, "lds", "", 3), _mark(row, "above_controls"), *_cost(row))
+        for row in result["methods"]
+    ]
+    columns = ("method", "LDS [95 %]", "above\ncontrols", *_COST)
+    counts = (
+        f"{result['examples']} examples, {result['queries']} queries, {result['subsets']} halves, "
+        f"{result['seeds']} training{'s' if result['seeds'] > 1 else ''} of each"
+    )
+    losses = (
+        f"query loss {result['query_loss_before']:.3g} before training, {result['query_loss']:.3g} after it on "
+        f"everything, {result['query_loss_of_halves']:.3g} on halves"
+    )
+    lines = [counts, losses]
+    if result["seed_correlation"] is not None:
+        lines.append(f"losses of one seed rank like another's: {result['seed_correlation']:.3g}")
+    return _judged(columns, rows, lines, result)
+
+
+def _retrieval_view(result: dict[str, Any]) -> object:
+    planted = result["facts"] > 0
+    rows = [
+        (
+            row["method"],
+            f"{row['exact_top1']:.2f}",
+            _interval(row, "noised_top1", "noised_top1_", 2),
+            _mark(row, "noised_above_controls"),
+            *(
+                (
+                    _interval(row, "planted_recall", "planted_recall_", 2),
+                    _mark(row, "planted_above_controls"),
+                )
+                if planted
+                else ()
+            ),
+        )
+        for row in result["methods"]
+    ]
+    columns = ("method", "exact\ntop 1", "noised\ntop 1 [95 %]", "above\ncontrols")
+    if planted:
+        columns += ("planted\nrecall [95 %]", "above\ncontrols")
+    lines = [
+        f"{result['examples']} examples, {result['queries']} queries with {result['share']:.0%} of their tokens "
+        f"replaced, {result['facts']} planted facts"
+    ]
+    costs = [(row["method"], *_cost(row)) for row in result["methods"]]
+    return _judged(columns, rows, lines, result, _table(("method", *_COST), costs), "")
+
+
+_COST = ("bytes an\nexample", "build\nCPU s", "queries\nCPU s")
+
+
+def _cost(row: dict[str, Any]) -> tuple[str, str, str]:
+    seconds = (row[key] for key in ("build_cpu_seconds", "query_cpu_seconds"))
+    return (f"{row['bytes_per_example']:,.0f}", *(f"{one:.3g}" for one in seconds))  # type: ignore[return-value]
+
+
+def _interval(row: dict[str, Any], key: str, ends: str, digits: int) -> str:
+    low, high = (row[f"{ends}{end}"] for end in ("low", "high"))
+    return f"{row[key]:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+
+
+def _mark(row: dict[str, Any], key: str) -> str:
+    return "control" if row[key] is None else "yes" if row[key] else "no"
+
+
+def _table(columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> Any:
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, pad_edge=False)
+    for number, name in enumerate(columns):
+        # Names of methods fold, numbers never.
+        table.add_column(
+            name, justify="right" if number else "left", no_wrap=number > 0, overflow="fold"
+        )
+    for row in rows:
+        table.add_row(*map(Text, row))
+    return table
+
+
+def _judged(
+    columns: tuple[str, ...],
+    rows: list[tuple[str, ...]],
+    lines: list[str],
+    result: dict[str, Any],
+    *more: Any,
+) -> object:
+    from rich.console import Group
+    from rich.text import Text
+
+    training = result["training"]
+    trained = (
+        f"training: {training.epochs} epoch{'s' if training.epochs > 1 else ''}, rate {training.rate:g}, batch "
+        f"{training.batch}; {result['seconds']:.3g} s in all"
+    )
+    notes = [Text(f"note: {one}", style="bold") for one in result.get("notes", [])]
+    return Group(_table(columns, rows), "", *more, *map(Text, [*lines, trained]), *notes)

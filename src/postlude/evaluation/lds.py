@@ -41,9 +41,11 @@ from postlude.runs.progress import Progress
 __all__ = [
     "LDS",
     "Retraining",
+    "above",
     "bootstrap_mean",
     "draw_subsets",
     "lds",
+    "note_on_halves",
     "reliability",
     "retrain",
     "retraining_bank",
@@ -51,6 +53,7 @@ __all__ = [
 ]
 
 _RESAMPLES = 5000
+_FEW_HALVES = 30
 
 Unit = Callable[[str, Callable[[], Mapping[str, Tensor]]], dict[str, Tensor]]
 
@@ -191,6 +194,26 @@ def bootstrap_mean(values: Tensor, *, seed: int = 0, resamples: int = _RESAMPLES
     means = values[drawn].mean(1)
     low, high = torch.quantile(means, torch.tensor([0.025, 0.975], dtype=means.dtype)).tolist()
     return LDS(float(values.mean()), low, high, values)
+
+
+def above(values: Tensor, control: Tensor, *, seed: int = 0) -> bool:
+    """Whether values exceed a control's on the same queries: the 95 % interval of the mean difference lies above 0.
+
+    Args:
+        values, control: ``[Q]``.
+        seed: of the bootstrap.
+    """
+    return bootstrap_mean(values.double() - control.double(), seed=seed).low > 0
+
+
+def note_on_halves(subsets: int) -> str | None:
+    """What is to be said of an interval where there are fewer than 30 halves (our choice), None otherwise."""
+    if subsets >= _FEW_HALVES:
+        return None
+    return (
+        f"{subsets} halves are few: the interval is over queries and leaves out the noise of few halves, which moves "
+        f"all queries alike; take {_FEW_HALVES} or more before believing a difference."
+    )
 
 
 def retrain(

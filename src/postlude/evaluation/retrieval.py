@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,11 +32,15 @@ from postlude.evaluation.lds import bootstrap_mean
 
 __all__ = [
     "Planted",
+    "PlantedRanks",
     "Score",
+    "SelfRanks",
     "noised",
     "plant_facts",
+    "planted_ranks",
     "planted_sources",
     "ranks_of",
+    "self_ranks",
     "self_retrieval",
 ]
 
@@ -130,6 +134,50 @@ def ranks_of(scores: Tensor, source: Tensor) -> Tensor:
     return (scores >= scores.gather(1, source[:, None])).sum(1)
 
 
+class SelfRanks(NamedTuple):
+    """Ranks of training examples among what copies of them find.
+
+    Attributes:
+        exact, noised: ``int64 [Q]``, from 1.
+    """
+
+    exact: Tensor
+    noised: Tensor
+
+    def summary(self) -> dict[str, float]:
+        """What :func:`self_retrieval` returns."""
+        top1 = bootstrap_mean((self.noised == 1).double())
+        return {
+            "exact_top1": float((self.exact == 1).double().mean()),
+            "noised_top1": top1.value,
+            "noised_top1_low": top1.low,
+            "noised_top1_high": top1.high,
+            "noised_top5": float((self.noised <= 5).double().mean()),
+            "noised_mrr": float(self.noised.double().reciprocal().mean()),
+        }
+
+
+def self_ranks(
+    score: Score,
+    train: Sequence[Tensor],
+    *,
+    queries: int = 60,
+    share: float = 0.3,
+    seed: int = 0,
+) -> SelfRanks:
+    """Ranks behind :func:`self_retrieval`, which has the same arguments."""
+    if not train:
+        raise DataError("There are no training examples: expected at least one.")
+    generator = torch.Generator().manual_seed(seed)
+    chosen = torch.randperm(len(train), generator=generator)[:queries]
+    pool = torch.cat([tokens[1:] for tokens in train])
+    copies = [train[i] for i in chosen.tolist()]
+    changed = [noised(tokens, pool, share, generator) for tokens in copies]
+    exact = ranks_of(_checked(score(copies), len(copies), len(train)), chosen)
+    found = ranks_of(_checked(score(changed), len(copies), len(train)), chosen)
+    return SelfRanks(exact, found)
+
+
 def self_retrieval(
     score: Score,
     train: Sequence[Tensor],
@@ -151,24 +199,7 @@ def self_retrieval(
         ``exact_top1``, ``noised_top1`` with its 95 % interval ``noised_top1_low`` and ``noised_top1_high`` (bootstrap
         over queries), ``noised_top5``, ``noised_mrr``: all 0 to 1.
     """
-    if not train:
-        raise DataError("There are no training examples: expected at least one.")
-    generator = torch.Generator().manual_seed(seed)
-    chosen = torch.randperm(len(train), generator=generator)[:queries]
-    pool = torch.cat([tokens[1:] for tokens in train])
-    copies = [train[i] for i in chosen.tolist()]
-    changed = [noised(tokens, pool, share, generator) for tokens in copies]
-    exact = ranks_of(_checked(score(copies), len(copies), len(train)), chosen)
-    found = ranks_of(_checked(score(changed), len(copies), len(train)), chosen)
-    top1 = bootstrap_mean((found == 1).double())
-    return {
-        "exact_top1": float((exact == 1).double().mean()),
-        "noised_top1": top1.value,
-        "noised_top1_low": top1.low,
-        "noised_top1_high": top1.high,
-        "noised_top5": float((found <= 5).double().mean()),
-        "noised_mrr": float(found.double().reciprocal().mean()),
-    }
+    return self_ranks(score, train, queries=queries, share=share, seed=seed).summary()
 
 
 def plant_facts(facts: int = 20, seed: int = 0) -> Planted:
@@ -201,6 +232,44 @@ def plant_facts(facts: int = 20, seed: int = 0) -> Planted:
     return planted
 
 
+class PlantedRanks(NamedTuple):
+    """Ranks of the known sources of queries.
+
+    Attributes:
+        ranks: ``int64 [Q, R]``, from 1.
+    """
+
+    ranks: Tensor
+
+    @property
+    def recall(self) -> Tensor:
+        """Share of the ``R`` sources among the first ``R``, ``float64 [Q]``."""
+        return (self.ranks <= self.ranks.shape[1]).double().mean(1)
+
+    def summary(self) -> dict[str, float]:
+        """What :func:`planted_sources` returns."""
+        recall = bootstrap_mean(self.recall)
+        return {
+            "recall": recall.value,
+            "recall_low": recall.low,
+            "recall_high": recall.high,
+            "recall_at_10": float((self.ranks <= 10).double().mean()),
+            "mrr": float(self.ranks.amin(1).double().reciprocal().mean()),
+        }
+
+
+def planted_ranks(
+    score: Score, queries: Sequence[Tensor], sources: Sequence[Sequence[int]], examples: int
+) -> PlantedRanks:
+    """Ranks behind :func:`planted_sources`, which has the same arguments."""
+    scores = _checked(score(queries), len(queries), examples)
+    count = len(sources[0])
+    if any(len(one) != count for one in sources):
+        raise DataError("Every query needs equally many sources.")
+    ranks = [ranks_of(scores, torch.tensor([one[i] for one in sources])) for i in range(count)]
+    return PlantedRanks(torch.stack(ranks, 1))
+
+
 def planted_sources(
     score: Score, queries: Sequence[Tensor], sources: Sequence[Sequence[int]], examples: int
 ) -> dict[str, float]:
@@ -216,21 +285,7 @@ def planted_sources(
         ``recall``: share of the ``R`` sources among the first ``R``, with its 95 % interval ``recall_low`` and
         ``recall_high``; ``recall_at_10``; ``mrr`` of the first source found: all 0 to 1.
     """
-    scores = _checked(score(queries), len(queries), examples)
-    count = len(sources[0])
-    if any(len(one) != count for one in sources):
-        raise DataError("Every query needs equally many sources.")
-    ranks = torch.stack(
-        [ranks_of(scores, torch.tensor([one[i] for one in sources])) for i in range(count)], 1
-    )
-    recall = bootstrap_mean((ranks <= count).double().mean(1))
-    return {
-        "recall": recall.value,
-        "recall_low": recall.low,
-        "recall_high": recall.high,
-        "recall_at_10": float((ranks <= 10).double().mean()),
-        "mrr": float(ranks.amin(1).double().reciprocal().mean()),
-    }
+    return planted_ranks(score, queries, sources, examples).summary()
 
 
 def _checked(scores: Any, queries: int, examples: int) -> Tensor:
