@@ -114,7 +114,7 @@ def test_data_that_changed_is_refused(index: Index, data: Path, tmp_path: Path) 
     assert len(index.records()) == 12
     moved = tmp_path / "moved.jsonl"
     data.rename(moved)
-    with pytest.raises(DataError, match="No examples at"):
+    with pytest.raises(DataError, match=r"There is no file .* --data"):
         Index(index.path).records()
     assert len(Index(index.path).records(moved)) == 12
     write(data, texts(11))

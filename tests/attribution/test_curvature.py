@@ -188,7 +188,7 @@ def test_the_cheapest_that_fits_is_taken() -> None:
     assert picked(1_000_000, narrow, "dual") == "dual"
     assert picked(500, wide, rank=0) == "truncated"
     choice = choose("auto", 500, [wide], lambda _: 1, CurvatureSettings())
-    assert "curvature: dual (least arithmetic" in str(choice)
+    assert str(choice).startswith("dual (least arithmetic")
     assert set(choice.costs) == set(BACKENDS)
     tight = choose("auto", 500, [wide], lambda _: 1, CurvatureSettings(rank=4), memory=1e6)
     assert tight.name == "truncated"

@@ -59,6 +59,10 @@ def test_the_hash_is_of_the_records_and_their_order(tmp_path: Path) -> None:
         ([{"prompt": "a", "completion": ""}], 'line 1 is empty: its "completion"'),
         ([{"prompt": "a"}], r"line 1 has keys \['prompt'\]"),
         ([{"text": 3}], "line 1 has keys"),
+        (
+            [{"id": 7, "text": "a"}, {"text": "b"}, {"id": 7, "text": "c"}],
+            "line 3 has the id 7, which line 1",
+        ),
         ([], "holds no example"),
         (["", " "], "holds no example"),
     ],
@@ -76,6 +80,11 @@ def test_files_of_another_kind(tmp_path: Path) -> None:
     (tmp_path / "data.txt").write_text("text")
     with pytest.raises(DataError, match=r"ends in \.txt"):
         Records(tmp_path / "data.txt")
+    (tmp_path / "data").write_text("text")
+    with pytest.raises(DataError, match=r"data has no \.jsonl ending"):
+        Records(tmp_path / "data")
+    with pytest.raises(DataError, match="is a directory"):
+        Records(tmp_path)
     (tmp_path / "data.jsonl").write_bytes(b'{"text": "\xff"}\n')
     with pytest.raises(DataError, match="line 1 is not UTF-8"):
         Records(tmp_path / "data.jsonl")

@@ -132,8 +132,15 @@ def test_other_settings_and_methods_of_the_same_index(lorif: Index, given: Check
     other = lorif.query(text, method=damped, checkpoint=given)
     assert other.results[0].score < usual.results[0].score
     assert lorif.query(text, method=GradCos(), checkpoint=given).unit == "cosine"
-    with pytest.raises(SettingsError, match="build an index for logra"):
+    with pytest.raises(
+        SettingsError, match=r"for lorif and can answer: lorif, .*graddot.* --method bm25"
+    ):
+        lorif.query(text, method=BM25(), checkpoint=given)
+    with pytest.raises(SettingsError, match="for logra build its own"):
         lorif.query(text, method=LoGRA(), checkpoint=given)
+    wider = dataclasses.replace(method_of(lorif), rank=4)  # type: ignore[type-var]
+    with pytest.raises(SettingsError, match=r"with other settings: rank 2 \(asked for 4\)\. "):
+        lorif.query(text, method=wider, checkpoint=given)
     with pytest.raises(SettingsError, match="top is 0"):
         lorif.query(text, top=0, checkpoint=given)
 
@@ -169,14 +176,14 @@ def test_another_model_and_changed_data_are_refused(
 ) -> None:
     with pytest.raises(StoreError, match="built with another model"):
         lorif.query("a boat", checkpoint=checkpoint(seed=1))
-    changed = write(tmp_path / "train.jsonl", [*TRAIN[:-1], ASKED[0]])
+    changed = write(tmp_path / "train.jsonl", [*TRAIN[:-1], {**ASKED[0], "id": "new"}])
     with pytest.raises(StoreError, match="has changed since"):
         Index(lorif.path).query("a boat", checkpoint=given, data=changed)
-    with pytest.raises(DataError, match="No examples at"):
+    with pytest.raises(DataError, match=r"There is no file .*gone\.jsonl"):
         Index(lorif.path).query("a boat", checkpoint=given, data=tmp_path / "gone.jsonl")
     with pytest.raises(SettingsError, match="built with a model in memory"):
         lorif.query("a boat")
-    with pytest.raises(DataError, match="is empty"):
+    with pytest.raises(DataError, match=r"^the text of the query is empty.* Give it some words"):
         lorif.query("  ", checkpoint=given)
 
 

@@ -79,8 +79,11 @@ def test_query_of_a_text(built: Path, postlude_command: Any) -> None:
     assert len(results) == 3
     assert set(results[0]) >= {"id", "score", "text"} and "layers" not in results[0]
     assert [one["score"] for one in results] == sorted((r["score"] for r in results), reverse=True)
-    assert "curvature: " in done.err
+    assert done.json["curvature"].startswith("dual (")
     plain = postlude_command(*words)
+    assert "curvature: dual, read from the index\n" in plain.err
+    fresh = postlude_command(*words, "--no-keep")
+    assert "curvature: dual, fitted now\n" in fresh.err
     assert plain.code == 0 and results[0]["id"] in plain.out
     both = postlude_command(*words, "--layers", "--tokens", "--json").json["results"][0]
     assert len(both["layers"]) == 14
@@ -165,7 +168,7 @@ def test_plan(built: Path, postlude_command: Any) -> None:
         (("plan",), "give one of them"),
         (("plan", "--parameters", "70X"), "--parameters is '70X'"),
         (("plan", "--parameters", "70B", "--hardware", "h10"), "Did you mean 'h100'"),
-        (("build", "model", "gone.jsonl", "-o", "o"), "No examples at gone.jsonl"),
+        (("build", "model", "gone.jsonl", "-o", "o"), "There is no file gone.jsonl"),
         (("build", "model", "train.jsonl", "-o", "o", "-m", "lorfi"), "Did you mean 'lorif'"),
         (("build", "model", "train.jsonl", "-o", "o", "-m", "bm25", "--rank", "2"), "setting of bm25"),
         (("build", "model", "train.jsonl", "-o", "o", "--format", "fp16"), "does not fit lorif"),
@@ -174,8 +177,10 @@ def test_plan(built: Path, postlude_command: Any) -> None:
         (("build", "model", "empty.jsonl", "-o", "o"), "empty.jsonl line 2 is empty"),
         (("query", "model", "a boat"), "model holds no attribution index"),
         (("query", "gone", "a boat"), "gone"),
-        (("query", "index", " "), "is empty"),
-        (("query", "index", "a boat", "--method", "logra"), "build an index for logra"),
+        (("query", "index", " "), "the text of the query is empty"),
+        (("query", "index", "gone.jsonl"), "There is no file gone.jsonl"),
+        (("build", "model", "twice.jsonl", "-o", "o"), "line 2 has the id 'a', which line 1 has too"),
+        (("query", "index", "a boat", "--method", "logra"), "for logra build its own"),
         (("query", "index", "a boat", "--set", "dampening=2"), "Did you mean 'damping'"),
         (("query", "index", "a boat", "--checkpoint", "other"), "built with another model"),
         (("query", "index", "a boat", "--data", "empty.jsonl"), "line 2 is empty"),
@@ -192,6 +197,7 @@ def test_refusals(
 ) -> None:
     monkeypatch.chdir(work)
     (work / "empty.jsonl").write_text('{"text": "a boat"}\n{"text": " "}\n')
+    (work / "twice.jsonl").write_text(2 * '{"id": "a", "text": "a boat"}\n')
     (work / "changed.jsonl").write_text('{"text": "a boat"}\n')
     if "other" in words:
         shutil.copytree(make_checkpoint(seed=7), work / "other")

@@ -422,7 +422,7 @@ class Choice:
     def __str__(self) -> str:
         costs = ", ".join(f"{name} {flops:.2g}" for name, flops in self.costs.items())
         why = "asked for" if self.forced else "least arithmetic of those that fit into memory"
-        return f"curvature: {self.name} ({why}; operations: {costs})"
+        return f"{self.name} ({why}; operations: {costs})"
 
 
 def choose(

@@ -158,20 +158,31 @@ class Attributor(ABC):
         """Refuse an index that keeps something else.
 
         Raises:
-            SettingsError: names every setting that differs.
+            SettingsError: another method's index (says which methods it can answer), or other settings (names each).
         """
         ours, theirs = self.representation(), index.representation
         if self.reads(theirs):
             return
+        built = index.manifest["method"]["name"]
+        if built != self.name:
+            others = [
+                info.name
+                for info in registry.available("attribute")
+                if info.name != built and info.settings().reads(theirs)
+            ]
+            raise SettingsError(
+                f"{index.path} was built for {built} and can answer: {', '.join([built, *others])}; for {self.name} "
+                f"build its own: postlude attribute build CHECKPOINT DATA -o OTHER_INDEX --method {self.name}"
+            )
         mine, found = ours.to_dict(), theirs.to_dict()
         different = [
-            f"{key} {found.get(key)!r} (asked for {mine.get(key)!r})"
+            f"{key} {found.get(key)} (asked for {mine.get(key)})"
             for key in sorted(mine.keys() | found.keys())
             if mine.get(key) != found.get(key)
         ]
         raise SettingsError(
-            f"{index.path} was built for {index.manifest['method']['name']} with {', '.join(different)}; build an "
-            f"index for {self.name}, or query with the settings of this one"
+            f"{index.path} was built for {built} with other settings: {', '.join(different)}. What an index keeps "
+            "cannot be changed by a query: ask without them, or build another index."
         )
 
     def reads(self, representation: Representation) -> bool:
@@ -238,16 +249,20 @@ class InfluenceAttributor(Attributor):
             tokens=tokens,
         )
 
+    def taken(self, index: Index, *, keep: bool = False) -> str:
+        """Which curvature scoring takes, and whether an earlier call kept it, in a line for people."""
+        kind, settings, _ = self.chosen_curvature(index)
+        run = self._kept(index, kind, settings) if keep else None
+        stored = set() if run is None else set(run.finished())
+        there = all(_unit(layer.module) in stored for layer in index.layers)
+        return f"curvature: {kind.name}, {'read from the index' if there else 'fitted now'}"
+
     def fits(
         self, index: Index, *, keep: bool = False
     ) -> Iterator[tuple[CollectedLayer, LayerCurvature, LayerSource]]:
         """The curvature of every layer, one at a time, with the rows it was fitted to."""
         kind, settings, _ = self.chosen_curvature(index)
-        size = sum(kind.kept_bytes(len(index), layer, settings) for layer in index.layers)
-        # What would dwarf the index is fitted again for every call rather than kept.
-        run = None
-        if keep and kind is not Plain and size <= max(_KEPT_BYTES, index.bytes):
-            run = self._kept(index, kind, settings)
+        run = self._kept(index, kind, settings) if keep else None
         for layer in index.layers:
             source = index.layer(layer.module)
             if run is None:
@@ -273,7 +288,7 @@ class InfluenceAttributor(Attributor):
         parts: dict[str, Tensor] = {}
         with progress or Progress(show=False) as shown:
             if choice is not None:
-                shown.log(str(choice))
+                shown.log(self.taken(index, keep=keep))
             found = self.layer_scores(index, queries, keep=keep)
             for module, scores in shown.iterate(found, "layers", total=len(index.layers)):
                 total = scores.clone() if total is None else total.add_(scores)
@@ -284,8 +299,12 @@ class InfluenceAttributor(Attributor):
 
     def _kept(
         self, index: Index, kind: type[LayerCurvature], settings: CurvatureSettings
-    ) -> RunDirectory:
-        """Where fits to this index are kept, tied to its hash."""
+    ) -> RunDirectory | None:
+        """Where fits to this index are kept, tied to its hash; None for those that are not."""
+        size = sum(kind.kept_bytes(len(index), layer, settings) for layer in index.layers)
+        # What would dwarf the index is fitted again for every call rather than kept.
+        if kind is Plain or size > max(_KEPT_BYTES, index.bytes):
+            return None
         values = {
             key: str(value) if isinstance(value, torch.dtype) else value
             for key, value in dataclasses.asdict(settings).items()

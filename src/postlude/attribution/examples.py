@@ -122,30 +122,47 @@ class Records:
         path: of the file; None for a list.
         hash: SHA-256 over the records, in order; the same for a file and for a list of its records.
 
+    Args:
+        source: path of a ``.jsonl`` file, or records, or texts.
+        name: what messages call the record of a list of one.
+
     Raises:
-        DataError: no such file, a line that is not such a record, an empty example, or none at all.
+        DataError: no such file, a line that is not such a record, an empty example, an id that two examples have,
+            or no example at all.
     """
 
-    def __init__(self, source: str | os.PathLike[str] | Sequence[Mapping[str, Any] | str]) -> None:
+    def __init__(
+        self,
+        source: str | os.PathLike[str] | Sequence[Mapping[str, Any] | str],
+        *,
+        name: str = "example 0",
+    ) -> None:
         self.path: Path | None = None
         self._list: list[Mapping[str, Any]] | None = None
+        self._name = name
+        ids: dict[int | str, int] = {}
         digest = hashlib.sha256()
         if isinstance(source, str | os.PathLike):
             self.path = Path(source)
+            if self.path.is_dir():
+                raise DataError(f"{source} is a directory; expected a .jsonl file.")
             if not self.path.is_file():
-                raise DataError(f"No examples at {source}: expected a .jsonl file.")
+                raise DataError(f"There is no file {source}; expected a .jsonl file.")
             if self.path.suffix not in (".jsonl", ".json"):
+                ending = (
+                    f"ends in {self.path.suffix}" if self.path.suffix else "has no .jsonl ending"
+                )
                 raise DataError(
-                    f"{source} ends in {self.path.suffix or 'nothing'}; expected a .jsonl file, one JSON object "
-                    "a line."
+                    f"{source} {ending}; expected a .jsonl file, one JSON object a line."
                 )
             self._starts, self._lines = array("q"), array("q")
-            self._scan(digest)
+            self._scan(digest, ids)
             count = len(self._starts)
         else:
             self._list = [{"text": one} if isinstance(one, str) else one for one in source]
             for number, record in enumerate(self._list):
-                _check(record, f"example {number}")
+                _check(record, self.where(number), "Give it some words.")
+                _check_id(record, ids, number, "example", self.where(number))
                 digest.update(_canonical(record))
             count = len(self._list)
         if not count:
@@ -165,11 +182,9 @@ class Records:
 
     def where(self, number: int) -> str:
         """A record's place, for messages."""
-        return (
-            f"example {number}"
-            if self._list is not None
-            else f"{self.path} line {self._lines[number]}"
-        )
+        if self._list is None:
+            return f"{self.path} line {self._lines[number]}"
+        return self._name if len(self._list) == 1 else f"example {number}"
 
     def text(self, number: int) -> str:
         """What a person reads: the text, or prompt and completion as one."""
@@ -194,7 +209,7 @@ class Records:
                 file.seek(self._starts[number])
                 yield json.loads(file.readline().decode("utf-8-sig"))
 
-    def _scan(self, digest: Any) -> None:
+    def _scan(self, digest: Any, ids: dict[int | str, int]) -> None:
         assert self.path is not None
         position = 0
         with open(self.path, "rb") as file:
@@ -213,6 +228,7 @@ class Records:
                 except ValueError as error:
                     raise DataError(f"{where} is not valid JSON: {error}.") from error
                 _check(record, where)
+                _check_id(record, ids, line, "line", where)
                 digest.update(_canonical(record))
                 self._starts.append(start)
                 self._lines.append(line)
@@ -223,22 +239,34 @@ def _canonical(record: Mapping[str, Any]) -> bytes:
     return json.dumps(record, sort_keys=True).encode() + b"\n"
 
 
-def _check(record: Any, where: str) -> None:
+def _check_id(
+    record: Mapping[str, Any], ids: dict[int | str, int], place: int, unit: str, where: str
+) -> None:
+    """Answers name examples by their ids, so no two may share one."""
+    given = record.get("id")
+    if not isinstance(given, int | str):
+        return
+    first = ids.setdefault(given, place)
+    if first != place:
+        raise DataError(
+            f"{where} has the id {given!r}, which {unit} {first} has too. Give every example an id of its own, or "
+            "leave the ids out."
+        )
+
+
+def _check(record: Any, where: str, advice: str = "Remove the line, or fill it.") -> None:
     if not isinstance(record, Mapping):
         raise DataError(f"{where} is a JSON {type(record).__name__}; {_KEYS}.")
     parts = [record.get(name) for name in ("text", "prompt", "completion")]
     text, prompt, completion = parts
     if isinstance(text, str):
         if not text.strip():
-            raise DataError(
-                f'{where} is empty: its "text" has no words. Remove the line, or fill it.'
-            )
+            raise DataError(f'{where} is empty: its "text" has no words. {advice}')
         return
     if isinstance(prompt, str) and isinstance(completion, str):
         if not completion.strip():
             raise DataError(
-                f'{where} is empty: its "completion" has no words, so nothing is predicted. Remove the line, or '
-                "fill it."
+                f'{where} is empty: its "completion" has no words, so nothing is predicted. {advice}'
             )
         return
     raise DataError(f"{where} has keys {sorted(map(str, record))}; {_KEYS}.")
@@ -270,8 +298,8 @@ def tokenize(
         cut = max(0, len(tokens) - length)
         if len(tokens) <= first:
             raise DataError(
-                f"{records.where(number)} is empty: {len(tokens)} tokens, of which none is predicted. Remove "
-                "the line, or give more text."
+                f"{records.where(number)} is empty: {len(tokens)} tokens, of which none is predicted. Give "
+                "it more text."
             )
         if len(tokens) - cut <= first:
             raise DataError(

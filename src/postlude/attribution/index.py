@@ -17,7 +17,7 @@ from torch import Tensor
 
 from postlude.attribution.examples import Collection, Records
 from postlude.attribution.representation import GradientRepresentation, Representation, Rows
-from postlude.errors import SettingsError, StoreError
+from postlude.errors import DataError, SettingsError, StoreError
 from postlude.runs.checkpoint import Checkpoint
 from postlude.runs.store import Damage, TensorStore
 from postlude.surgery.gradients import CollectedLayer
@@ -152,6 +152,11 @@ class Index:
         if source is None:
             raise StoreError(
                 f"{self.path} was built from examples in memory, so their text is not at hand: give the data"
+            )
+        if path is None and not os.path.isfile(source):
+            raise DataError(
+                f"There is no file {source}, where the examples were when {self.path} was built: if they have moved, "
+                "say where with --data (data=)."
             )
         records = Records(source)
         if records.hash != given["hash"]:

@@ -34,6 +34,7 @@ __all__ = ["Answer", "Hit", "Piece", "Ranking", "method_of", "query", "rank", "s
 
 Source = str | os.PathLike[str] | Sequence[Mapping[str, Any] | str]
 
+_NAME = "the text of the query"
 _SNIPPET = 200  # characters of an example's text that are shown
 # Bytes that the query side of one streaming pass may take.
 _BYTES = 1 << 28
@@ -180,7 +181,7 @@ def query(
     method.check(index)
     records = index.records(data)
     checkpoint = model_of(index) if checkpoint is None else checkpoint
-    asked = Records(_as_records(source))
+    asked = Records(_as_records(source), name=_NAME)
     started = time.perf_counter()
     with progress or Progress(show=False) as shown:
         queries = record_queries(index, checkpoint, asked)
@@ -235,7 +236,7 @@ def scores(
     method = method_of(index) if method is None else method
     method.check(index)
     checkpoint = model_of(index) if checkpoint is None else checkpoint
-    queries = record_queries(index, checkpoint, Records(_as_records(source)))
+    queries = record_queries(index, checkpoint, Records(_as_records(source), name=_NAME))
     return method.score(index, queries, keep=keep, progress=progress).total
 
 
@@ -298,7 +299,7 @@ def stream(
     choice = method.chosen_curvature(index)[2]
     with progress or Progress(show=False) as shown:
         if choice is not None:
-            shown.log(str(choice))
+            shown.log(method.taken(index, keep=keep))
         fits = shown.iterate(method.fits(index, keep=keep), "curvature", total=len(index.layers))
         asked = {
             layer.module: fitted.prepared(method.query_rows(index, queries, layer), source)
