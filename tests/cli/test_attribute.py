@@ -49,6 +49,7 @@ def test_build_says_what_it_made(built: Path, postlude_command: Any, tmp_path: P
     assert report["seconds"] > 0
     files = sum(file.stat().st_size for file in (tmp_path / "i" / "shards").iterdir())
     assert report["bytes"] == files
+    assert "path" not in report
     assert report["settings"]["damping"] == 2.0 and report["settings"]["projection_factor"] == 8
     # What it is expected to take is said before it starts.
     assert "expected: 13 examples of about" in done.err

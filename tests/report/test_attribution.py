@@ -144,11 +144,21 @@ def test_parts_that_are_absent_are_left_out() -> None:
     }
     page = render(bare)
     text = words(page)
-    assert "2. The model said" in text
+    assert "2. The text" in text
     assert "\u22122.50 \u00d7 10^\u22127" in text
     assert "what it says" in text
     for absent in ("opposes", "Score by layer", "Do it again", "How it was measured", "deviations"):
         assert absent not in text
+
+
+def test_a_page_on_which_nothing_opposes_does_not_speak_of_it() -> None:
+    assert "opposes" in words(render(answer()))
+    tokens = [{"text": "a", "score": 0.0}, {"text": " boat", "score": 2.0}]
+    hit = {"id": 1, "score": 2.0, "text": "a boat", "tokens": tokens, "query_tokens": tokens}
+    page = render({"queries": [{"text": "a boat", "tokens": tokens, "results": [hit]}]})
+    assert "supports" in words(page)
+    assert "opposes" not in words(page) and "\u00b1" not in page
+    assert not re.search(r'class="n\d', page)
 
 
 def test_nothing_that_stands_out_is_said() -> None:

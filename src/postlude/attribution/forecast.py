@@ -37,7 +37,8 @@ class Forecast:
 
     def __str__(self) -> str:
         return (
-            f"expected: {self.examples:,} examples of about {self.tokens:.0f} tokens, index {_bytes(self.bytes)} "
+            f"expected: {self.examples:,} example{'s' * (self.examples != 1)} of about {self.tokens:.0f} tokens, "
+            f"index {_bytes(self.bytes)} "
             f"({_bytes(self.bytes / self.examples)} an example), about {_time(self.seconds)}"
         )
 

@@ -162,8 +162,9 @@ class Index:
         if records.hash != given["hash"]:
             name = source if isinstance(source, str | os.PathLike) else "the list of examples"
             raise StoreError(
-                f"{name} has changed since {self.path} was built: {len(records)} examples with hash "
-                f"{records.hash[:12]}..., expected {given['examples']} with {given['hash'][:12]}.... Put the old file "
+                f"{name} has changed since {self.path} was built: {len(records)} "
+                f"example{'s' * (len(records) != 1)} with hash {records.hash[:12]}..., "
+                f"expected {given['examples']} with {given['hash'][:12]}.... Put the old file "
                 "back, or build the index again."
             )
         self._records = records

@@ -332,7 +332,8 @@ def _view(answers: Sequence[Answer], layers: bool, html: str | None) -> object:
         parts += [table, ""]
     last = answers[-1]
     parts.append(
-        f"{last.examples} examples in {last.seconds:.3g} s; scores are {last.unit}; deviations are from the mean of "
+        f"{last.examples} example{'s' * (last.examples != 1)} in {last.seconds:.3g} s; "
+        f"scores are {last.unit}; deviations are from the mean of "
         "all examples"
     )
     if html:

@@ -47,6 +47,7 @@ _LEVELS = 6  # shades of each sign; as many classes in attribution.css
 _EXCERPT = 160  # tokens of a passage that are shown at once
 # Settings that say what an index keeps.
 _KEPT = ("rank", "projection_factor", "side", "format", "factor_iterations")
+_MARKED = ("passage", "whole", "query_tokens")  # parts of a result that have marks
 _MEANING = {
     "influence": "A score estimates, from gradients, how much having learned the example lowers the model's loss on "
     "the text. The higher, the more; below zero it raised it.",
@@ -122,6 +123,13 @@ def render(results: Results) -> str:
     method = results.get("method") or {}
     index = results.get("index") or {}
     queries = [_query(number, one) for number, one in enumerate(results.get("queries") or [], 1)]
+    # Scores of words only ever support: a legend of two signs would promise what is not there.
+    opposing = any(
+        token["mark"].startswith("n")
+        for one in queries
+        for tokens in (one["tokens"], *(h[k] for h in one["hits"] for k in _MARKED))
+        for token in tokens
+    )
     return _template().render(
         title=results.get("title") or "What taught the model to say this?",
         date=(results.get("environment") or {}).get("date"),
@@ -132,6 +140,8 @@ def render(results: Results) -> str:
         introduction=_introduction(method, index, queries),
         unit=method.get("unit") or "score",
         levels=range(1, _LEVELS + 1),
+        opposing=opposing,
+        sign="\u00b1" if opposing else "",
         coloured=any(
             one["tokens"] or any(hit["passage"] for hit in one["hits"]) for one in queries
         ),
@@ -159,6 +169,8 @@ def _introduction(method: Results, index: Results, queries: Sequence[Results]) -
     what = "the text below" if len(queries) == 1 else f"each of {len(queries)} texts"
     count = f"{_count(index['examples'])} " if index.get("examples") else ""
     lines = [f"Of the {count}training examples in this index, these support {what} most."]
+    if index.get("examples") == 1:
+        lines = [f"This index holds one training example; how much it supports {what}."]
     if index.get("model"):
         lines[0] += f" The model is {index['model']}."
     meaning = _MEANING.get(method.get("family") or "")
