@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
+from postlude.attribution.lorif import LoRIF
 from postlude.attribution.plan import (
     HARDWARE,
     Hardware,
@@ -173,3 +176,14 @@ def test_this_machine_is_measured() -> None:
     assert 1e8 < found.flops < 1e14
     assert 1e8 < found.memory_bandwidth < 1e13
     assert f"{torch.get_num_threads()} thread" in found.name
+
+
+def test_defaults_are_those_of_lorif() -> None:
+    found = plan(GPT2, H100, examples=10)
+    default = LoRIF()
+    assert (found.factor, found.rank, found.format, found.curvature_rank, found.tokens) == (
+        default.projection_factor, default.rank, default.format, default.curvature_rank, 512,
+    )  # fmt: skip
+    known = dataclasses.replace(GPT2, context=1024)
+    assert plan(known, H100, examples=10).tokens == 1024
+    assert plan(known, H100, examples=10, tokens=64).tokens == 64

@@ -10,7 +10,10 @@ from typing import Any
 
 import pytest
 
+from postlude.attribution import plan as plan_module
 from postlude.attribution.index import Index
+from postlude.attribution.lorif import LoRIF
+from postlude.attribution.plan import Hardware
 
 SENTENCE = "the boat lay on the shore and a bird called over grey water"
 WORDS = SENTENCE.split()
@@ -159,8 +162,21 @@ def test_plan(built: Path, postlude_command: Any) -> None:
     )
     shown = postlude_command(*words)
     assert shown.code == 0 and "h100" in shown.out
+    assert (done.json["factor"], done.json["tokens"]) == (LoRIF().projection_factor, 512)
     of_model = postlude_command("attribute", "plan", built / "model", "--examples", 13, "--json")
-    assert of_model.json["layers"] == 14
+    assert (of_model.json["layers"], of_model.json["tokens"]) == (14, 64)
+
+
+def test_plan_is_told_in_words(postlude_command: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    slow = Hardware("this CPU, 1 thread, measured", 4e10, 1e10, 1e9, 5e12)
+    monkeypatch.setattr(plan_module, "this_machine", lambda: slow)
+    words = ("attribute", "plan", "--parameters", "70B", "--examples", "5M", "--tokens", 512)
+    out = postlude_command(*words).out
+    assert all(len(line.rstrip()) <= 80 for line in out.splitlines())
+    assert re.search(r"takes [\d,]+ years here; --hardware h100 --devices 64 for others", out)
+    assert "of the largest layer" in out and "\u2026" not in out
+    assert "in memory" in out and "from disk" in out
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ class Forecast:
         examples: of the data.
         tokens: mean of an example, by a sample.
         bytes: of the index.
-        seconds: of the passes over the data, an order of magnitude.
+        seconds: of the passes over the data where nothing else runs, an order of magnitude.
     """
 
     examples: int
@@ -39,7 +39,8 @@ class Forecast:
         return (
             f"expected: {self.examples:,} example{'s' * (self.examples != 1)} of about {self.tokens:.0f} tokens, "
             f"index {_bytes(self.bytes)} "
-            f"({_bytes(self.bytes / self.examples)} an example), about {_time(self.seconds)}"
+            f"({_bytes(self.bytes / self.examples)} an example), "
+            f"about {_time(self.seconds)} on an idle machine"
         )
 
 

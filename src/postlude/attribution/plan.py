@@ -19,7 +19,7 @@ D, N)``, ``N`` examples of ``T`` tokens, ``P`` weights that each token passes, s
 
 All of it is arithmetic of ours on the method of arXiv:2601.21929. Left out: attention, the head, norms, everything
 of order ``N``. Time is ``operations / (peak x utilisation)`` and ``bytes / bandwidth``, the larger of the two
-where both happen at once: an order of magnitude, to be calibrated where it matters.
+where both happen at once, with nothing else running: an order of magnitude, to be calibrated where it matters.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from typing import Any
 
 import torch
 
+from postlude.attribution.lorif import LoRIF
 from postlude.errors import SettingsError, UnknownNameError
 from postlude.runs.checkpoint import Checkpoint
 from postlude.surgery.gradients import Projection, features_of, linear_paths
@@ -56,6 +57,9 @@ __all__ = [
 # Bytes of a number, and of the scale of a vector.
 FORMATS: dict[str, tuple[float, int]] = {"fp32": (4, 0), "bf16": (2, 0), "int8": (1, 2)}
 
+_DEFAULTS = LoRIF()
+_TOKENS = 512.0  # of an example, where no checkpoint says how long its context is
+
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "G": 10**9, "T": 10**12}
 
 
@@ -75,10 +79,12 @@ class ModelShape:
     Attributes:
         layers: their shapes.
         description: what model that is.
+        context: tokens at which it cuts an example, 0 if not known.
     """
 
     layers: tuple[LayerShape, ...]
     description: str = ""
+    context: int = 0
 
     @property
     def parameters(self) -> int:
@@ -151,6 +157,7 @@ class Plan:
     """What one choice of settings costs.
 
     Attributes:
+        tokens: mean of an example.
         factor, rank, curvature_rank, format: the settings.
         bytes: ``index``, ``dense_index`` (of the same numbers, not factorised), ``ratio`` of the two,
             ``numbers_an_example``, ``curvature`` if saved, ``curvature_layer`` of the largest layer, ``sketch_layer``
@@ -162,6 +169,7 @@ class Plan:
         seconds: ``build``, ``fit``, ``score``, ``score_dense``.
     """
 
+    tokens: float
     factor: int
     rank: int
     curvature_rank: int
@@ -177,23 +185,23 @@ def plan(
     hardware: Hardware,
     *,
     examples: int,
-    tokens: float = 512,
+    tokens: float | None = None,
     queries: int = 1,
-    factor: int = 16,
-    rank: int = 1,
-    curvature_rank: int = 1024,
-    format: str = "bf16",
-    oversampling: int = 10,
-    iterations: int = 3,
+    factor: int = _DEFAULTS.projection_factor,
+    rank: int = _DEFAULTS.rank,
+    curvature_rank: int = _DEFAULTS.curvature_rank,
+    format: str = _DEFAULTS.format,
+    oversampling: int = _DEFAULTS.oversampling,
+    iterations: int = _DEFAULTS.svd_iterations,
     side: int = 0,
 ) -> Plan:
-    """Cost of one choice of settings.
+    """Cost of one choice of settings; the defaults are those of :class:`postlude.attribution.LoRIF`.
 
     Args:
         shape: of the model.
         hardware: where it runs.
         examples: ``N``.
-        tokens: mean of an example.
+        tokens: mean of an example; by default the context of the shape, or 512 where it knows none.
         queries: ``Q``, scored together.
         factor: of the projection.
         rank: ``c``.
@@ -207,6 +215,8 @@ def plan(
         SettingsError: a number out of range.
         UnknownNameError: a format that does not exist.
     """
+    if tokens is None:
+        tokens = float(shape.context or _TOKENS)
     if format not in FORMATS:
         raise UnknownNameError("format", format, FORMATS)
     for name, value in (("examples", examples), ("tokens", tokens), ("rank", rank)):
@@ -262,6 +272,7 @@ def plan(
     )
     build = sum(flops[name] for name in ("gradients", "projection", "outer", "factorisation"))
     return Plan(
+        tokens=tokens,
         factor=factor,
         rank=c,
         curvature_rank=r,
@@ -296,7 +307,7 @@ def table(
     shape: ModelShape,
     hardware: Hardware,
     *,
-    factors: Sequence[int] = (16, 32, 64),
+    factors: Sequence[int] = (4, 16, 64),
     ranks: Sequence[int] = (1, 4),
     formats: Sequence[str] = ("bf16", "int8"),
     **settings: Any,
@@ -317,7 +328,8 @@ def shape_of(checkpoint: Checkpoint, layers: str | Sequence[str] = "*") -> Model
         features = features_of(checkpoint.model.get_submodule(path), path)
         counts[features] = counts.get(features, 0) + 1
     shapes = tuple(LayerShape(i, o, count) for (i, o), count in counts.items())
-    return ModelShape(shapes, str(checkpoint.path or type(checkpoint.model).__name__))
+    name = str(checkpoint.path or type(checkpoint.model).__name__)
+    return ModelShape(shapes, name, checkpoint.context)
 
 
 def assumed_shape(parameters: float) -> ModelShape:

@@ -263,16 +263,28 @@ def plan(
     examples: Annotated[
         str, typer.Option("--examples", metavar="5M", help="Training examples.")
     ] = "1M",
-    tokens: Annotated[float, typer.Option("--tokens", min=1, help="Mean tokens of each.")] = 512,
+    tokens: Annotated[
+        float | None,
+        typer.Option(
+            "--tokens", min=1, help="Mean tokens of each; the model's context otherwise, or 512."
+        ),
+    ] = None,
     queries: Annotated[int, typer.Option("--queries", min=1, help="Asked together.")] = 1,
-    factor: Annotated[int, typer.Option("--factor", min=1, help="Of the projection.")] = 16,
-    rank: Annotated[int, typer.Option("--rank", min=1, help="Columns of the factors.")] = 1,
+    factor: Annotated[
+        int | None,
+        typer.Option("--factor", min=1, help="Of the projection. Settings not given are lorif's."),
+    ] = None,
+    rank: Annotated[
+        int | None, typer.Option("--rank", min=1, help="Columns of the factors.")
+    ] = None,
     format: Annotated[
-        str, typer.Option("--format", metavar="fp32|bf16|int8", help="Of the stored numbers.")
-    ] = "bf16",
+        str | None,
+        typer.Option("--format", metavar="fp32|bf16|int8", help="Of the stored numbers."),
+    ] = None,
     curvature_rank: Annotated[
-        int, typer.Option("--curvature-rank", min=0, help="Directions of the curvature.")
-    ] = 1024,
+        int | None,
+        typer.Option("--curvature-rank", min=0, help="Directions of the curvature."),
+    ] = None,
     hardware: Annotated[
         str,
         typer.Option("--hardware", metavar="this|h100|...", help="This machine is measured."),
@@ -285,6 +297,13 @@ def plan(
     from postlude import _front_door
     from postlude.attribution.plan import parse_count
 
+    given = {
+        "tokens": tokens,
+        "factor": factor,
+        "rank": rank,
+        "format": format,
+        "curvature_rank": curvature_rank,
+    }
     report = _front_door.attribution_plan(
         checkpoint=checkpoint,
         parameters=None if parameters is None else parse_count(parameters, "--parameters"),
@@ -292,12 +311,8 @@ def plan(
         hardware=hardware,
         devices=devices,
         sweep=True,
-        tokens=tokens,
         queries=queries,
-        factor=factor,
-        rank=rank,
-        format=format,
-        curvature_rank=curvature_rank,
+        **{name: value for name, value in given.items() if value is not None},
     )
     return Result(report, None if json else _plan_view(report))
 
@@ -349,30 +364,45 @@ def _short(text: str, letters: int) -> str:
 def _plan_view(report: dict[str, Any]) -> object:
     from rich.console import Group
     from rich.table import Table
+    from rich.text import Text
 
     chosen = Table(show_header=False, box=None, pad_edge=False)
     sizes, seconds, read = report["bytes"], report["seconds"], report["read"]
+    hardware = report["hardware"]
+
+    def where(index: float) -> str:
+        return "in memory" if index <= hardware["memory"] else "from disk"
+
     for name, value in (
         ("model", report["model"]),
-        ("layers", f"{report['layers']}, {report['parameters']:.3g} weights"),
-        ("hardware", report["hardware"]["name"]),
+        ("layers", f"{report['layers']}, {report['parameters']:,} weights"),
+        ("examples", f"{report['examples']:,} of {report['tokens']:,.0f} tokens"),
+        (
+            "settings",
+            f"factor {report['factor']}, rank {report['rank']}, {report['format']}",
+        ),
+        ("hardware", f"{hardware['name']}, {_bytes(hardware['memory'])} of memory"),
         (
             "index",
             f"{_bytes(sizes['index'])}, {sizes['ratio']:.0f} times smaller than whole gradients",
         ),
         ("curvature, if kept", _bytes(sizes["curvature"])),
-        ("largest layer's", _bytes(sizes["curvature_layer"])),
+        ("of the largest layer", _bytes(sizes["curvature_layer"])),
         (
             "build",
-            f"{sum(report['flops'][n] for n in _BUILD):.2g} operations, {_time(seconds['build'])}",
+            f"{sum(report['flops'][n] for n in _BUILD):.2g} operations, {_time(seconds['build'])} on an idle machine",
         ),
         ("fitting the curvature", _time(seconds["fit"])),
-        ("a query reads", f"{_bytes(read['score'])}, {_time(seconds['score'])}"),
+        (
+            "a query reads",
+            f"{_bytes(read['score'])} {where(sizes['index'])}, {_time(seconds['score'])}",
+        ),
     ):
         chosen.add_row(name, str(value))
-    table = Table(box=None, pad_edge=False)
-    for name in ("factor", "rank", "format", "index", "ratio", "curvature", "build", "query"):
-        table.add_column(name, justify="right")
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
+    names = ("factor", "rank", "format", "index", "ratio", "curvature", "build", "query", "read")
+    for name in names:
+        table.add_column(name, justify="right", no_wrap=True)
     for row in report.get("table", []):
         table.add_row(
             str(row["factor"]),
@@ -383,8 +413,14 @@ def _plan_view(report: dict[str, Any]) -> object:
             _bytes(row["curvature_bytes"]),
             _time(row["build_seconds"]),
             _time(row["score_seconds"]),
+            where(row["index_bytes"]),
         )
-    return Group(chosen, "", table)
+    notes = []
+    if seconds["build"] > _YEAR:
+        measured = hardware["name"].endswith("measured")
+        elsewhere = "; --hardware h100 --devices 64 for others" if measured else ""
+        notes += ["", f"A build takes {_time(seconds['build'])} here{elsewhere}."]
+    return Group(chosen, "", table, *map(Text, notes))
 
 
 _BUILD = ("gradients", "projection", "outer", "factorisation")
@@ -397,8 +433,13 @@ def _bytes(number: float) -> str:
     return f"{number:.0f} B"
 
 
+_YEAR = 365.25 * 86400
+
+
 def _time(seconds: float) -> str:
-    for size, unit in ((86400, "days"), (3600, "hours"), (60, "minutes")):
+    for size, unit in ((_YEAR / 2, "years"), (86400, "days"), (3600, "hours"), (60, "min")):
         if seconds >= 2 * size:
-            return f"{seconds / size:,.3g} {unit}"
+            number = seconds / (_YEAR if unit == "years" else size)
+            # Three digits, and never an exponent.
+            return f"{float(f'{number:.3g}'):,.{0 if number >= 100 else 1}f} {unit}"
     return f"{seconds:.2g} s"
