@@ -63,3 +63,9 @@ def test_an_open_display_can_be_opened_again() -> None:
         assert list(progress.iterate(range(2), "outer")) == [0, 1]
     assert "still here" in stream.getvalue()
     assert "outer" in stream.getvalue()
+
+
+def test_work_that_goes_on_counts_from_where_it_was() -> None:
+    task = Progress(show=True, stream=io.StringIO()).task("tune", 1200, 100)
+    task.advance(100)
+    assert task._line(task._started + 10) == "tune: 200/1200 in 10 s, 100 s left"

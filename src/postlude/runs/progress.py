@@ -27,15 +27,17 @@ _SECONDS_BETWEEN_LINES = 5.0
 class Task:
     """One counted piece of work inside a :class:`Progress`; made by :meth:`Progress.task`."""
 
-    def __init__(self, progress: Progress, description: str, total: int | None) -> None:
+    def __init__(
+        self, progress: Progress, description: str, total: int | None, done: int = 0
+    ) -> None:
         self.description = description
         self.total = total
-        self.done = 0
+        self.done = self._before = done
         self._progress = progress
         self._started = self._said = time.monotonic()
         self._bar: TaskID | None = None
         if progress._rich is not None:
-            self._bar = progress._rich.add_task(description, total=total)
+            self._bar = progress._rich.add_task(description, total=total, completed=done)
 
     def advance(self, steps: int = 1) -> None:
         """Count ``steps`` more as done."""
@@ -60,7 +62,7 @@ class Task:
         passed = now - self._started
         if self.total is None:
             return f"{self.description}: {self.done} in {passed:.0f} s"
-        left = passed / max(self.done, 1) * (self.total - self.done)
+        left = passed / max(self.done - self._before, 1) * (self.total - self.done)
         return f"{self.description}: {self.done}/{self.total} in {passed:.0f} s, {left:.0f} s left"
 
 
@@ -120,9 +122,9 @@ class Progress:
             self._rich.stop()
             self._rich = None
 
-    def task(self, description: str, total: int | None = None) -> Task:
-        """Start counting a piece of work; ``total`` steps, or None if unknown."""
-        return Task(self, description, total)
+    def task(self, description: str, total: int | None = None, done: int = 0) -> Task:
+        """Start counting a piece of work; ``total`` steps, or None if unknown, ``done`` of them before."""
+        return Task(self, description, total, done)
 
     def iterate(
         self, items: Iterable[Item], description: str, total: int | None = None

@@ -228,7 +228,7 @@ class Steady:
         self._read_log(done)
         self._saved_step = done
         with self._progress:
-            self._task = self._progress.task("tune", steps - done)
+            self._task = self._progress.task("tune", steps, done)
             self._tick = time.monotonic()
             try:
                 self.train(resume_from_checkpoint=None if state is None else str(state))  # type: ignore[attr-defined]
