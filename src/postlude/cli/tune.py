@@ -28,6 +28,14 @@ Data = Annotated[
         show_default=False,
     ),
 ]
+Demonstrations = Annotated[
+    str,
+    typer.Argument(
+        metavar="DATA.jsonl",
+        help="The demonstrations to tune on, one JSON object a line: `prompt` and `completion`, `messages`, or `text`.",
+        show_default=False,
+    ),
+]
 MaxLength = Annotated[
     int | None,
     typer.Option(
@@ -248,7 +256,7 @@ def tune(
 @app.command("prior")
 def prior(
     checkpoint: options.Checkpoint,
-    data: Data,
+    data: Demonstrations,
     output: options.NewDirectory,
     max_length: MaxLength = None,
     dtype: options.Dtype = "auto",
