@@ -757,9 +757,11 @@ def evaluate_lds(
 
     Returns:
         ``methods``, one entry each: ``method``, ``lds`` with its 95 % interval ``low`` and ``high``,
-        ``bytes_per_example`` of its index, ``build_cpu_seconds``, ``query_cpu_seconds`` (all queries), ``control``.
+        ``bytes_per_example`` of its index, ``build_cpu_seconds``, ``query_cpu_seconds`` (all queries), ``control``,
+        ``above_controls`` (:func:`postlude.evaluation.lds.above` the better control, None of a control).
         Beside it ``query_loss_before``, ``query_loss`` of the explained model, ``query_loss_of_halves``, and with two
-        seeds ``seed_correlation``, the rank correlation of the losses of one seed with those of another.
+        seeds ``seed_correlation``, the rank correlation of the losses of one seed with those of another. ``notes``
+        says what is to be kept in mind, such as that the halves are few.
 
     Raises:
         UnknownNameError: no such method.
@@ -812,8 +814,8 @@ def evaluate_retrieval(
 
     Returns:
         ``methods``, one entry each: ``method``, what :func:`postlude.evaluation.retrieval.self_retrieval` returns, with
-        facts what :func:`postlude.evaluation.retrieval.planted_sources` returns (``planted_...``), and the costs as in
-        :func:`evaluate_lds`.
+        facts what :func:`postlude.evaluation.retrieval.planted_sources` returns (``planted_...``),
+        ``noised_above_controls`` and ``planted_above_controls``, and the costs as in :func:`evaluate_lds`.
     """
     return _judging.judge_by_retrieval(
         _open(checkpoint),

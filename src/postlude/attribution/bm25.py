@@ -3,10 +3,10 @@
     score(q, d) = sum over tokens t of q of  idf(t) tf (k1 + 1) / (tf + k1 (1 - b + b |d| / avgdl))
     idf(t)      = ln(1 + (n - df + 0.5) / (df + 0.5))
 
-The control that a method must beat before anybody believes that it sees learning rather than words. Over the token
-ids of the model's tokenizer, so it needs that and nothing else of the model. Tokens that the tokenizer puts before
-every text, or that are in every example, count next to nothing by their ``idf``. Where facts are asked for it is strong
-(arXiv:2410.17413). The formula and its statistics are in :mod:`postlude.numerics.bm25`.
+The control that a method must beat before anybody believes that it sees learning rather than shared tokens. Over
+the token ids of the model's tokenizer, so it needs that and nothing else of the model. Tokens that the tokenizer puts
+before every text, or that are in every example, count next to nothing by their ``idf``. Where facts are asked for it is
+strong (arXiv:2410.17413). The formula and its statistics are in :mod:`postlude.numerics.bm25`.
 
 Cost: four bytes a token on disk; the statistics are made once for each opened index.
 """

@@ -2,7 +2,7 @@
 
 - **Self-retrieval.** The query is a training example, as it is or with a share of its tokens replaced by tokens drawn
   from the training set. The example itself must come first. Easy, and no evidence of influence: a method that
-  fails here is broken, one that passes may still only compare words.
+  fails here is broken, one that passes may still only compare tokens.
 - **Planted sources.** Facts about invented people are put into the training set, each stated in several ways, and the
   model is trained on it. A query states a fact in a way that is not in the training set; its sources are the examples
   that state the same fact. Another fact about the same person is planted too: whoever only looks for the

@@ -1,4 +1,4 @@
-"""BM25: how well documents match a query by the words they share, and by nothing else.
+"""BM25: how well documents match a query by the tokens they share, and by nothing else.
 
     score(q, d) = sum over tokens t of q of  idf(t) tf (k1 + 1) / (tf + k1 (1 - b + b |d| / avgdl))
     idf(t)      = ln(1 + (n - df + 0.5) / (df + 0.5))

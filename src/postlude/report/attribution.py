@@ -104,7 +104,7 @@ def page_of(index: Index, answers: Sequence[Answer], method: Attributor, command
             "environment": environment(),
             "notes": [
                 "A score is an estimate from gradients of the finished model, not a measurement: to see what an "
-                "example does, train without it. Compare with `--method bm25` and `repsim`, which see words and "
+                "example does, train without it. Compare with `--method bm25` and `repsim`, which see tokens and "
                 "likeness only, before believing more."
             ],
         }
