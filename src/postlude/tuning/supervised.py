@@ -14,6 +14,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from postlude import registry
 from postlude.errors import DataError, SettingsError
 from postlude.surgery.head import LanguageHead
@@ -30,6 +32,7 @@ Goal = str | TokenRule | TokenWeighting | Objective
 
 _DEFAULT_LENGTH = 2048
 _LAST_STEPS = 10
+_NO_WEIGHT = 1e-6  # share of all weight
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,6 +126,11 @@ class WeightedLikelihood(Objective):
             trainer.weigh(weighting, plan, head, self._reference(job, head), prior)
             trainer.run()
         numbers = _numbers(trainer.rows, plan.tokens)
+        if job.progress is not None and _ends_unlearned(numbers, examples, weighting.eos_ids):
+            job.progress.log(
+                f"end-of-text tokens weigh next to nothing under {weighting.rule.name}, so the model will not learn to "
+                "stop: --keep-eos keeps them"
+            )
         read = examples.counts()
         return Outcome(
             {
@@ -226,6 +234,17 @@ def length_of(max_length: int | None, context: int) -> int:
             f"max_length is {max_length}, but the model takes at most {context} tokens: choose a shorter one"
         )
     return max_length
+
+
+def _ends_unlearned(numbers: Mapping[str, Any], examples: Examples, eos_ids: Sequence[int]) -> bool:
+    """Whether texts end in a token that the rule has as good as left out, of weights that are not all zero."""
+    if not numbers["mean_weight"] > 0:
+        return False
+    learned = torch.cat([examples.ids(at)[examples.targets(at)] for at in range(len(examples))])
+    ends = torch.isin(learned, torch.tensor(list(eos_ids), dtype=learned.dtype))
+    # In very long texts ends are rare: few of them are no reason to warn.
+    usual = float(ends.double().mean())
+    return bool(numbers["eos_share"] < min(_NO_WEIGHT, usual / 100))
 
 
 def _numbers(rows: Sequence[Mapping[str, Any]], tokens: Sequence[int]) -> dict[str, Any]:
