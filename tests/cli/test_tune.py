@@ -125,3 +125,14 @@ def test_bad_data_names_its_line(
         "tune", tiny_llama_dir, tmp_path / "no.jsonl", "-o", tmp_path / "out", *SHORT
     )
     assert missing.code == 2 and "There is no data at" in missing.err
+
+
+def test_a_person_sees_what_was_done_and_what_to_do_next(
+    postlude_command: Any, tiny_llama_dir: Path, data: Path, tmp_path: Path
+) -> None:
+    done = postlude_command("tune", tiny_llama_dir, data, "-o", tmp_path / "out", *SHORT[:-1])
+    assert done.code == 0, done.err
+    text = " ".join(done.out.split())
+    assert "Tuning by sft. 6 sequences" in text and "fingerprint" not in text
+    assert "report.html" in text and "postlude evaluate" in text and "effective_tokens" in text
+    assert "weighting" not in text and "tokens_per_second" not in text

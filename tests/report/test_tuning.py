@@ -53,6 +53,13 @@ def test_the_page() -> None:
     assert "tuned/&lt;b&gt;" in page and "<b>" not in page
     assert "<script" not in page and "http" not in page.replace("http://www.w3.org", "")
     assert "abc" not in page
+    assert "--text other.txt --reference CHECKPOINT" in page and "millionths" not in page
+
+
+def test_the_next_command_has_the_paths_of_the_run() -> None:
+    result = {**RESULT, "output": "my out", "checkpoint": "models/base"}
+    page = render(result, [row(step) for step in range(1, 8)])
+    assert "evaluate &#39;my out&#39; --text other.txt --reference models/base" in page
 
 
 @pytest.mark.parametrize("steps", [1, 2, 41])

@@ -539,3 +539,17 @@ def test_two_ranks_have_the_loss_of_one(
         for name, tensor in weights(tmp_path / rule).items():
             expected = one.checkpoint.model.state_dict()[name]
             torch.testing.assert_close(tensor, expected, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_ends_that_weigh_nothing_are_told(
+    tiny: Callable[..., Any], demonstrations: Path, keep: bool
+) -> None:
+    from postlude.tuning.supervised import _ends_unlearned
+
+    checkpoint = tiny("gpt2")
+    examples = read_examples(demonstrations, checkpoint.tokenizer, 64)
+    ends = (checkpoint.tokenizer.eos_token_id,)
+    numbers = {"mean_weight": 0.5, "eos_share": 0.1 if keep else 1e-9}
+    assert _ends_unlearned(numbers, examples, ends) is not keep
+    assert not _ends_unlearned(numbers, examples, ())

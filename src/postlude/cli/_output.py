@@ -34,7 +34,8 @@ class Result:
         if view is None and _is_renderable(self.value):
             view = self.value
         for part in [view] if view is not None else _tables(self.value):
-            console.print(part)
+            # What asks for no wrapping, such as a command to be copied, is not cut off either.
+            console.print(part, crop=False)
 
 
 def plain(value: object) -> Any:

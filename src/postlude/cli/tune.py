@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json as json_
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated, Any
 
 import typer
@@ -28,6 +28,24 @@ Data = Annotated[
         show_default=False,
     ),
 ]
+# Of a result, what is shown to a person; an objective has some of them.
+_MAIN = (
+    "loss",
+    "final_loss",
+    "mean_loss",
+    "final_reward",
+    "accuracy",
+    "margin",
+    "steps",
+    "skipped_steps",
+    "response_tokens",
+    "effective_tokens",
+    "kept_share",
+    "eos_share",
+    "trained_parameters",
+    "seconds",
+)
+
 Demonstrations = Annotated[
     str,
     typer.Argument(
@@ -250,7 +268,9 @@ def tune(
         progress=Progress(show=main_process()),
     )
     # Under torchrun every rank comes here.
-    return Result(tuned.result) if main_process() else None
+    if not main_process():
+        return None
+    return Result(tuned.result, None if json else _view(tuned.result, tuned.log, checkpoint))
 
 
 @app.command("prior")
@@ -282,6 +302,38 @@ def prior(
             progress=progress,
         )
     return Result({"output": output, **manifest})
+
+
+def _view(result: Mapping[str, Any], log: Sequence[Mapping[str, Any]], checkpoint: str) -> object:
+    """What was done, what came of it, where it is and what to do next; then the main numbers."""
+    import os.path
+
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
+    from postlude.cli._output import plain
+    from postlude.report.tuning import PAGE, evaluation, headline
+
+    output = str(result["output"])
+    model = "Adapter" if result["adapter"] and not result["merged"] else "Model"
+    places = [
+        f"{model}: {output}",
+        f"Curves: {os.path.join(output, PAGE)}",
+        f"All numbers: {os.path.join(output, 'tune.json')}, or --json",
+        "What was forgotten:",
+        f"  {evaluation({**result, 'checkpoint': checkpoint})}",
+    ]
+    table = Table(show_header=False, box=None, pad_edge=False)
+    for name in _MAIN:
+        value = plain(result.get(name))
+        if value is not None:
+            shown = f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
+            table.add_row(Text(name, style="dim"), Text(shown))
+    said = [Text(line) for line in headline(result, log)]
+    # To be copied, so in one piece.
+    whole = [Text(line, no_wrap=True, overflow="ignore") for line in places]
+    return Group(*said, Text(), *whole, Text(), table)
 
 
 def _divided(

@@ -116,6 +116,9 @@ def line_plot(
             axes.set_yticks(y_ticks)
         if logarithmic:
             _decades(axes)
+        elif max(map(abs, axes.get_ylim())) < 1e-3:
+            # Rather than an exponent that stands apart above the axis.
+            axes.yaxis.set_major_formatter(FuncFormatter(_number))
         for place, word in (marks or {}).items():
             axes.axvline(place, color=_GRID, linewidth=7, zorder=0.5)
             axes.annotate(

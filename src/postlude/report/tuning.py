@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from postlude.report.environment import environment
 from postlude.report.figures import Figure
 from postlude.report.plots import Line, line_plot
 
-__all__ = ["render", "write"]
+__all__ = ["evaluation", "headline", "render", "write"]
 
 Row = Mapping[str, Any]
 
@@ -36,8 +37,8 @@ PAGE = "report.html"
 class _Kind:
     """A figure: which columns of the log, under which names, and what to see in them.
 
-    Values are drawn times ``scale``. With a ``top`` the axis goes from 0 to it, or to the largest value for 0. A log
-    with one of the columns ``without`` does not have the figure.
+    With a ``top`` the axis goes from 0 to it, or to the largest value for 0. A log with one of the columns ``without``
+    does not have the figure.
     """
 
     identifier: str
@@ -45,7 +46,6 @@ class _Kind:
     columns: Mapping[str, str]
     y_label: str
     caption: str
-    scale: float = 1.0
     top: float | None = None
     without: str = ""
 
@@ -132,9 +132,8 @@ _KINDS = (
         "rate",
         "Learning rate",
         {"learning_rate": "learning rate"},
-        "millionths",
+        "learning rate",
         "It rises in the warm-up and falls by the schedule.",
-        scale=1e6,
         top=0,
     ),
     _Kind(
@@ -202,9 +201,24 @@ def render(result: Row, log: Sequence[Row]) -> str:
         environment=list(found.items()),
         notes=[
             "Losses are of the training data. Whether something was forgotten is told by text that was not trained on: "
-            "postlude evaluate OUTPUT --text other.txt --reference CHECKPOINT."
+            + evaluation(result)
         ],
     )
+
+
+def headline(result: Row, log: Sequence[Row]) -> list[str]:
+    """What was done and what came of it, in a few sentences."""
+    verdict = _verdict(log)
+    return [f"{_title(result)}.", *_introduction(result), *([] if verdict is None else [verdict])]
+
+
+def evaluation(result: Row) -> str:
+    """The command that tells what was forgotten."""
+    output, checkpoint = (
+        shlex.quote(str(result[name])) if result.get(name) else other
+        for name, other in (("output", "OUTPUT"), ("checkpoint", "CHECKPOINT"))
+    )
+    return f"postlude evaluate {output} --text other.txt --reference {checkpoint}"
 
 
 @functools.cache
@@ -287,7 +301,7 @@ def _figure(kind: _Kind, log: Sequence[Row]) -> Figure:
     groups = _groups(log)
     ticks = [str(group[-1]["step"]) for group in groups]
     lines = [
-        Line(name, [_mean(group, column, kind.scale) for group in groups])
+        Line(name, [_mean(group, column) for group in groups])
         for column, name in kind.columns.items()
         if any(_finite(row.get(column)) for row in log)
     ]
@@ -325,9 +339,9 @@ def _groups(log: Sequence[Row]) -> list[Sequence[Row]]:
     return [log[start : start + size] for start in range(0, len(log), size)]
 
 
-def _mean(rows: Sequence[Row], column: str, scale: float) -> float | None:
+def _mean(rows: Sequence[Row], column: str) -> float | None:
     values = [row[column] for row in rows if _finite(row.get(column))]
-    return scale * math.fsum(values) / len(values) if values else None
+    return math.fsum(values) / len(values) if values else None
 
 
 def _samples(result: Row) -> list[tuple[str, str, str]]:

@@ -274,6 +274,7 @@ def tune(
         model, differs = finished(job, merge, stored)
         result = {
             "output": None if out is None else os.fspath(out),
+            "checkpoint": None if checkpoint.path is None else os.fspath(checkpoint.path),
             **manifest["objective"],
             **outcome.result,
             "trained_parameters": trained,
