@@ -16,6 +16,15 @@ def letters(completions, letter):
 
 def short(completions):
     return [1.0]
+
+def boom(completions):
+    raise ValueError("boom")
+
+calls = []
+
+def later(completions):
+    calls.append(1)
+    return boom(completions) if len(calls) == 2 else [float(len(text)) for text in completions]
 """
 SIZES = ("--steps", 2, "--batch-size", 4, "--learning-rate", "1e-3", "--device", "cpu")
 GRPO = ("--objective", "grpo", "--set", "generations=2", "--set", "max_new_tokens=4")
@@ -75,6 +84,7 @@ def test_dpo(work: Path, tiny_llama_dir: Path, postlude_command: Any) -> None:
         (("prompts.jsonl", *GRPO, "--reward", "rewards_of_a_test:leters"), "Did you mean 'letters'"),
         (("prompts.jsonl", *GRPO, "--reward", "reward_of_a_test:letters"), "No module of rewards named"),
         (("prompts.jsonl", *GRPO, "--reward", "rewards_of_a_test:short"), "returned 1 numbers for 4 completions"),
+        (("prompts.jsonl", *GRPO, "--reward", "rewards_of_a_test:boom"), "raised ValueError: boom (rewards_of_a_test.py line 9)."),
         (("pairs.jsonl", *GRPO, "--reward", "rewards_of_a_test:letters"), "asks for the column 'letter'"),
         (("prompts.jsonl", "--reward", "rewards_of_a_test:letters"), "--reward is for --objective grpo"),
         (("prompts.jsonl", "--objective", "dpo"), "line 1 has keys ['letter', 'prompt']; expected"),
@@ -89,3 +99,20 @@ def test_what_is_refused(
     assert done.code == 2, done.err
     assert message in " ".join(done.json["error"]["message"].split())
     assert sorted(path.name for path in work.iterdir() if path.name != "__pycache__") == before
+
+
+def test_a_reward_that_raises_later_leaves_the_saved_states(
+    work: Path, tiny_llama_dir: Path, postlude_command: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from postlude.tuning import trainer
+
+    monkeypatch.setattr(trainer, "_SECONDS_BETWEEN_STATES", 0.0)
+    words = (
+        "tune", tiny_llama_dir, "prompts.jsonl", *GRPO, *SIZES,
+        "--reward", "rewards_of_a_test.py:later", "-o", "out",
+    )  # fmt: skip
+    stopped = postlude_command(*words, "--json")
+    assert stopped.code == 2, stopped.err
+    assert "raised ValueError: boom" in stopped.json["error"]["message"]
+    assert (work / ".out.run" / "states" / "step-1").is_dir()
+    assert postlude_command(*words).code == 0

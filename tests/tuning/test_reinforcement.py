@@ -251,6 +251,31 @@ def test_a_run_stops_at_a_bad_reward(data: Path, tiny: Any, tiny_tokenizer: Any)
     assert "forward" not in vars(job.model)
 
 
+def test_a_reward_that_raises(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "raising_t3.py"
+    file.write_text(
+        "import json\n\n\n"
+        "def boom(completions):\n    raise ValueError('boom')\n\n\n"
+        "def deep(completions):\n    return [json.loads(one) for one in completions]\n\n\n"
+        "def silent(completions):\n    assert not completions\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    for function, what in (
+        ("boom", "ValueError: boom (raising_t3.py line 5)"),
+        (
+            "deep",
+            "JSONDecodeError: Expecting value: line 1 column 1 (char 0) (raising_t3.py line 9)",
+        ),
+        ("silent", "AssertionError (raising_t3.py line 13)"),
+    ):
+        with pytest.raises(DataError) as caught:
+            parse_reward(f"raising_t3.py:{function}")(["a"], {})
+        assert str(caught.value) == (
+            f"The reward raising_t3.py:{function} raised {what}. Mend it, and run the same command again."
+        )
+        assert caught.value.__cause__ is not None
+
+
 # Which reward
 
 

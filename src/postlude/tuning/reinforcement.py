@@ -38,6 +38,7 @@ import inspect
 import math
 import os
 import sys
+import traceback
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -50,7 +51,7 @@ from postlude.errors import DataError, SettingsError, UnknownNameError
 from postlude.registry import method
 from postlude.tuning import on_trl
 from postlude.tuning.examples import Row, read_rows
-from postlude.tuning.run import Job, Objective, Outcome
+from postlude.tuning.run import Job, Objective, Outcome, RewardError
 from postlude.tuning.trainer import arguments, joined
 
 __all__ = ["GRPO", "Reward", "Rollouts", "find_reward", "parse_reward"]
@@ -128,12 +129,32 @@ class Reward:
 
         Raises:
             DataError: not one finite number for each.
+            RewardError: the function raised something.
         """
         needs, takes, anything = self.asks_for()
         given = {"completions": completions, **columns}
         if not anything:
             given = {name: values for name, values in given.items() if name in needs | takes}
-        return self._checked(self.function(**given), completions)
+        try:
+            values = self.function(**given)
+        except Exception as error:
+            said = f": {error}" if str(error) else ""
+            raise RewardError(
+                f"The reward {self.name} raised {type(error).__name__}{said}{self._place(error)}. "
+                "Mend it, and run the same command again."
+            ) from error
+        return self._checked(values, completions)
+
+    def _place(self, error: Exception) -> str:
+        """Where an error was raised: the innermost line of the file of the function."""
+        try:
+            home = inspect.getsourcefile(inspect.unwrap(self.function))
+        except TypeError:
+            return ""
+        # The first frame is the call above.
+        frames = traceback.extract_tb(error.__traceback__)[1:]
+        line = next((one.lineno for one in reversed(frames) if one.filename == home), None)
+        return "" if home is None or line is None else f" ({Path(home).name} line {line})"
 
     def _checked(self, values: Any, completions: list[str]) -> list[float]:
         values = values.tolist() if hasattr(values, "tolist") else values

@@ -26,6 +26,7 @@ import torch
 import postlude
 from postlude import registry
 from postlude.errors import (
+    DataError,
     InputError,
     NonFiniteError,
     OutputExistsError,
@@ -43,10 +44,24 @@ from postlude.tuning.adapters import Adapter
 from postlude.tuning.output import MARKER, Report, finished, keep_model, plain, save
 from postlude.tuning.prior import cast, frozen
 
-__all__ = ["Job", "Objective", "Outcome", "TuneRun", "Tuned", "data_files", "main_process", "tune"]
+__all__ = [
+    "Job",
+    "Objective",
+    "Outcome",
+    "RewardError",
+    "TuneRun",
+    "Tuned",
+    "data_files",
+    "main_process",
+    "tune",
+]
 
 SCHEDULES = ("constant", "cosine", "linear")
 _STATES, _MODEL = "states", "model-before"
+
+
+class RewardError(DataError):
+    """A reward function that raised something."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -396,6 +411,11 @@ def _directory(final: Path | None, manifest: Mapping[str, Any], overwrite: bool)
     try:
         yield path / _STATES
     except (NonFiniteError, OutputExistsError):
+        raise
+    except RewardError:
+        # It may have asked something that answers another time: only a run without a state is removed.
+        if main_process() and not any((path / _STATES).glob("step-*")):
+            discard(path, final)
         raise
     except InputError:
         # The same call would fail again, and another one is another run.
