@@ -330,7 +330,8 @@ def quantize(
     directory = _run_beside(out) if run is None and out is not None else run
     if directory is not None:
         manifest = _manifest(opened, settings, tokens, seed)
-        kept = RunDirectory(directory, manifest, overwrite=overwrite)
+        elsewhere = "output (-o)" if run is None else "run directory (--run)"
+        kept = RunDirectory(directory, manifest, overwrite=overwrite, elsewhere=elsewhere)
         unit["unit"] = kept.unit
         if progress is not None and kept.finished():
             progress.log(f"resuming: {len(kept.finished())} finished steps in {kept.path}")

@@ -91,7 +91,9 @@ def judge_by_retraining(
     with contextlib.ExitStack() as stack:
         shown = stack.enter_context(progress or Progress(show=False))
         place = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="postlude-")))
-        kept = RunDirectory(run if run is not None else place / "run", manifest, overwrite)
+        kept = RunDirectory(
+            run if run is not None else place / "run", manifest, overwrite, "run directory (--run)"
+        )
         if kept.finished():
             shown.log(f"resuming: {len(kept.finished())} finished trainings in {kept.path}")
         explained = _trained(checkpoint, tokens, settings, kept)

@@ -145,5 +145,5 @@ def test_what_was_measured_is_not_measured_again(run: Any, tmp_path: Path) -> No
         found = claim.measured(claim.directory({"steps": 3}), "seed-0", measure)
         assert {name: float(value) for name, value in found.items()} == {"loss": pytest.approx(0.1)}
     assert len(calls) == 1
-    with pytest.raises(RunDirectoryError, match="steps: found 3, expected 4"):
+    with pytest.raises(RunDirectoryError, match="has steps 3, this one asks for 4"):
         claim.directory({"steps": 4})

@@ -285,14 +285,17 @@ def test_run_directory_of_another_model(
     shutil.copytree(make_checkpoint("llama", seed=1), work / "other")
     words = ("quantize", "other", "--method", "rtn", "-o", "small", "--run", "run")
     message = refused(*words)
-    matches(r"run belongs to another run: model: found \"\w+\", expected \"\w+\" Start it", message)
-    matches("--overwrite", message)
+    matches(
+        r"run belongs to another run: the kept run has model \"\w+\", this one asks for \"\w+\" Start it",
+        message,
+    )
+    matches(r"--overwrite .* or choose another run directory \(--run\)\.", message)
     file = work / "other" / "config.json"  # the same weights, read in another way
     shutil.copytree(work / "model", work / "other", dirs_exist_ok=True)
     file.write_text(json.dumps({**json.loads(file.read_text()), "rms_norm_eps": 0.01}))
-    matches("run belongs to another run: model: found", refused(*words))
+    matches("run belongs to another run: the kept run has model", refused(*words))
     words = (*QUANTIZE[:-1], "small", "--run", "run", "--bits", "w8")
-    matches(r"settings\.weights: found 4, expected 8", refused(*words))
+    matches(r"has settings\.weights 4, this one asks for 8", refused(*words))
     assert postlude_command(*words, "--overwrite").code == 0
 
 

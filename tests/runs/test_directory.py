@@ -67,12 +67,13 @@ def test_another_run_is_refused_with_every_differing_key(tmp_path: Path) -> None
     with pytest.raises(RunDirectoryError) as caught:
         RunDirectory(tmp_path, other)
     message = str(caught.value)
-    assert 'model: found "abc", expected "abd"' in message
-    assert 'settings.bits: found "w4a4kv4", expected "w8a8kv8"' in message
-    assert "seed: found 0, expected nothing" in message
-    assert "steps: found nothing, expected 3" in message
+    assert 'the kept run has model "abc", this one asks for "abd"' in message
+    assert 'the kept run has settings.bits "w4a4kv4", this one asks for "w8a8kv8"' in message
+    assert "the kept run has seed 0, this one has none" in message
+    assert "the kept run has no steps, this one asks for 3" in message
     assert "group" not in message
     assert "--overwrite" in message
+    assert message.endswith("or choose another output (-o).")
     assert caught.value.exit_code == 2
     assert RunDirectory(tmp_path, MANIFEST).is_finished("block-0")
 

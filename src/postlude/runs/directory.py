@@ -46,6 +46,7 @@ class RunDirectory:
             version.
         overwrite: start afresh where the directory belongs to another run. Only what a run
             directory consists of is removed.
+        elsewhere: what a person gives to take another directory, for messages.
 
     Raises:
         RunDirectoryError: the directory belongs to another run (every differing key is named), or
@@ -57,8 +58,10 @@ class RunDirectory:
         path: str | os.PathLike[str],
         manifest: Mapping[str, Any],
         overwrite: bool = False,
+        elsewhere: str = "output (-o)",
     ) -> None:
         self.path = Path(os.path.realpath(path))
+        self._elsewhere = elsewhere
         # Through JSON and back, so that a tuple equals the list that a later run reads.
         self.manifest: dict[str, Any] = json.loads(json.dumps(manifest, allow_nan=False))
         self._units = self.path / _UNITS
@@ -70,7 +73,7 @@ class RunDirectory:
         elif self.path.is_dir() and any(not is_partial(p) for p in self.path.iterdir()):
             raise RunDirectoryError(
                 f"{self.path} is not empty and holds no {_MANIFEST}, so it is not a run directory. "
-                "Choose another output (-o)."
+                f"Choose another {elsewhere}."
             )
         # The manifest comes first: a kill must not leave units of which nobody can tell whose they are.
         self.path.mkdir(parents=True, exist_ok=True)
@@ -131,17 +134,20 @@ class RunDirectory:
         except ValueError as error:
             raise RunDirectoryError(
                 f"{file} is not valid JSON ({error}): the run directory is damaged. "
-                "Remove it, or choose another output (-o) or run directory (--run)."
+                f"Remove it, or choose another {self._elsewhere}."
             ) from error
-        found_differences = differences(found, self.manifest)
-        if not found_differences:
+        here, wanted = _flatten(found), _flatten(self.manifest)
+        different = _differing(here, wanted)
+        if not different:
             return
         if not overwrite:
             raise RunDirectoryError(
                 f"{self.path} belongs to another run:\n"
-                + "\n".join(f"  {line}" for line in found_differences)
-                + "\nStart it afresh with --overwrite (overwrite=True), or choose another "
-                "output (-o) or run directory (--run)."
+                + "\n".join(
+                    f"  the kept run has {_has(here, key)}, this one {_asks(wanted, key)}"
+                    for key in different
+                )
+                + f"\nStart it afresh with --overwrite (overwrite=True), or choose another {self._elsewhere}."
             )
         # The units go before the manifest changes: a kill in between leaves an older run of which
         # some units are missing, which is still a run directory.
@@ -204,9 +210,24 @@ def differences(found: Any, expected: Any) -> list[str]:
     here, wanted = _flatten(found), _flatten(expected)
     return [
         f"{key}: found {_show(here, key)}, expected {_show(wanted, key)}"
+        for key in _differing(here, wanted)
+    ]
+
+
+def _differing(here: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
+    return [
+        key
         for key in sorted(here.keys() | wanted.keys())
         if (key in here) != (key in wanted) or here.get(key) != wanted.get(key)
     ]
+
+
+def _has(values: dict[str, Any], key: str) -> str:
+    return f"{key} {_show(values, key)}" if key in values else f"no {key}"
+
+
+def _asks(values: dict[str, Any], key: str) -> str:
+    return f"asks for {_show(values, key)}" if key in values else "has none"
 
 
 def _show(values: dict[str, Any], key: str) -> str:
