@@ -148,7 +148,7 @@ class Index:
         if self._records is not None and path is None:
             return self._records
         given = self.manifest["data"]
-        source = path or given["path"]
+        source: Any = path or given["path"]
         if source is None:
             raise StoreError(
                 f"{self.path} was built from examples in memory, so their text is not at hand: give the data"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 import typer
@@ -311,7 +312,7 @@ def _retrieval_view(result: dict[str, Any]) -> object:
         )
         for row in result["methods"]
     ]
-    columns = ("method", "exact\ntop 1", "noised\ntop 1 [95 %]", "above\ncontrols")
+    columns: tuple[str, ...] = ("method", "exact\ntop 1", "noised\ntop 1 [95 %]", "above\ncontrols")
     if planted:
         columns += ("planted\nrecall [95 %]", "above\ncontrols")
     lines = [
@@ -339,7 +340,7 @@ def _mark(row: dict[str, Any], key: str) -> str:
     return "control" if row[key] is None else "yes" if row[key] else "no"
 
 
-def _table(columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> Any:
+def _table(columns: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> Any:
     from rich.table import Table
     from rich.text import Text
 
@@ -356,7 +357,7 @@ def _table(columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> Any:
 
 def _judged(
     columns: tuple[str, ...],
-    rows: list[tuple[str, ...]],
+    rows: Sequence[tuple[str, ...]],
     lines: list[str],
     result: dict[str, Any],
     *more: Any,
