@@ -273,7 +273,7 @@ def test_refused_settings(small_index: Index, plain: Checkpoint) -> None:
         with pytest.raises(SettingsError, match=message):
             LoRIF(**settings)  # type: ignore[arg-type]
     queries = record_queries(small_index, plain, ASKED)
-    with pytest.raises(SettingsError, match=r"format 'fp32' \(asked for 'int8'\)"):
+    with pytest.raises(SettingsError, match=r"format fp32 \(asked for int8\)"):
         LoRIF(format="int8").score(small_index, queries)
     with pytest.raises(SettingsError, match="keeps no gradients of 'lm_head'"):
         small_index.layer("lm_head")
