@@ -145,8 +145,8 @@ def test_a_failing_registration_warns_and_leaves_the_package_usable(
     "imports",
     [
         "postlude, transformers.modeling_utils",
-        "transformers.quantizers, postlude",
-        "postlude.surgery.huggingface",
+        pytest.param("transformers.quantizers, postlude", marks=pytest.mark.slow),
+        pytest.param("postlude.surgery.huggingface", marks=pytest.mark.slow),
     ],
 )
 def test_transformers_itself(imports: str) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -234,3 +236,16 @@ def test_the_page_of_an_answer(lorif: Index, given: Checkpoint, tmp_path: Path) 
     assert page.count("<li>") >= 4
     assert "text-2" in page
     assert json.dumps([answer.to_dict() for answer in answers])
+
+
+def test_an_index_of_any_method_opens_in_a_process_of_its_own(
+    tiny_llama_dir: Path, tmp_path: Path
+) -> None:
+    # What a method keeps has to be known although nothing has imported the method's file.
+    build(pl.load(tiny_llama_dir), ["one text", "another text"], BM25(), tmp_path / "index")
+    code = (
+        "from postlude.attribution.index import Index; "
+        f"print(Index({str(tmp_path / 'index')!r}).representation.kind)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == "tokens", done.stderr

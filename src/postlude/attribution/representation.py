@@ -24,6 +24,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor
 
+from postlude import registry
 from postlude.attribution.examples import Batch, Collection
 from postlude.attribution.outputs import output_function
 from postlude.errors import SettingsError, StoreError
@@ -270,6 +271,10 @@ class Representation(ABC):
     def from_dict(data: Mapping[str, Any]) -> Representation:
         values = dict(data)
         kind = values.pop("kind", None)
+        if kind not in Representation.kinds:
+            registry.available(
+                "attribute"
+            )  # a method's own representation is known once its file is imported
         if kind not in Representation.kinds:
             raise StoreError(
                 f"the index keeps {kind!r}, which this version of Postlude does not know; known: "

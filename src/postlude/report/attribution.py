@@ -102,7 +102,9 @@ def page_of(index: Index, answers: Sequence[Answer], method: Attributor, command
             "seconds": answers[0].seconds if answers else None,
             "command": command,
             "environment": environment(),
-            "notes": [
+            "notes": []
+            if info.family == "control"
+            else [
                 "A score is an estimate from gradients of the finished model, not a measurement: to see what an "
                 "example does, train without it. Compare with `--method bm25` and `repsim`, which see tokens and "
                 "likeness only, before believing more."
