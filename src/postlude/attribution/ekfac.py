@@ -23,7 +23,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
-import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Literal
@@ -31,11 +30,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from postlude.attribution.engine import Attributor, Queries, Scores, record_rows
+from postlude.attribution.engine import Attributor, Queries, Scores, kept_fits, record_rows
 from postlude.attribution.examples import Batch, Collection, Example, batches, tokenize
 from postlude.attribution.explain import Factors, Parts, token_parts
 from postlude.attribution.index import Index
-from postlude.attribution.outputs import output_function
+from postlude.attribution.outputs import output_function, predictions
 from postlude.attribution.representation import (
     DenseRepresentation,
     Recorder,
@@ -46,7 +45,6 @@ from postlude.numerics.kronecker import KroneckerBasis, KroneckerCurvature, low_
 from postlude.numerics.likelihood import token_log_probability
 from postlude.registry import method
 from postlude.runs.checkpoint import Checkpoint
-from postlude.runs.directory import RunDirectory
 from postlude.runs.progress import Progress, Task
 from postlude.surgery.capture import device_of
 from postlude.surgery.gradients import (
@@ -246,13 +244,8 @@ class EKFAC(Attributor):
         index.check_model(checkpoint)
         paths = linear_paths(checkpoint.anatomy, index.collection.patterns)
         chosen = self._fit_numbers(index)
-        manifest = {
-            "index": index.hash(),
-            "curvature": "ekfac",
-            "settings": {"fisher": self.fisher, "fit_examples": self.fit_examples},
-        }
-        key = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()[:16]
-        run = RunDirectory(index.path / "curvature" / f"ekfac-{key}", manifest)
+        settings = {"fisher": self.fisher, "fit_examples": self.fit_examples}
+        run = kept_fits(index, "ekfac", settings)
         if self.fisher == "true":
             loss = drawn_losses(checkpoint, index.collection)
         else:
@@ -336,23 +329,18 @@ def drawn_losses(checkpoint: Checkpoint, collection: Collection) -> Loss:
 
     What is drawn for an example depends on the seed and its number alone, not on its batch.
     """
-    model, anatomy = checkpoint.model, checkpoint.anatomy
-    decoder, head = model.get_submodule(anatomy.decoder), model.get_submodule(anatomy.head)
-    weight = (head.dense_weight() if hasattr(head, "dense_weight") else head.weight).detach()
-    bias = getattr(head, "bias", None)
-    bias = None if bias is None else bias.detach()
-    device = device_of(model)
+    predict = predictions(checkpoint)
 
     def loss(batch: Batch, numbers: list[int]) -> Tensor:
-        ids, predicts = batch.ids.to(device), batch.predicts.to(device)[:, 1:]
-        hidden = decoder(input_ids=ids, use_cache=False).last_hidden_state[:, :-1][predicts]
+        made = predict(batch)
+        hidden, weight, bias = made.hidden, made.weight, made.bias
         counts = batch.predicts.sum(1)
         uniforms = torch.cat(
             [
                 _uniforms(collection.seed, n, count)
                 for n, count in zip(numbers, counts.tolist(), strict=True)
             ]
-        ).to(device)
+        ).to(hidden.device)
         labels = sampled(hidden.detach(), weight, bias, uniforms)
         losses = -token_log_probability(hidden, weight, labels, bias=bias)
         if collection.loss == "mean":

@@ -39,7 +39,15 @@ from postlude.runs.directory import RunDirectory
 from postlude.runs.progress import Progress
 from postlude.surgery.gradients import CollectedLayer
 
-__all__ = ["Attributor", "InfluenceAttributor", "Queries", "Scores", "record_queries"]
+__all__ = [
+    "Attributor",
+    "InfluenceAttributor",
+    "Queries",
+    "Scores",
+    "kept_fits",
+    "record_queries",
+    "record_rows",
+]
 
 # What a kept curvature may take where the index is smaller.
 _KEPT_BYTES = 1 << 30
@@ -309,9 +317,14 @@ class InfluenceAttributor(Attributor):
             key: str(value) if isinstance(value, torch.dtype) else value
             for key, value in dataclasses.asdict(settings).items()
         }
-        manifest = {"index": index.hash(), "curvature": kind.name, "settings": values}
-        key = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()[:16]
-        return RunDirectory(index.path / "curvature" / f"{kind.name}-{key}", manifest)
+        return kept_fits(index, kind.name, values)
+
+
+def kept_fits(index: Index, name: str, settings: Mapping[str, Any]) -> RunDirectory:
+    """Where fits of a curvature to an index are kept, tied to the index's hash and to the settings."""
+    manifest = {"index": index.hash(), "curvature": name, "settings": dict(settings)}
+    key = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()[:16]
+    return RunDirectory(index.path / "curvature" / f"{name}-{key}", manifest)
 
 
 def _unit(module: str) -> str:

@@ -199,7 +199,7 @@ def tune(
     overwrite: options.Overwrite = False,
     seed: options.Seed = 0,
     json: options.Json = False,
-) -> Result | None:
+) -> Result:
     """Tune a model: on demonstrations with token weights, on preferences (dpo), or by rewards (grpo)."""
     from postlude import registry
     from postlude.cli._settings import make_settings
@@ -267,9 +267,6 @@ def tune(
         inplace=True,
         progress=Progress(show=main_process()),
     )
-    # Under torchrun every rank comes here.
-    if not main_process():
-        return None
     return Result(tuned.result, None if json else _view(tuned.result, tuned.log, checkpoint))
 
 

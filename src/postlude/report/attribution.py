@@ -23,26 +23,23 @@ without colour: those that support are underlined by a solid line, those that op
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jinja2
-
 from postlude import registry
 from postlude.attribution.engine import Attributor
 from postlude.attribution.index import Index
 from postlude.attribution.query import Answer
 from postlude.report.environment import environment
+from postlude.report.sheet import folded, style, template
 
 __all__ = ["page_of", "render"]
 
 Results = Mapping[str, Any]
 
-_TEMPLATES = Path(__file__).parent / "templates"
 _LEVELS = 6  # shades of each sign; as many classes in attribution.css
 _EXCERPT = 160  # tokens of a passage that are shown at once
 # Settings that say what an index keeps.
@@ -132,13 +129,10 @@ def render(results: Results) -> str:
         for tokens in (one["tokens"], *(h[k] for h in one["hits"] for k in _MARKED))
         for token in tokens
     )
-    return _template().render(
+    return template("attribution.html.jinja", trim_blocks=True).render(
         title=results.get("title") or "What taught the model to say this?",
         date=(results.get("environment") or {}).get("date"),
-        style="".join(
-            _TEMPLATES.joinpath(name).read_text(encoding="utf-8")
-            for name in ("report.css", "attribution.css")
-        ),
+        style="".join(style(name) for name in ("report.css", "attribution.css")),
         introduction=_introduction(method, index, queries),
         unit=method.get("unit") or "score",
         levels=range(1, _LEVELS + 1),
@@ -149,21 +143,11 @@ def render(results: Results) -> str:
         ),
         queries=queries,
         facts=_facts(method, index, results),
-        whole=_folded(results["command"]) if results.get("command") else None,
+        whole=folded(results["command"]) if results.get("command") else None,
         python=results.get("python"),
         environment=list((results.get("environment") or {}).items()),
         notes=results.get("notes") or [],
     )
-
-
-@functools.cache
-def _template() -> jinja2.Template:
-    return jinja2.Environment(
-        loader=jinja2.FileSystemLoader(_TEMPLATES),
-        autoescape=True,
-        trim_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    ).get_template("attribution.html.jinja")
 
 
 def _introduction(method: Results, index: Results, queries: Sequence[Results]) -> list[str]:
@@ -381,18 +365,6 @@ def _number(value: float, signed: bool = False) -> str:
         power = str(exponent).replace("-", _MINUS)
         return f"{sign}{size / 10**exponent:.2f} \u00d7 10^{power}"
     return f"{sign}{size:,.0f}" if size >= 1000 else f"{sign}{size:.3g}"
-
-
-def _folded(command: str, width: int = 78) -> str:
-    """A command in lines of at most ``width`` letters where its options allow, to be pasted as it is."""
-    lines: list[str] = []
-    for number, part in enumerate(command.split(" --")):
-        word = part if number == 0 else f"--{part}"
-        if lines and len(lines[-1]) + len(word) + 3 <= width:
-            lines[-1] += f" {word}"
-        else:
-            lines.append(word if number == 0 else f"    {word}")
-    return " \\\n".join(lines)
 
 
 def _finite(value: object) -> bool:

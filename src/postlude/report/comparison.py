@@ -7,22 +7,18 @@ text is escaped.
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
-
-import jinja2
 
 from postlude.report.environment import environment
 from postlude.report.figures import Figure
 from postlude.report.plots import Line, line_plot
+from postlude.report.sheet import style, template
 
 __all__ = ["render", "update_figures"]
 
 Values = Mapping[str, Any]
 
-_TEMPLATES = Path(__file__).parent / "templates"
 _NONE = "\u2013"
 # Tolerances whose shares are drawn.
 _DRAWN = (0.0, 1e-6, 1e-5, 1e-4, 1e-3)
@@ -46,10 +42,10 @@ def render(comparison: Values, command: str = "") -> str:
         A whole HTML document.
     """
     found = environment()
-    return _template().render(
+    return template("comparison.html.jinja").render(
         title="Comparison of checkpoints",
         date=found.pop("date", None),
-        style=_TEMPLATES.joinpath("report.css").read_text(encoding="utf-8"),
+        style=style("report.css"),
         pairs=[
             {**pair, "angle_degrees": _value(pair["angle_degrees"])} for pair in comparison["pairs"]
         ],
@@ -65,15 +61,6 @@ def render(comparison: Values, command: str = "") -> str:
         command=command,
         environment=list(found.items()),
     )
-
-
-@functools.cache
-def _template() -> jinja2.Template:
-    return jinja2.Environment(
-        loader=jinja2.FileSystemLoader(_TEMPLATES),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-    ).get_template("comparison.html.jinja")
 
 
 def update_figures(update: Values, identifier: str = "update") -> list[Figure]:

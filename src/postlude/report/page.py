@@ -20,22 +20,18 @@ The page loads nothing and runs no script. Every text from the results is escape
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
-
-import jinja2
 
 from postlude.report.figures import error_figure, inside_figures
 from postlude.report.findings import findings
+from postlude.report.sheet import folded, style, template
 
 __all__ = ["render"]
 
 Results = Mapping[str, Any]
 
-_TEMPLATES = Path(__file__).parent / "templates"
 _NONE = "\u2013"
 
 
@@ -51,10 +47,10 @@ def render(results: Results) -> str:
     inspections = results.get("inspections") or {}
     methods = results.get("methods") or []
     settings = results.get("settings") or {}
-    return _template().render(
+    return template("report.html.jinja").render(
         title=results.get("title", "Results"),
         date=(results.get("environment") or {}).get("date"),
-        style=_TEMPLATES.joinpath("report.css").read_text(encoding="utf-8"),
+        style=style("report.css"),
         introduction=_introduction(results),
         verdict=_verdict(methods),
         table=_table(methods, results.get("model") or {}) if methods else None,
@@ -64,20 +60,11 @@ def render(results: Results) -> str:
         prompt=results.get("prompt"),
         samples=_samples(methods),
         whole=results.get("command"),
-        commands=[_folded(command) for command in results.get("commands") or []],
+        commands=[folded(command) for command in results.get("commands") or []],
         python=results.get("python"),
         environment=_environment(results.get("environment") or {}, settings),
         notes=[*(results.get("notes") or []), *_notes(results)],
     )
-
-
-@functools.cache
-def _template() -> jinja2.Template:
-    return jinja2.Environment(
-        loader=jinja2.FileSystemLoader(_TEMPLATES),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-    ).get_template("report.html.jinja")
 
 
 def _introduction(results: Results) -> list[str]:
@@ -261,18 +248,6 @@ def _table(methods: Sequence[Results], model: Results) -> dict[str, Any]:
             if row.get("summary")
         ],
     }
-
-
-def _folded(command: str, width: int = 78) -> str:
-    """A command in lines of at most ``width`` letters where its options allow, to be pasted as it is."""
-    lines: list[str] = []
-    for number, part in enumerate(command.split(" --")):
-        word = part if number == 0 else f"--{part}"
-        if lines and len(lines[-1]) + len(word) + 3 <= width:
-            lines[-1] += f" {word}"
-        else:
-            lines.append(word if number == 0 else f"    {word}")
-    return " \\\n".join(lines)
 
 
 def _samples(methods: Sequence[Results]) -> list[dict[str, str]]:

@@ -8,24 +8,21 @@ no script; every text is escaped.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jinja2
-
 from postlude.report.environment import environment
 from postlude.report.figures import Figure
 from postlude.report.plots import Line, line_plot
+from postlude.report.sheet import style, template
 
 __all__ = ["evaluation", "headline", "render", "write"]
 
 Row = Mapping[str, Any]
 
-_TEMPLATES = Path(__file__).parent / "templates"
 _PLACES = 40  # points of a line; more would hide each other
 _NOT_DRAWN = ("step", "epoch", "seconds", "tokens")
 # What a run is judged by, in this order.
@@ -189,10 +186,10 @@ def render(result: Row, log: Sequence[Row]) -> str:
         A whole HTML document.
     """
     found = environment()
-    return _template().render(
+    return template("tuning.html.jinja").render(
         title=_title(result),
         date=found.pop("date", None),
-        style=_TEMPLATES.joinpath("report.css").read_text(encoding="utf-8"),
+        style=style("report.css"),
         introduction=_introduction(result),
         verdict=_verdict(log),
         figures=_figures(log),
@@ -219,15 +216,6 @@ def evaluation(result: Row) -> str:
         for name, other in (("output", "OUTPUT"), ("checkpoint", "CHECKPOINT"))
     )
     return f"postlude evaluate {output} --text other.txt --reference {checkpoint}"
-
-
-@functools.cache
-def _template() -> jinja2.Template:
-    return jinja2.Environment(
-        loader=jinja2.FileSystemLoader(_TEMPLATES),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-    ).get_template("tuning.html.jinja")
 
 
 def _title(result: Row) -> str:

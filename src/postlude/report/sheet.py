@@ -1,0 +1,40 @@
+"""What every page is made with: its template, its style, and commands that fit its lines."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+
+import jinja2
+
+__all__ = ["folded", "style", "template"]
+
+_TEMPLATES = Path(__file__).parent / "templates"
+
+
+@functools.cache
+def template(name: str, trim_blocks: bool = False) -> jinja2.Template:
+    """The template of that file name; values are escaped, and one that is missing is an error."""
+    return jinja2.Environment(
+        loader=jinja2.FileSystemLoader(_TEMPLATES),
+        autoescape=True,
+        trim_blocks=trim_blocks,
+        undefined=jinja2.StrictUndefined,
+    ).get_template(name)
+
+
+def style(name: str) -> str:
+    """The style sheet of that file name."""
+    return _TEMPLATES.joinpath(name).read_text(encoding="utf-8")
+
+
+def folded(command: str, width: int = 78) -> str:
+    """A command in lines of at most ``width`` letters where its options allow, to be pasted as it is."""
+    lines: list[str] = []
+    for number, part in enumerate(command.split(" --")):
+        word = part if number == 0 else f"--{part}"
+        if lines and len(lines[-1]) + len(word) + 3 <= width:
+            lines[-1] += f" {word}"
+        else:
+            lines.append(word if number == 0 else f"    {word}")
+    return " \\\n".join(lines)
