@@ -1,0 +1,1 @@
+"""Diffusion samplers, and what corrects them for an approximate denoiser."""

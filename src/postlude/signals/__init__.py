@@ -1,0 +1,1 @@
+"""Signals stored as the weights of small networks: fit, render, quantize, store."""
