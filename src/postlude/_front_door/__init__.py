@@ -1,0 +1,78 @@
+"""The verbs. Each loads what it is given, calls one noun, and hands the result back.
+
+A verb's file, and with it the noun behind it, is imported when the verb is first asked for.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from postlude._front_door.attributing import (
+        attribute,
+        attribution_plan,
+        attribution_query,
+        attribution_verify,
+    )
+    from postlude._front_door.demonstrating import demo
+    from postlude._front_door.evaluating import evaluate, evaluate_lds, evaluate_retrieval
+    from postlude._front_door.exporting import export
+    from postlude._front_door.generating import generate
+    from postlude._front_door.inspecting import compare, inspect, kernels
+    from postlude._front_door.opening import load
+    from postlude._front_door.quantizing import quantize
+    from postlude._front_door.text import built_in_text, calibration_tokens
+    from postlude._front_door.tuning import tune, tune_prior
+
+__all__ = [
+    "attribute",
+    "attribution_plan",
+    "attribution_query",
+    "attribution_verify",
+    "built_in_text",
+    "calibration_tokens",
+    "compare",
+    "demo",
+    "evaluate",
+    "evaluate_lds",
+    "evaluate_retrieval",
+    "export",
+    "generate",
+    "inspect",
+    "kernels",
+    "load",
+    "quantize",
+    "tune",
+    "tune_prior",
+]
+
+_FILES = {
+    "attribute": "attributing",
+    "attribution_plan": "attributing",
+    "attribution_query": "attributing",
+    "attribution_verify": "attributing",
+    "built_in_text": "text",
+    "calibration_tokens": "text",
+    "compare": "inspecting",
+    "demo": "demonstrating",
+    "evaluate": "evaluating",
+    "evaluate_lds": "evaluating",
+    "evaluate_retrieval": "evaluating",
+    "export": "exporting",
+    "generate": "generating",
+    "inspect": "inspecting",
+    "kernels": "inspecting",
+    "load": "opening",
+    "quantize": "quantizing",
+    "tune": "tuning",
+    "tune_prior": "tuning",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _FILES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    verb = getattr(importlib.import_module(f"{__name__}.{_FILES[name]}"), name)
+    globals()[name] = verb
+    return verb

@@ -1,0 +1,244 @@
+"""Tell which training examples an answer comes from."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from postlude import registry
+from postlude._front_door.opening import Path_, open_checkpoint
+from postlude.attribution import plan as _plan
+from postlude.attribution.build import build as _build
+from postlude.attribution.engine import Attributor
+from postlude.attribution.examples import Collection, Records
+from postlude.attribution.forecast import forecast
+from postlude.attribution.index import Index
+from postlude.attribution.query import Answer, method_of, model_of
+from postlude.attribution.query import query as _query
+from postlude.errors import InputError, SettingsError, UnknownNameError
+from postlude.runs.atomic import atomic_write
+from postlude.runs.checkpoint import Checkpoint
+from postlude.runs.progress import Progress
+
+__all__ = ["Examples", "attribute", "attribution_plan", "attribution_query", "attribution_verify"]
+
+Examples = Path_ | Sequence[Mapping[str, Any] | str]
+
+
+def attribute(
+    checkpoint: Path_ | Checkpoint,
+    data: Examples,
+    method: str | Attributor = "lorif",
+    *,
+    out: Path_,
+    collection: Collection | None = None,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> Index:
+    """Build an index of training examples, to ask which of them made the model say something.
+
+    What it is expected to take is said before it starts. A build that was killed goes on where it stopped when it
+    is called again, and ends with the same bytes.
+
+    Args:
+        checkpoint: loaded, or a path.
+        data: a ``.jsonl`` file with ``text``, or ``prompt`` and ``completion``, a line; or such records; or texts.
+        method: a settings object such as ``LoRIF(rank=1)``, or a name for its defaults.
+        out: the directory of the index.
+        collection: length, layers, loss, seed.
+        overwrite: replace an index of something else.
+        progress: where to show it.
+
+    Returns:
+        The index; ``index.query(text, top=10)`` asks it. ``index.report`` says what the build took.
+
+    Raises:
+        SettingsError: settings that the method, or this model, cannot do.
+        DataError: examples that cannot be used; names the line.
+        StoreError: ``out`` holds something else, or the disk is full.
+    """
+    settings = _attributor(method)
+    chosen = collection or Collection()
+    opened = open_checkpoint(checkpoint)
+    if progress is not None and progress.shown and opened.tokenizer is not None:
+        expected = forecast(opened, Records(data), settings, chosen, _plan.this_machine())
+        if expected is not None:
+            progress.log(str(expected))
+    index, report = _build(
+        opened, data, settings, out, collection=chosen, overwrite=overwrite, progress=progress
+    )
+    index.report = report
+    return index
+
+
+def _attributor(method: str | Attributor) -> Attributor:
+    settings = registry.find("attribute", method).settings() if isinstance(method, str) else method
+    if not isinstance(settings, Attributor):
+        raise SettingsError(
+            f"attribute takes the name or the settings of an attribute method, got {type(method).__name__}"
+        )
+    return settings
+
+
+def attribution_query(
+    index: Path_ | Index,
+    source: Examples,
+    *,
+    method: str | Attributor | None = None,
+    changes: Mapping[str, Any] | None = None,
+    checkpoint: Path_ | Checkpoint | None = None,
+    data: Examples | None = None,
+    top: int = 10,
+    layers: bool = False,
+    tokens: bool = False,
+    html: Path_ | None = None,
+    keep: bool = True,
+    command: str = "",
+    progress: Progress | None = None,
+) -> list[Answer]:
+    """Rank training examples for one query or several, and write the page of the answers.
+
+    Args:
+        index: opened, or a path.
+        source: a text, a ``.jsonl`` file with a query a line, or a list.
+        method: another method, or other settings, that can read the index; those it was built for otherwise.
+        changes: settings to change in it, for example ``{"damping": 2.0}``.
+        checkpoint, data: the model and the examples, where they are no longer where they were.
+        top, layers, tokens: see :func:`postlude.attribution.query.query`.
+        html: file to write the page to, with layers and tokens.
+        keep: keep the fitted curvature in the index for later queries.
+        command: that makes the page again, to be printed on it.
+        progress: where to show it.
+    """
+    opened = index if isinstance(index, Index) else Index(index)
+    settings = method_of(opened) if method is None else _attributor(method)
+    if changes:
+        settings = dataclasses.replace(settings, **changes)
+    settings.check(opened)
+    model = model_of(opened) if checkpoint is None else open_checkpoint(checkpoint)
+    answers = _query(
+        opened,
+        source,
+        top=top,
+        layers=layers or html is not None,
+        tokens=tokens or html is not None,
+        method=settings,
+        checkpoint=model,
+        data=data,
+        keep=keep,
+        progress=progress,
+    )
+    if html is not None:
+        from postlude.report.attribution import page_of
+
+        page = page_of(opened, answers, settings, command)
+        Path(html).resolve().parent.mkdir(parents=True, exist_ok=True)
+        with atomic_write(html) as temporary:
+            temporary.write_text(page, encoding="utf-8")
+    return answers
+
+
+def attribution_verify(index: Path_ | Index) -> dict[str, Any]:
+    """Read every byte of an index and compare it with its checksums.
+
+    Returns:
+        ``path``, ``examples``, ``shards``, ``bytes``, ``damaged`` (shard, file and reason of each), ``data``: whether
+        the training examples are ``unchanged`` since the build, what is wrong with them, or why that is not known,
+        and ``ok``: whether no shard is damaged and the examples, where they are at hand, are unchanged.
+
+    Raises:
+        StoreError: not an index, or one that cannot even be opened.
+    """
+    opened = index if isinstance(index, Index) else Index(index)
+    damaged = opened.verify()
+    data, whole = "unchanged", True
+    given = opened.manifest["data"]["path"]
+    if given is None:
+        data = "unknown: the index was built from examples in memory"
+    elif not os.path.isfile(given):
+        data = f"unknown: there is no file {given} any more"
+    else:
+        try:
+            # Read again, whatever the index has in memory.
+            opened.records(given)
+        except InputError as error:
+            data, whole = str(error), False
+    return {
+        "path": str(opened.path),
+        "ok": whole and not damaged,
+        "examples": len(opened),
+        "shards": len(opened.store.shards),
+        "bytes": opened.bytes,
+        "damaged": [dataclasses.asdict(one) for one in damaged],
+        "data": data,
+    }
+
+
+def attribution_plan(
+    *,
+    checkpoint: Path_ | Checkpoint | None = None,
+    parameters: float | None = None,
+    hardware: str = "this",
+    devices: int = 1,
+    examples: float,
+    sweep: bool = False,
+    **settings: Any,
+) -> dict[str, Any]:
+    """What an index will cost: bytes, operations, bytes read and time.
+
+    Args:
+        checkpoint: the model; or
+        parameters: how many it has.
+        hardware: ``this`` machine, measured, or a name in ``postlude.attribution.plan.HARDWARE``.
+        devices: how many of them.
+        examples: of the training set.
+        sweep: add a table over factors, ranks and formats.
+        settings: of :func:`postlude.attribution.plan.plan`.
+
+    Raises:
+        SettingsError: neither or both of checkpoint and parameters, or a number out of range.
+        UnknownNameError: hardware or format that is not known.
+    """
+    if (checkpoint is None) == (parameters is None):
+        raise SettingsError(
+            "a plan is for a checkpoint or for a number of parameters: give one of them"
+        )
+    shape = (
+        _plan.shape_of(open_checkpoint(checkpoint))
+        if checkpoint is not None
+        else _plan.assumed_shape(float(parameters or 0))
+    )
+    if hardware != "this" and hardware not in _plan.HARDWARE:
+        raise UnknownNameError("hardware", hardware, ["this", *_plan.HARDWARE])
+    machine = _plan.this_machine() if hardware == "this" else _plan.HARDWARE[hardware]
+    machine = machine.times(devices)
+    count = int(examples)
+    chosen = _plan.plan(shape, machine, examples=count, **settings)
+    result = {
+        "model": shape.description,
+        "parameters": shape.parameters,
+        "layers": shape.count,
+        "examples": count,
+        "hardware": dataclasses.asdict(machine),
+        **dataclasses.asdict(chosen),
+    }
+    if sweep:
+        fixed = {k: v for k, v in settings.items() if k not in ("factor", "rank", "format", "side")}
+        rows = _plan.table(shape, machine, examples=count, **fixed)
+        result["table"] = [
+            {
+                "factor": one.factor,
+                "rank": one.rank,
+                "format": one.format,
+                "index_bytes": one.bytes["index"],
+                "ratio": one.bytes["ratio"],
+                "curvature_bytes": one.bytes["curvature"],
+                "build_seconds": one.seconds["build"],
+                "score_seconds": one.seconds["score"],
+            }
+            for one in rows
+        ]
+    return result

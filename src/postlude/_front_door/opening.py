@@ -1,0 +1,47 @@
+"""Open a checkpoint."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+from postlude.runs.checkpoint import Checkpoint
+from postlude.runs.loading import load as _load
+from postlude.tuning.adapters import is_adapter, load_adapter
+
+__all__ = ["Path_", "load", "open_checkpoint"]
+
+Path_ = str | os.PathLike[str]
+
+
+def load(
+    path: Path_,
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device | None = None,
+) -> Checkpoint:
+    """Load a language model from a Hugging Face directory; never from the network.
+
+    Args:
+        path: the directory, or ``zoo:NAME`` for a model that comes with Postlude. An adapter of peft is merged into the
+            model that its configuration names, in fp32 where ``dtype`` is ``"auto"``.
+        dtype: ``"auto"`` for the checkpoint's own, or float64, float32, float16, bfloat16.
+        device: where to put the model; None for the accelerator if there is one (under torchrun that of the rank),
+            else the CPU.
+
+    Raises:
+        CheckpointError: not a checkpoint, a damaged one, or one in a refused format.
+        NonFiniteError: a tensor holds NaN or infinity.
+        ArchitectureError: no anatomy describes the model.
+        SettingsError: an unknown dtype or device.
+    """
+    rank = os.environ.get("LOCAL_RANK")
+    if device is None and rank is not None and torch.cuda.is_available():
+        device = f"cuda:{rank}"
+    if is_adapter(path):
+        return load_adapter(path, dtype, device)
+    return _load(path, dtype, device)
+
+
+def open_checkpoint(checkpoint: Path_ | Checkpoint) -> Checkpoint:
+    return checkpoint if isinstance(checkpoint, Checkpoint) else load(checkpoint)

@@ -1,0 +1,133 @@
+"""Make a smaller checkpoint."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import hashlib
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+import postlude
+from postlude import registry
+from postlude._front_door.opening import Path_, open_checkpoint
+from postlude._front_door.text import CALIBRATION_SAMPLES, Text, calibration_tokens
+from postlude.errors import InputError, OutputExistsError, SettingsError
+from postlude.quantization.engine import Quantizer
+from postlude.quantization.engine import quantize as _quantize
+from postlude.runs.atomic import check_replaceable, discard
+from postlude.runs.checkpoint import Checkpoint
+from postlude.runs.directory import RunDirectory
+from postlude.runs.progress import Progress
+
+__all__ = ["quantize"]
+
+
+def quantize(
+    checkpoint: Path_ | Checkpoint,
+    method: str | Quantizer,
+    *,
+    calibration: Text | None = None,
+    samples: int = CALIBRATION_SAMPLES,
+    length: int | None = None,
+    seed: int = 0,
+    out: Path_ | None = None,
+    overwrite: bool = False,
+    run: Path_ | None = None,
+    inplace: bool = False,
+    check: bool = False,
+    progress: Progress | None = None,
+) -> Checkpoint:
+    """Make a smaller checkpoint.
+
+    Args:
+        checkpoint: loaded, or a path.
+        method: a settings object such as ``OffQ(weights=4)``, or a name for its defaults.
+        calibration: text for methods that learn from some: a path, or documents.
+        samples, length: calibration sequences, and tokens of each (512, or the context if shorter).
+        seed: of every random choice.
+        out: where to save the result. Finished blocks are kept beside it (``.NAME.run``) until it is saved: the
+            same call after a kill resumes from them and ends with the same bits.
+        overwrite: replace ``out``, and start a run of something else afresh.
+        run: keep finished blocks in this directory instead, also afterwards.
+        inplace: rewrite the given model rather than a copy of it.
+        check: read what is saved again in a fresh process, see :meth:`Checkpoint.save`.
+        progress: where to show it.
+
+    Returns:
+        The quantized checkpoint; ``save`` writes it where ``out`` was not given.
+
+    Raises:
+        SettingsError: settings that the method, or this model, cannot do.
+        DataError: no calibration text, or too little.
+        OutputExistsError: ``out`` exists.
+        RunDirectoryError: the run directory belongs to another model, method or text.
+    """
+    settings = registry.find("quantize", method).settings() if isinstance(method, str) else method
+    if not isinstance(settings, Quantizer):
+        raise SettingsError(
+            f"quantize takes the name or the settings of a quantize method, got {type(method).__name__}"
+        )
+    if out is not None:
+        check_replaceable(Path(os.path.realpath(out)), overwrite, "config.json")
+    opened = open_checkpoint(checkpoint)
+    if out is not None and opened.path is not None and opened.path == Path(os.path.realpath(out)):
+        raise OutputExistsError(
+            f"{out} is the model itself, which would be lost: choose another output."
+        )
+    tokens = None
+    if settings.needs_calibration and calibration is not None:
+        tokens = calibration_tokens(opened, calibration, samples, length, seed)
+    unit: dict[str, Callable[[str, Callable[[], Mapping[str, Tensor]]], dict[str, Tensor]]] = {}
+    directory = _run_beside(out) if run is None and out is not None else run
+    if directory is not None:
+        manifest = _manifest(opened, settings, tokens, seed)
+        elsewhere = "output (-o)" if run is None else "run directory (--run)"
+        kept = RunDirectory(directory, manifest, overwrite=overwrite, elsewhere=elsewhere)
+        unit["unit"] = kept.unit
+        if progress is not None and kept.finished():
+            progress.log(f"resuming: {len(kept.finished())} finished steps in {kept.path}")
+    work = opened if inplace or opened is not checkpoint else _copy(opened)
+    try:
+        small = _quantize(work, settings, tokens, seed=seed, progress=progress, **unit)
+    except InputError:
+        # The same call would fail again, and another one is another run.
+        if out is not None and run is None:
+            discard(_run_beside(out), out)
+        raise
+    if out is not None:
+        small.save(out, overwrite=overwrite, check=check)
+        if run is None:
+            discard(_run_beside(out), out)
+    return small
+
+
+def _run_beside(out: Path_) -> Path:
+    final = Path(os.path.realpath(out))
+    return final.with_name(f".{final.name}.run")
+
+
+def _manifest(
+    checkpoint: Checkpoint, settings: Quantizer, tokens: Tensor | None, seed: int
+) -> dict[str, Any]:
+    """Everything that decides the result."""
+    return {
+        "postlude": postlude.__version__,
+        "verb": "quantize",
+        "method": registry.info_of(settings).name,
+        "settings": dataclasses.asdict(settings),
+        "model": checkpoint.fingerprint(),
+        "device": checkpoint.model.device.type,
+        "calibration": None
+        if tokens is None
+        else hashlib.sha256(tokens.numpy().tobytes()).hexdigest(),
+        "seed": seed,
+    }
+
+
+def _copy(checkpoint: Checkpoint) -> Checkpoint:
+    return dataclasses.replace(checkpoint, model=copy.deepcopy(checkpoint.model))
