@@ -11,7 +11,7 @@ from postlude.errors import UnknownNameError
 
 __all__ = ["MODELS", "checkpoint_path"]
 
-MODELS = ("tiny-lm",)
+MODELS = ("tiny-lm", "tiny-dit", "tiny-dit-flow")
 
 
 def checkpoint_path(name: str) -> Path:
