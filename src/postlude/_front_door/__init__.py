@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from postlude._front_door.attributing import (
         attribute,
+        attribution_learn_weights,
         attribution_plan,
         attribution_query,
         attribution_verify,
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "attribute",
+    "attribution_learn_weights",
     "attribution_plan",
     "attribution_query",
     "attribution_verify",
@@ -49,6 +51,7 @@ __all__ = [
 
 _FILES = {
     "attribute": "attributing",
+    "attribution_learn_weights": "attributing",
     "attribution_plan": "attributing",
     "attribution_query": "attributing",
     "attribution_verify": "attributing",

@@ -16,14 +16,22 @@ from postlude.attribution.engine import Attributor
 from postlude.attribution.examples import Collection, Records
 from postlude.attribution.forecast import forecast
 from postlude.attribution.index import Index
-from postlude.attribution.query import Answer, method_of, model_of
+from postlude.attribution.layer_weights import LayerWeights, Learning
+from postlude.attribution.query import Answer, learn_weights, method_of, model_of
 from postlude.attribution.query import query as _query
 from postlude.errors import InputError, SettingsError, UnknownNameError
 from postlude.runs.atomic import atomic_write
 from postlude.runs.checkpoint import Checkpoint
 from postlude.runs.progress import Progress
 
-__all__ = ["Examples", "attribute", "attribution_plan", "attribution_query", "attribution_verify"]
+__all__ = [
+    "Examples",
+    "attribute",
+    "attribution_learn_weights",
+    "attribution_plan",
+    "attribution_query",
+    "attribution_verify",
+]
 
 Examples = Path_ | Sequence[Mapping[str, Any] | str]
 
@@ -89,6 +97,7 @@ def attribution_query(
     *,
     method: str | Attributor | None = None,
     changes: Mapping[str, Any] | None = None,
+    weights: Path_ | LayerWeights | None = None,
     checkpoint: Path_ | Checkpoint | None = None,
     data: Examples | None = None,
     top: int = 10,
@@ -106,6 +115,7 @@ def attribution_query(
         source: a text, a ``.jsonl`` file with a query a line, or a list.
         method: another method, or other settings, that can read the index; those it was built for otherwise.
         changes: settings to change in it, for example ``{"damping": 2.0}``.
+        weights: of layers, learned for this index and method by :func:`attribution_learn_weights`, or their file.
         checkpoint, data: the model and the examples, where they are no longer where they were.
         top, layers, tokens: see :func:`postlude.attribution.query.query`.
         html: file to write the page to, with layers and tokens.
@@ -114,10 +124,7 @@ def attribution_query(
         progress: where to show it.
     """
     opened = index if isinstance(index, Index) else Index(index)
-    settings = method_of(opened) if method is None else _attributor(method)
-    if changes:
-        settings = dataclasses.replace(settings, **changes)
-    settings.check(opened)
+    settings = _asked(opened, method, changes)
     model = model_of(opened) if checkpoint is None else open_checkpoint(checkpoint)
     answers = _query(
         opened,
@@ -126,6 +133,7 @@ def attribution_query(
         layers=layers or html is not None,
         tokens=tokens or html is not None,
         method=settings,
+        weights=weights,
         checkpoint=model,
         data=data,
         keep=keep,
@@ -139,6 +147,64 @@ def attribution_query(
         with atomic_write(html) as temporary:
             temporary.write_text(page, encoding="utf-8")
     return answers
+
+
+def _asked(
+    index: Index, method: str | Attributor | None, changes: Mapping[str, Any] | None
+) -> Attributor:
+    """The settings to ask an index with."""
+    settings = method_of(index) if method is None else _attributor(method)
+    if changes:
+        settings = dataclasses.replace(settings, **changes)
+    settings.check(index)
+    return settings
+
+
+def attribution_learn_weights(
+    index: Path_ | Index,
+    source: Examples,
+    *,
+    out: Path_ | None = None,
+    learning: Learning | None = None,
+    method: str | Attributor | None = None,
+    changes: Mapping[str, Any] | None = None,
+    checkpoint: Path_ | Checkpoint | None = None,
+    keep: bool = True,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> LayerWeights:
+    """Learn what each layer should count for, from queries alone.
+
+    Args:
+        index: opened, or a path.
+        source: queries, as for :func:`attribution_query`; those that share a style or a background teach weights for
+            just that.
+        out: file to write the weights to, ``weights.safetensors`` in the index by default.
+        learning: how.
+        method, changes, checkpoint, keep: as for :func:`attribution_query`; the weights hold for that method.
+        overwrite: replace a file that is there.
+        progress: where to show it.
+
+    Returns:
+        The weights; ``attribution_query(..., weights=...)`` takes them or their file.
+
+    Raises:
+        SettingsError: fewer queries or examples than ``k``, or a method whose scores are no sum over layers.
+    """
+    opened = index if isinstance(index, Index) else Index(index)
+    settings = _asked(opened, method, changes)
+    model = model_of(opened) if checkpoint is None else open_checkpoint(checkpoint)
+    found = learn_weights(
+        opened,
+        source,
+        learning,
+        method=settings,
+        checkpoint=model,
+        keep=keep,
+        progress=progress,
+    )
+    found.save(opened.path / "weights.safetensors" if out is None else out, overwrite=overwrite)
+    return found
 
 
 def attribution_verify(index: Path_ | Index) -> dict[str, Any]:

@@ -215,7 +215,8 @@ class EKFAC(Attributor):
             gradients = rows[f"{path}/g"]
             for at, (q, _) in enumerate(pairs):
                 of_train[at][path] = curvature.precondition(asked[path][q]), None
-                of_query[at][path] = curvature.precondition(gradients[at]), None
+                weighed = queries.weight(path) * curvature.precondition(gradients[at])
+                of_query[at][path] = weighed, None
         collection = index.collection
         ours = token_parts(checkpoint, collection, _WHOLE, train, [[one] for one in of_train])
         if not tokens:
@@ -228,14 +229,21 @@ class EKFAC(Attributor):
         ]
 
     def _queries(self, index: Index, queries: Queries) -> dict[str, Tensor]:
-        """Whole gradients of queries by layer, recorded now if an index of another method recorded them projected."""
+        """Whole gradients of queries by layer, times its weight.
+
+        They are recorded now if an index of another method recorded them projected.
+        """
         if queries.representation == _WHOLE:
-            return {layer.module: queries.rows(layer).dense() for layer in queries.layers}
+            return {
+                layer.module: queries.weight(layer.module) * queries.rows(layer).dense()
+                for layer in queries.layers
+            }
         with _WHOLE.recorder(queries.checkpoint, index.collection) as record:
             tensors = record_rows(record, queries.examples, index.collection.tokens_per_batch)
-        return {
+        whole = {
             name.removesuffix("/g"): one for name, one in tensors.items() if name.endswith("/g")
         }
+        return {path: queries.weight(path) * one for path, one in whole.items()}
 
     def _fits(
         self, index: Index, checkpoint: Checkpoint, progress: Progress | None = None

@@ -63,6 +63,7 @@ class Queries:
         representation: how to read them.
         layers: of the index.
         checkpoint: the model they were recorded with, for methods that compute training gradients again.
+        weights: what the part of every layer in a score is multiplied by, by module path; None for ones.
     """
 
     examples: list[Example]
@@ -70,9 +71,18 @@ class Queries:
     representation: Representation
     layers: tuple[CollectedLayer, ...]
     checkpoint: Checkpoint
+    weights: Mapping[str, float] | None = None
 
     def __len__(self) -> int:
         return len(self.examples)
+
+    def weighted(self, weights: Mapping[str, float] | None) -> Queries:
+        """The same queries with weights of layers (:mod:`postlude.attribution.layer_weights`), or without."""
+        return dataclasses.replace(self, weights=weights)
+
+    def weight(self, module: str) -> float:
+        """What the part of a layer is multiplied by."""
+        return 1.0 if self.weights is None else self.weights[module]
 
     def rows(self, layer: CollectedLayer) -> Rows:
         """The gradients of one layer."""
@@ -224,10 +234,11 @@ class InfluenceAttributor(Attributor):
             yield layer.module, scores
 
     def query_rows(self, index: Index, queries: Queries, layer: CollectedLayer) -> Rows:
-        """Query gradients of a layer in the precision of scoring."""
+        """Query gradients of a layer, times its weight, in the precision of scoring."""
         rows = queries.rows(layer)
         _, settings, _ = self.chosen_curvature(index)
-        return rows.double() if settings.precision == torch.float64 else rows
+        rows = rows.double() if settings.precision == torch.float64 else rows
+        return rows if queries.weights is None else rows.scaled(queries.weight(layer.module))
 
     def explain(
         self,
@@ -254,6 +265,7 @@ class InfluenceAttributor(Attributor):
                 for layer, fitted, source in self.fits(index, keep=keep)
             ),
             self.weights(index, queries),
+            queries.weight,
             tokens=tokens,
         )
 

@@ -17,7 +17,7 @@ that it has a share in. It is not the part of the loss of that token.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -64,6 +64,7 @@ def influence_parts(
     pairs: Sequence[tuple[int, int]],
     fits: Iterable[tuple[CollectedLayer, LayerCurvature, Source, Rows]],
     weights: tuple[Tensor, Tensor] | None,
+    weight: Callable[[str], float],
     *,
     tokens: bool,
 ) -> list[Parts]:
@@ -74,8 +75,9 @@ def influence_parts(
         asked: the queries.
         train: the training examples of the pairs, one each.
         pairs: ``(query, example number)``.
-        fits: layer, curvature, rows of the index and rows of the queries, layer by layer.
+        fits: layer, curvature, rows of the index and rows of the queries times the layer's weight, layer by layer.
         weights: factors on the scores of a query, and of an example.
+        weight: of a layer.
         tokens: also by token.
     """
     scale = [
@@ -95,7 +97,9 @@ def influence_parts(
             layers[at][layer.module] = scale[at] * float(row.against(matrices[q][None]))
             if tokens:
                 of_train[at][layer.module] = _onto(row, 0, matrices[q])
-                of_query[at][layer.module] = _onto(rows, q, fitted.matrices(row, source)[0])
+                # The model gives the gradients of the query again, without the weight of the layer.
+                matrix = weight(layer.module) * fitted.matrices(row, source)[0]
+                of_query[at][layer.module] = _onto(rows, q, matrix)
     if not tokens:
         return [Parts(one) for one in layers]
     train_parts = token_parts(

@@ -188,6 +188,31 @@ class Index:
         single = isinstance(source, str) and not source.endswith(".jsonl")
         return answers[0] if single else answers
 
+    def learn_weights(
+        self, source: Any, out: str | os.PathLike[str] | None = None, **settings: Any
+    ) -> Any:
+        """Learn what each layer should count for, from queries alone, for ``index.query(..., weights=...)``.
+
+        Args:
+            source: queries, as for :meth:`query`, ``k`` or more of them.
+            out: file to write the weights to.
+            settings: those of :class:`postlude.attribution.layer_weights.Learning`, and ``method``, ``checkpoint``,
+                ``keep``, ``progress`` of :func:`postlude.attribution.query.learn_weights`.
+
+        Returns:
+            :class:`postlude.attribution.layer_weights.LayerWeights`.
+        """
+        from postlude.attribution.layer_weights import Learning
+        from postlude.attribution.query import learn_weights
+
+        names = {field.name for field in dataclasses.fields(Learning)}
+        learning = Learning(**{key: value for key, value in settings.items() if key in names})
+        rest = {key: value for key, value in settings.items() if key not in names}
+        found = learn_weights(self, source, learning, **rest)
+        if out is not None:
+            found.save(out)
+        return found
+
     def scores(self, source: Any, **settings: Any) -> Tensor:
         """Scores of all examples: fp32 ``[queries, examples]``; see :func:`postlude.attribution.query.scores`."""
         from postlude.attribution.query import scores

@@ -24,13 +24,25 @@ from postlude.attribution.engine import Attributor, InfluenceAttributor, Queries
 from postlude.attribution.examples import Example, Records, tokenize
 from postlude.attribution.explain import Parts
 from postlude.attribution.index import Index
+from postlude.attribution.layer_weights import LayerWeights, Learning, learn
 from postlude.errors import SettingsError
 from postlude.runs.checkpoint import Checkpoint
 from postlude.runs.documents import token_pieces
 from postlude.runs.loading import load
 from postlude.runs.progress import Progress
 
-__all__ = ["Answer", "Hit", "Piece", "Ranking", "method_of", "query", "rank", "scores", "stream"]
+__all__ = [
+    "Answer",
+    "Hit",
+    "Piece",
+    "Ranking",
+    "learn_weights",
+    "method_of",
+    "query",
+    "rank",
+    "scores",
+    "stream",
+]
 
 Source = str | os.PathLike[str] | Sequence[Mapping[str, Any] | str]
 
@@ -148,6 +160,7 @@ def query(
     layers: bool = False,
     tokens: bool = False,
     method: Attributor | None = None,
+    weights: LayerWeights | str | os.PathLike[str] | None = None,
     checkpoint: Checkpoint | None = None,
     data: Source | None = None,
     keep: bool = True,
@@ -162,6 +175,7 @@ def query(
         layers: also the parts of the layers.
         tokens: also the parts of the tokens, for which the model runs on the results again.
         method: settings other than those the index was built for, that it can answer too.
+        weights: of layers, learned for this index and method, or the file that they are in.
         checkpoint: the model of the index; loaded from where it was at the build otherwise.
         data: the training examples, if they are no longer where they were.
         keep: keep what is fitted to the index beside it, for later queries.
@@ -179,12 +193,13 @@ def query(
         raise SettingsError(f"top is {top}; expected at least 1")
     method = method_of(index) if method is None else method
     method.check(index)
+    named = _weights(weights, index, method)
     records = index.records(data)
     checkpoint = model_of(index) if checkpoint is None else checkpoint
     asked = Records(_as_records(source), name=_NAME)
     started = time.perf_counter()
     with progress or Progress(show=False) as shown:
-        queries = record_queries(index, checkpoint, asked)
+        queries = record_queries(index, checkpoint, asked).weighted(named)
         curvature = _curvature(method, index)
         found = rank(method, index, queries, min(top, len(index)), keep=keep, progress=shown)
         pairs = [(q, n) for q, row in enumerate(found.numbers.tolist()) for n in row]
@@ -228,6 +243,7 @@ def scores(
     source: Source,
     *,
     method: Attributor | None = None,
+    weights: LayerWeights | str | os.PathLike[str] | None = None,
     checkpoint: Checkpoint | None = None,
     keep: bool = False,
     progress: Progress | None = None,
@@ -235,9 +251,46 @@ def scores(
     """Scores of all training examples for every query: fp32 ``[queries, examples]``; arguments as for :func:`query`."""
     method = method_of(index) if method is None else method
     method.check(index)
+    named = _weights(weights, index, method)
     checkpoint = model_of(index) if checkpoint is None else checkpoint
     queries = record_queries(index, checkpoint, Records(_as_records(source), name=_NAME))
-    return method.score(index, queries, keep=keep, progress=progress).total
+    return method.score(index, queries.weighted(named), keep=keep, progress=progress).total
+
+
+def learn_weights(
+    index: Index,
+    source: Source,
+    settings: Learning | None = None,
+    *,
+    method: Attributor | None = None,
+    checkpoint: Checkpoint | None = None,
+    keep: bool = True,
+    progress: Progress | None = None,
+) -> LayerWeights:
+    """Learn what each layer should count for, from queries alone; arguments as for :func:`query`.
+
+    Args:
+        index: to ask.
+        source: the queries to learn from, ``k`` or more.
+        settings: of the learning.
+        method: settings other than those the index was built for.
+        checkpoint: the model.
+        keep: keep what is fitted to the index beside it.
+        progress: where to show it.
+
+    Raises:
+        SettingsError: fewer queries or examples than ``k``, or a method without layers.
+    """
+    method = method_of(index) if method is None else method
+    method.check(index)
+    settings = settings or Learning()
+    checkpoint = model_of(index) if checkpoint is None else checkpoint
+    records = Records(_as_records(source), name=_NAME)
+    # Before the model runs: what cannot be learned from so few is refused at once.
+    settings.found(len(records), min(len(index), settings.examples))
+    queries = record_queries(index, checkpoint, records)
+    found = learn(method, index, queries, settings, keep=keep, progress=progress)
+    return dataclasses.replace(found, learned={**found.learned, "queries_hash": records.hash})
 
 
 def rank(
@@ -342,6 +395,17 @@ def model_of(index: Index) -> Checkpoint:
             "command line)"
         )
     return load(path)
+
+
+def _weights(
+    given: LayerWeights | str | os.PathLike[str] | None, index: Index, method: Attributor
+) -> dict[str, float] | None:
+    """Weights by module path, if any are given, which must be of this index and method."""
+    if given is None:
+        return None
+    found = given if isinstance(given, LayerWeights) else LayerWeights.load(given)
+    found.check(index, method)
+    return found.named()
 
 
 def _as_records(source: Source) -> Source:

@@ -77,6 +77,10 @@ class Rows(ABC):
     def energies(self) -> Tensor:
         """``[n]`` squared Frobenius norms."""
 
+    @abstractmethod
+    def scaled(self, factor: float) -> Self:
+        """Times a number."""
+
     def double(self) -> Self:
         """The same in fp64."""
         return self._map(Tensor.double)
@@ -152,6 +156,9 @@ class FactorRows(Rows):
         u = self._scaled()
         return ((u @ u.mT) * (self.v @ self.v.mT)).sum((1, 2))
 
+    def scaled(self, factor: float) -> FactorRows:
+        return dataclasses.replace(self, u=self.u * factor)
+
     def _scaled(self) -> Tensor:
         return self.u if self.scale is None else self.u * self.scale.unsqueeze(-1)
 
@@ -178,6 +185,9 @@ class DenseRows(Rows):
 
     def energies(self) -> Tensor:
         return self.g.square().sum((1, 2))
+
+    def scaled(self, factor: float) -> DenseRows:
+        return DenseRows(self.g * factor)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
 from collections.abc import Sequence
@@ -15,7 +16,7 @@ from postlude.cli._output import Result, refuse_existing
 if TYPE_CHECKING:
     from postlude.attribution.query import Answer
 
-__all__ = ["app", "build", "plan", "query", "verify"]
+__all__ = ["app", "build", "learn_weights", "plan", "query", "verify"]
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -35,6 +36,18 @@ Set = Annotated[
         "--set",
         metavar="KEY=VALUE",
         help="A setting of the method; repeat for more. `postlude methods NAME` lists them.",
+    ),
+]
+Moved = Annotated[
+    str | None,
+    typer.Option(
+        "--checkpoint", metavar="CHECKPOINT", help="The model, if it has been moved since."
+    ),
+]
+Keep = Annotated[
+    bool,
+    typer.Option(
+        "--keep/--no-keep", help="Keep the fitted curvature in the index for later queries."
     ),
 ]
 
@@ -157,24 +170,18 @@ def query(
         str | None,
         typer.Option("--html", metavar="FILE", help="Write a page, with layers and tokens."),
     ] = None,
+    weights: Annotated[
+        str | None,
+        typer.Option("--weights", metavar="FILE", help="What layers count for: `learn-weights`."),
+    ] = None,
     method: Method = None,
     set_: Set = None,
-    checkpoint: Annotated[
-        str | None,
-        typer.Option(
-            "--checkpoint", metavar="CHECKPOINT", help="The model, if it has been moved since."
-        ),
-    ] = None,
+    checkpoint: Moved = None,
     data: Annotated[
         str | None,
         typer.Option("--data", metavar="FILE", help="The training examples, if they were moved."),
     ] = None,
-    keep: Annotated[
-        bool,
-        typer.Option(
-            "--keep/--no-keep", help="Keep the fitted curvature in the index for later queries."
-        ),
-    ] = True,
+    keep: Keep = True,
     dtype: options.Dtype = "auto",
     device: options.Device = None,
     overwrite: options.Overwrite = False,
@@ -187,28 +194,17 @@ def query(
     {"queries": [...]} with such an object a line. Nothing here is random: --seed is taken for uniformity.
     """
     refuse_existing(html, overwrite=overwrite)
-    from postlude import _front_door, registry
-    from postlude.attribution.index import Index as Opened
-    from postlude.attribution.query import method_of
-    from postlude.cli._settings import make_settings
+    from postlude import _front_door
     from postlude.runs.progress import Progress
 
-    opened = Opened(index)
-    base = method_of(opened)
-    asked = base if method is None else registry.find("attribute", method).settings()
-    changes: dict[str, Any] = {}
-    if set_:
-        parsed = make_settings(registry.info_of(asked), {}, set_)
-        names = [word.partition("=")[0].strip().replace("-", "_") for word in set_]
-        changes = {name: getattr(parsed, name) for name in names}
-    model = checkpoint or opened.manifest["model"]["path"]
-    loaded = None if model is None else _front_door.load(model, dtype=dtype, device=device)
+    opened, asked, changes, loaded = _opened(index, method, set_, checkpoint, dtype, device)
     with Progress(show=True) as progress:
         answers = _front_door.attribution_query(
             opened,
             source,
             method=asked,
             changes=changes,
+            weights=weights,
             checkpoint=loaded,
             data=data,
             top=top,
@@ -222,8 +218,100 @@ def query(
     several = source.endswith(".jsonl")
     found = [answer.to_dict() for answer in answers]
     value: dict[str, Any] = {"queries": found} if several else found[0]
-    value |= {"index": str(opened.path), "html": html}
+    value |= {"index": str(opened.path), "html": html, "weights": weights}
     return Result(value, None if json else _view(answers, layers, html))
+
+
+@app.command("learn-weights")
+def learn_weights(
+    index: Index,
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="QUERIES",
+            help="What to learn from: a .jsonl file with one query a line. Queries that share a style or a "
+            "background teach weights for just that.",
+            show_default=False,
+        ),
+    ],
+    output: Annotated[
+        str | None,
+        typer.Option(
+            "--output", "-o", metavar="FILE", help="Where to write; INDEX/weights.safetensors."
+        ),
+    ] = None,
+    k: Annotated[
+        int,
+        typer.Option("--k", min=0, help="Best examples of a query that count as found; 0: 1 %."),
+    ] = 0,
+    regularizer: Annotated[
+        float, typer.Option("--regularizer", min=0.0, help="Pull towards equal weights.")
+    ] = 0.01,
+    steps: Annotated[int, typer.Option("--steps", min=0, help="Of Adam.")] = 200,
+    center: Annotated[
+        bool, typer.Option("--center", help="Subtract the mean score of a query first.")
+    ] = False,
+    method: Method = None,
+    set_: Set = None,
+    checkpoint: Moved = None,
+    keep: Keep = True,
+    dtype: options.Dtype = "auto",
+    device: options.Device = None,
+    overwrite: options.Overwrite = False,
+    seed: options.Seed = 0,
+    json: options.Json = False,
+) -> Result:
+    """Learn what each layer should count for, from queries alone, for `query --weights`."""
+    target = output or os.path.join(index, "weights.safetensors")
+    refuse_existing(target, overwrite=overwrite)
+    from postlude import _front_door
+    from postlude.attribution.layer_weights import Learning
+    from postlude.runs.progress import Progress
+
+    learning = Learning(k=k, regularizer=regularizer, steps=steps, center=center, seed=seed)
+    opened, asked, changes, loaded = _opened(index, method, set_, checkpoint, dtype, device)
+    with Progress(show=True) as progress:
+        found = _front_door.attribution_learn_weights(
+            opened,
+            source,
+            out=target,
+            learning=learning,
+            method=asked,
+            changes=changes,
+            checkpoint=loaded,
+            keep=keep,
+            overwrite=overwrite,
+            progress=progress,
+        )
+    value = {"output": target, "method": found.method["name"], **found.learned}
+    value["weights"] = found.named()
+    return Result(value)
+
+
+def _opened(
+    index: str,
+    method: str | None,
+    set_: list[str] | None,
+    checkpoint: str | None,
+    dtype: str,
+    device: str | None,
+) -> tuple[Any, Any, dict[str, Any], Any]:
+    """An index, the method to ask it with, what to change in its settings, and the model."""
+    from postlude import _front_door, registry
+    from postlude.attribution.index import Index as Opened
+    from postlude.attribution.query import method_of
+    from postlude.cli._settings import make_settings
+
+    opened = Opened(index)
+    asked = method_of(opened) if method is None else registry.find("attribute", method).settings()
+    changes: dict[str, Any] = {}
+    if set_:
+        parsed = make_settings(registry.info_of(asked), {}, set_)
+        names = [word.partition("=")[0].strip().replace("-", "_") for word in set_]
+        changes = {name: getattr(parsed, name) for name in names}
+    model = checkpoint or opened.manifest["model"]["path"]
+    loaded = None if model is None else _front_door.load(model, dtype=dtype, device=device)
+    return opened, asked, changes, loaded
 
 
 @app.command("verify")
