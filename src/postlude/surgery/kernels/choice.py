@@ -22,6 +22,8 @@ from postlude.surgery.kernels.kernel import Kernel
 from postlude.surgery.kernels.layouts import LAYOUTS, Layout
 from postlude.surgery.kernels.simulate import Simulate
 from postlude.surgery.kernels.tiled import Tiled
+from postlude.surgery.kernels.triton_integer import TritonInteger
+from postlude.surgery.kernels.triton_packed import TritonPacked
 from postlude.surgery.layers import QuantizedLinear
 
 __all__ = [
@@ -43,7 +45,15 @@ _DECODED = 256
 
 KERNELS: dict[str, Kernel] = {
     kernel.name: kernel
-    for kernel in (Int4PackMatmul(), Int8PackMatmul(), IntegerMatmul(), Tiled(), Simulate())
+    for kernel in (
+        Int4PackMatmul(),
+        Int8PackMatmul(),
+        IntegerMatmul(),
+        TritonPacked(),
+        TritonInteger(),
+        Tiled(),
+        Simulate(),
+    )
 }
 
 

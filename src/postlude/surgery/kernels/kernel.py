@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
 from abc import ABC, abstractmethod
 from typing import ClassVar
 
@@ -12,7 +14,7 @@ from postlude.numerics.formats import Integer
 from postlude.surgery.kernels.layouts import Layout
 from postlude.surgery.layers import QuantizedLinear
 
-__all__ = ["Kernel", "integer_format", "rounding_cost"]
+__all__ = ["Kernel", "integer_format", "no_triton", "rounding_cost"]
 
 
 class Kernel(ABC):
@@ -56,3 +58,15 @@ def integer_format(layer: QuantizedLinear) -> Integer | None:
 def rounding_cost(layer: QuantizedLinear, rows: int) -> float:
     """Estimated nanoseconds for quantizing the input."""
     return 50_000 + 4 * rows * layer.in_features if layer.input_scheme is not None else 0
+
+
+def no_triton(device: torch.device) -> str | None:
+    """Why a Triton program cannot run on that device; None where it can.
+
+    With ``TRITON_INTERPRET=1`` it runs on the CPU as well, in Triton's interpreter, slowly: that is for tests.
+    """
+    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        return f"runs on a GPU, the layer is on {device.type}"
+    if importlib.util.find_spec("triton") is None:
+        return "needs the triton package, which is not installed (pip install triton)"
+    return None
