@@ -8,9 +8,9 @@ model and not of this file. As an integer programme over bits: "AdaQuant + IP" (
 
 :func:`allocate` is exact. States of the items so far, ``(cost, loss)``, are kept as long as no other state is cheaper
 and better (dynamic programming) and as long as the relaxation of the remaining items, which may mix two options of an
-item, does not already lose against the greedy choice (branch and bound). The relaxation walks the lower convex hulls of the
-options, the steepest step first. :func:`allocate_greedy` is that walk alone: near the optimum where items are many
-and steps small, and the usual rule of papers that rank importance per byte.
+item, does not already lose against the greedy choice (branch and bound). The relaxation walks the lower convex hulls
+of the options, the steepest step first. :func:`allocate_greedy` is that walk alone: near the optimum where items are
+many and steps small, and the usual rule of papers that rank importance per byte.
 
 Time and memory of the exact one grow with the number of undominated states, at most ``budget + 1``: costs are whole
 numbers, of a coarse unit where that matters.
