@@ -450,7 +450,10 @@ class Scheme:
             ``(scale, zero_point)``, both ``[..., groups]``, as floats that hold exactly what is stored.
         """
         grouped = self.granularity.split(_working(x))
-        low, high = grouped.amin(-1) * shrink, grouped.amax(-1) * shrink
+        return self.parameters_of(grouped.amin(-1) * shrink, grouped.amax(-1) * shrink)
+
+    def parameters_of(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Scale and zero point for groups between ``low`` and ``high``, both ``[..., groups]``; see above."""
         if self.clip != 1:
             low, high = low * self.clip, high * self.clip
         kept = getattr(torch, self.scale_dtype)
@@ -458,7 +461,7 @@ class Scheme:
         # A group of zeros has no range; any positive scale encodes it exactly.
         scale = torch.where(scale > 0, scale, torch.ones_like(scale))
         scale = scale.clamp(min=torch.finfo(kept).smallest_normal * torch.finfo(kept).eps * 2)
-        scale = scale.to(kept).to(grouped.dtype)
+        scale = scale.to(kept).to(low.dtype)
         return scale, self.format.zero_point(low, high, scale)
 
     def encode(
