@@ -34,6 +34,7 @@ def test_public_names() -> None:
         "inspect",
         "load",
         "quantize",
+        "sample",
         "tune",
         "tune_prior",
     }

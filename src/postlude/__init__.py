@@ -32,6 +32,7 @@ if TYPE_CHECKING:
         inspect,
         load,
         quantize,
+        sample,
         tune,
         tune_prior,
     )
@@ -49,6 +50,7 @@ __all__ = [
     "inspect",
     "load",
     "quantize",
+    "sample",
     "tune",
     "tune_prior",
 ]

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from postlude._front_door.inspecting import compare, inspect, kernels
     from postlude._front_door.opening import load
     from postlude._front_door.quantizing import quantize
+    from postlude._front_door.sampling import sample
     from postlude._front_door.text import built_in_text, calibration_tokens
     from postlude._front_door.tuning import tune, tune_prior
 
@@ -45,6 +46,7 @@ __all__ = [
     "kernels",
     "load",
     "quantize",
+    "sample",
     "tune",
     "tune_prior",
 ]
@@ -68,6 +70,7 @@ _FILES = {
     "kernels": "inspecting",
     "load": "opening",
     "quantize": "quantizing",
+    "sample": "sampling",
     "tune": "tuning",
     "tune_prior": "tuning",
 }

@@ -25,6 +25,7 @@ from postlude.cli import (
     inspect,
     methods,
     quantize,
+    sample,
     tune,
 )
 from postlude.cli._group import OrderedGroup
@@ -64,6 +65,7 @@ def _root(
 app.add_typer(inspect.app, name="inspect")
 app.add_typer(tune.app, name="tune")
 app.command("quantize")(quantize.quantize)
+app.add_typer(sample.app, name="sample")
 app.add_typer(attribute.app, name="attribute")
 app.add_typer(evaluate.app, name="evaluate")
 app.command("generate")(generate.generate)

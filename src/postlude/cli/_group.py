@@ -19,6 +19,7 @@ class OrderedGroup(TyperGroup):
         "inspect",
         "tune",
         "quantize",
+        "sample",
         "attribute",
         "evaluate",
         "generate",

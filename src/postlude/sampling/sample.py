@@ -22,7 +22,15 @@ from postlude.runs.checkpoint import Checkpoint
 from postlude.runs.progress import Progress
 from postlude.sampling.samplers import build_scheduler, sampler_of
 
-__all__ = ["Denoiser", "Samples", "balanced_labels", "generators", "sample"]
+__all__ = [
+    "GuidedDenoiser",
+    "Samples",
+    "balanced_labels",
+    "first_noise",
+    "generators",
+    "image_shape",
+    "sample",
+]
 
 
 @dataclass(frozen=True)
@@ -48,7 +56,7 @@ class Samples:
     seconds: float
 
 
-class Denoiser:
+class GuidedDenoiser:
     """A diffusion transformer as a function of a noisy batch: ``denoiser(noisy, timestep, rows)``.
 
     Class-conditional models are told the label of each row; what other conditions a model takes is given as tensors
@@ -151,6 +159,27 @@ def generators(seed: int, count: int) -> list[torch.Generator]:
     return made
 
 
+def first_noise(shape: Sequence[int], sources: Sequence[torch.Generator]) -> Tensor:
+    """Standard normal noise ``[n, *shape]`` on the CPU, one sample from each source."""
+    return torch.stack([torch.randn(tuple(shape), generator=source) for source in sources])
+
+
+def image_shape(model: Any) -> tuple[int, ...]:
+    """``(channels, height, width)`` of what a diffusion transformer denoises.
+
+    Raises:
+        ArchitectureError: its configuration does not say.
+    """
+    size, channels = (model.config.get(key) for key in ("sample_size", "in_channels"))
+    if size is None or channels is None:
+        raise ArchitectureError(
+            f"The configuration of {type(model).__name__} does not say what shape its images have (sample_size, "
+            "in_channels). Put the model in place of `transformer` of its diffusers pipeline instead."
+        )
+    height, width = (size, size) if isinstance(size, int) else size
+    return (int(channels), int(height), int(width))
+
+
 def sample(
     checkpoint: Checkpoint,
     *,
@@ -176,7 +205,7 @@ def sample(
         labels: classes, repeated until there are ``count``; all classes in turn where not given.
         seed: of the noise.
         guidance: classifier-free guidance; 1 is none.
-        conditions: what a model without classes is conditioned on, see :class:`Denoiser`.
+        conditions: what a model without classes is conditioned on, see :class:`GuidedDenoiser`.
         batch_size: images at a time; the images are the same for any, up to rounding.
         wrap: makes of the scheduler the one to use, for example one that corrects it.
         progress: where to show it.
@@ -190,9 +219,9 @@ def sample(
     """
     _check_numbers(count=count, steps=steps, batch_size=batch_size)
     _check_diffusion(checkpoint)
-    shape = _shape(checkpoint.model)
+    shape = image_shape(checkpoint.model)
     classes = _labels(checkpoint.model, labels, count)
-    denoiser = Denoiser(checkpoint, labels=classes, conditions=conditions, guidance=guidance)
+    denoiser = GuidedDenoiser(checkpoint, labels=classes, conditions=conditions, guidance=guidance)
     scheduler = build_scheduler(checkpoint.scheduler, sampler)
     name = sampler_of(scheduler) or type(scheduler).__name__
     if wrap is not None:
@@ -218,7 +247,7 @@ def sample(
 
 
 def _path(
-    denoiser: Denoiser,
+    denoiser: GuidedDenoiser,
     scheduler: Any,
     steps: int,
     shape: tuple[int, ...],
@@ -228,8 +257,9 @@ def _path(
     device = denoiser.model.device
     # A scheduler remembers the last steps; setting the timesteps makes it forget them.
     scheduler.set_timesteps(steps, device=device)
-    noise = torch.stack([torch.randn(shape, generator=source) for source in sources]).to(device)
-    image = noise * float(getattr(scheduler, "init_noise_sigma", 1.0))
+    image = first_noise(shape, sources).to(device) * float(
+        getattr(scheduler, "init_noise_sigma", 1.0)
+    )
     fresh = (
         {"generator": sources}
         if "generator" in inspect.signature(scheduler.step).parameters
@@ -276,17 +306,6 @@ def _no_class(model: Any) -> int:
             "Expected guidance 1"
         )
     return classes
-
-
-def _shape(model: Any) -> tuple[int, ...]:
-    size, channels = (model.config.get(key) for key in ("sample_size", "in_channels"))
-    if size is None or channels is None:
-        raise ArchitectureError(
-            f"The configuration of {type(model).__name__} does not say what shape its images have (sample_size, "
-            "in_channels). Put the model in place of `transformer` of its diffusers pipeline instead."
-        )
-    height, width = (size, size) if isinstance(size, int) else size
-    return (int(channels), int(height), int(width))
 
 
 def _check_diffusion(checkpoint: Checkpoint) -> None:

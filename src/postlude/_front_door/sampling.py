@@ -1,0 +1,173 @@
+"""Draw samples from diffusion models."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from postlude._front_door.opening import Path_, open_checkpoint
+from postlude.numerics.image_distance import psnr
+from postlude.runs.checkpoint import Checkpoint
+from postlude.runs.progress import Progress
+from postlude.sampling.grid import Panel
+from postlude.sampling.sample import sample as _sample
+
+__all__ = ["sample"]
+
+
+def sample(
+    checkpoint: Path_ | Checkpoint,
+    *,
+    count: int = 64,
+    sampler: str | None = None,
+    steps: int = 20,
+    labels: Sequence[int] | Tensor | None = None,
+    seed: int = 0,
+    guidance: float = 1.0,
+    conditions: Mapping[str, Tensor] | None = None,
+    compare: Path_ | Checkpoint | None = None,
+    drift: Path_ | None = None,
+    drift_mode: str = "corrected",
+    batch_size: int = 250,
+    out: Path_ | None = None,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Draw images from a diffusion transformer, float or quantized.
+
+    Args:
+        checkpoint: loaded, or a diffusers directory.
+        count: how many images.
+        sampler: a name of :data:`postlude.sampling.samplers.SAMPLERS`; None for the checkpoint's own scheduler.
+        steps: of the sampler.
+        labels: classes, repeated until there are ``count``; all classes in turn where not given.
+        seed: of the noise; sample ``i`` starts from the same noise whatever else is drawn, and in every model.
+        guidance: of classifier-free guidance; 1 is none.
+        conditions: what a model without classes is conditioned on (``encoder_hidden_states`` and the like).
+        compare: another model, drawn from the same noise.
+        drift: a statistic of ``postlude sample calibrate``: its correction is applied to ``checkpoint``, not to
+            ``compare``.
+        drift_mode: ``corrected``, or ``paper`` for the rule as published.
+        batch_size: images at a time; changes nothing but speed and memory.
+        out: a .png file for the grid; the tensors are written beside it as .safetensors.
+        overwrite: replace them.
+        progress: where to show it.
+
+    Returns:
+        ``samples`` (:class:`postlude.sampling.sample.Samples`), ``count``, ``sampler``, ``steps``, ``seed``,
+        ``guidance``, ``seconds`` and ``milliseconds_per_image``; with ``compare`` ``compared`` (its samples),
+        ``psnr_db``, the ratio of the mean squared error of all images to the squared range 2, and ``psnr_db_lowest`` of
+        the worst image, null where the two are equal; with ``out`` ``grid`` and ``tensors``, the files.
+
+    Raises:
+        CheckpointError: not a diffusion model.
+        OutputExistsError: a file that may not be replaced.
+        SettingsError, UnknownNameError, DataError, ArchitectureError: see :func:`postlude.sampling.sample.sample`.
+    """
+    files = _files(out, overwrite)
+    mine = open_checkpoint(checkpoint)
+    other = None if compare is None else open_checkpoint(compare)
+    common: dict[str, Any] = {
+        "count": count, "sampler": sampler, "steps": steps, "labels": labels, "seed": seed, "guidance": guidance,
+        "conditions": conditions, "batch_size": batch_size,
+    }  # fmt: skip
+    with progress or Progress(False) as shown:
+        drawn = _sample(
+            mine,
+            **common,
+            wrap=_correction(drift, mine, steps),
+            progress=shown,
+            title=_name(mine, checkpoint),
+        )
+        second = (
+            None
+            if other is None
+            else _sample(other, **common, progress=shown, title=_name(other, compare))
+        )
+    result: dict[str, Any] = {
+        "samples": drawn,
+        "count": count,
+        "sampler": drawn.sampler,
+        "steps": steps,
+        "seed": seed,
+        "guidance": guidance,
+        "drift": drift,
+        "seconds": drawn.seconds,
+        "milliseconds_per_image": 1000.0 * drawn.seconds / count,
+    }
+    panels = [Panel(_name(mine, checkpoint), drawn.images)]
+    if second is not None:
+        each = psnr(drawn.images, second.images)
+        whole = psnr(drawn.images.reshape(1, -1), second.images.reshape(1, -1))
+        result |= {"compared": second, "psnr_db": float(whole), "psnr_db_lowest": float(each.min())}
+        panels.append(Panel(_name(other, compare), second.images))
+    if files is not None:
+        _write(files, panels, result)
+        result |= {"grid": files[0], "tensors": files[1]}
+    return result
+
+
+def _correction(
+    drift: Path_ | None, mode: str, checkpoint: Checkpoint, guidance: float
+) -> Callable[[Any], Any] | None:
+    if drift is None:
+        return None
+    from postlude.sampling.drift import DriftStatistics
+    from postlude.sampling.schedulers import QDrift, correct
+
+    statistics = DriftStatistics.load(drift)
+    statistics.check_models(approximate=checkpoint.fingerprint())
+    statistics.check_conditions(guidance=guidance)
+    settings = QDrift(mode=mode)
+    return lambda scheduler: correct(scheduler, statistics, settings)
+
+
+def _name(checkpoint: Checkpoint | None, given: object) -> str:
+    """What a picture calls a model: its directory, or what the caller wrote."""
+    if isinstance(given, str | os.PathLike):
+        return Path(given).name
+    path = None if checkpoint is None else checkpoint.path
+    return "model" if path is None else path.name
+
+
+def _files(out: Path_ | None, overwrite: bool) -> tuple[Path, Path] | None:
+    if out is None:
+        return None
+    grid = Path(out)
+    if grid.suffix.lower() != ".png":
+        raise SettingsError(
+            f"the output is {grid}; expected a file that ends in .png: the grid. The tensors are written beside it."
+        )
+    tensors = grid.with_suffix(".safetensors")
+    for file in (grid, tensors):
+        if file.is_dir() or (file.exists() and not overwrite):
+            raise OutputExistsError(
+                f"{file} already exists. Choose another output, or pass --overwrite (overwrite=True) to replace it."
+            )
+    return grid, tensors
+
+
+def _write(files: tuple[Path, Path], panels: list[Panel], result: dict[str, Any]) -> None:
+    from safetensors.torch import save_file
+
+    drawn: Samples = result["samples"]
+    about = [drawn.sampler, f"{drawn.steps} steps", f"seed {drawn.seed}"]
+    if drawn.guidance != 1.0:
+        about.append(f"guidance {drawn.guidance:g}")
+    if "psnr_db" in result:
+        about.append(f"PSNR {result['psnr_db']:.1f} dB" if result["psnr_db"] < 200 else "equal")
+    grid, tensors = files
+    grid.resolve().parent.mkdir(parents=True, exist_ok=True)
+    found = {"images": drawn.images}
+    if drawn.labels is not None:
+        found["labels"] = drawn.labels
+    if "compared" in result:
+        found["compared"] = result["compared"].images
+    settings = {key: getattr(drawn, key) for key in ("sampler", "steps", "seed", "guidance")}
+    with atomic_write(tensors) as temporary:
+        save_file(found, temporary, metadata={"sample": json.dumps(settings)})
+        temporary.chmod(0o644)
+    with atomic_write(grid) as temporary:
+        write_grid(temporary, panels, drawn.labels, ", ".join(about))

@@ -1,0 +1,153 @@
+"""``postlude sample``: images from a diffusion model, as a picture and as tensors."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from postlude.cli import _options as options
+from postlude.cli._group import PLAIN, PlainCommand, PlainFormGroup
+from postlude.cli._output import Result
+
+__all__ = ["app", "sample"]
+
+app = typer.Typer(
+    cls=PlainFormGroup, help="Draw images from a diffusion model, float or quantized."
+)
+
+
+@app.command(PLAIN, cls=PlainCommand, hidden=True)
+def sample(
+    checkpoint: Annotated[
+        str,
+        typer.Argument(
+            metavar="CHECKPOINT",
+            help="A diffusers directory (transformer/, scheduler/), or zoo:tiny-dit, zoo:tiny-dit-flow.",
+            show_default=False,
+        ),
+    ],
+    output: Annotated[
+        str | None,
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="FILE.png",
+            help="The grid; the tensors are written beside it, as .safetensors.",
+        ),
+    ] = None,
+    sampler: Annotated[
+        str | None,
+        typer.Option(
+            "--sampler",
+            metavar="NAME",
+            help="euler, euler-a, ddim, heun, fm-euler, dpm++, dpm++1 or unipc; the checkpoint's own otherwise.",
+        ),
+    ] = None,
+    steps: Annotated[int, typer.Option("--steps", metavar="N", help="Steps of the sampler.")] = 20,
+    count: Annotated[int, typer.Option("--count", "-n", metavar="N", help="How many images.")] = 64,
+    labels: Annotated[
+        str | None,
+        typer.Option(
+            "--labels",
+            metavar="3,7,...",
+            help="Classes, repeated until there are enough; all in turn otherwise.",
+        ),
+    ] = None,
+    guidance: Annotated[
+        float, typer.Option("--guidance", metavar="W", help="Classifier-free guidance; 1 is none.")
+    ] = 1.0,
+    compare: Annotated[
+        str | None,
+        typer.Option(
+            "--compare", metavar="CHECKPOINT", help="A second model, drawn from the same noise."
+        ),
+    ] = None,
+    drift: Annotated[
+        str | None,
+        typer.Option(
+            "--drift",
+            metavar="FILE",
+            help="Correct the sampler by what `postlude sample calibrate` wrote here.",
+        ),
+    ] = None,
+    drift_mode: Annotated[
+        str,
+        typer.Option(
+            "--drift-mode", metavar="MODE", help="corrected, or paper: the rule as published."
+        ),
+    ] = "corrected",
+    conditions: Annotated[
+        str | None,
+        typer.Option(
+            "--conditions",
+            metavar="FILE",
+            help="Tensors that a model without classes is conditioned on (encoder_hidden_states, ...), one row an "
+            "image: .safetensors.",
+        ),
+    ] = None,
+    batch_size: Annotated[
+        int,
+        typer.Option(
+            "--batch-size", metavar="N", help="Images at a time; they are the same for any."
+        ),
+    ] = 250,
+    dtype: options.Dtype = "auto",
+    device: options.Device = None,
+    seed: options.Seed = 0,
+    overwrite: options.Overwrite = False,
+    json: options.Json = False,
+) -> Result:
+    """Draw images; the same seed gives the same images, and every model the same noise."""
+    from postlude import _front_door
+    from postlude.runs.progress import Progress
+
+    with Progress() as progress:
+        result = _front_door.sample(
+            _front_door.load(checkpoint, dtype=dtype, device=device),
+            count=count,
+            sampler=sampler,
+            steps=steps,
+            labels=_numbers(labels),
+            seed=seed,
+            guidance=guidance,
+            conditions=_tensors(conditions),
+            compare=None
+            if compare is None
+            else _front_door.load(compare, dtype=dtype, device=device),
+            drift=drift,
+            drift_mode=drift_mode,
+            batch_size=batch_size,
+            out=output,
+            overwrite=overwrite,
+            progress=progress,
+        )
+    shown = {key: value for key, value in result.items() if key not in ("samples", "compared")}
+    return Result(shown)
+
+
+def _numbers(words: str | None) -> list[int] | None:
+    from postlude.errors import SettingsError
+
+    if words is None:
+        return None
+    try:
+        return [int(word) for word in words.split(",")]
+    except ValueError as error:
+        raise SettingsError(
+            f"--labels is {words!r}; expected classes with commas between, as in 3,7"
+        ) from error
+
+
+def _tensors(file: str | None) -> dict[str, Any] | None:
+    if file is None:
+        return None
+    from pathlib import Path
+
+    from safetensors.torch import load_file
+
+    from postlude.errors import DataError
+
+    if not Path(file).is_file():
+        raise DataError(f"There is no file {file}; expected tensors in a .safetensors file")
+    return load_file(file)
