@@ -33,6 +33,7 @@ if TYPE_CHECKING:
         load,
         quantize,
         sample,
+        run,
         tune,
         tune_prior,
     )
@@ -51,6 +52,7 @@ __all__ = [
     "load",
     "quantize",
     "sample",
+    "run",
     "tune",
     "tune_prior",
 ]

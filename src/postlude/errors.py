@@ -10,6 +10,7 @@
     |   |-- DataError               text or data that is empty, too short or malformed
     |   |-- OutputExistsError       the output is already there and overwriting was not asked for
     |   |-- RunDirectoryError       a run directory that belongs to another model, method or data
+    |   |-- StageError              a stage of a recipe failed; carries why
     |   `-- StoreError              a tensor store or index: damaged, unfinished, of another version, model or data
     |-- MissingDependencyError      an optional library is needed; names the extra to install
     `-- VerificationError           what was written, read again, does not compute what it was made from
@@ -33,6 +34,7 @@ __all__ = [
     "PostludeError",
     "RunDirectoryError",
     "SettingsError",
+    "StageError",
     "UnknownNameError",
     "VerificationError",
 ]
@@ -90,6 +92,22 @@ class MissingDependencyError(PostludeError, ImportError):
 
 class VerificationError(PostludeError):
     """An output that, read again by a fresh process, does not compute what it was made from."""
+
+
+class StageError(InputError):
+    """A stage of a recipe failed.
+
+    Args:
+        stage: its name.
+        line: where it begins in the recipe.
+        cause: what its command refused.
+    """
+
+    def __init__(self, stage: str, line: int, cause: PostludeError) -> None:
+        self.exit_code = cause.exit_code
+        super().__init__(
+            f"stage {stage!r} (line {line}): {cause} Finished stages are kept: mend this and run the recipe again."
+        )
 
 
 class UnknownNameError(InputError):

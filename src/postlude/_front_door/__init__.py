@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from postlude._front_door.opening import load
     from postlude._front_door.quantizing import quantize
     from postlude._front_door.sampling import sample
+    from postlude._front_door.running import forecast, run
     from postlude._front_door.text import built_in_text, calibration_tokens
     from postlude._front_door.tuning import tune, tune_prior
 
@@ -41,12 +42,14 @@ __all__ = [
     "evaluate_lds",
     "evaluate_retrieval",
     "export",
+    "forecast",
     "generate",
     "inspect",
     "kernels",
     "load",
     "quantize",
     "sample",
+    "run",
     "tune",
     "tune_prior",
 ]
@@ -65,12 +68,14 @@ _FILES = {
     "evaluate_lds": "evaluating",
     "evaluate_retrieval": "evaluating",
     "export": "exporting",
+    "forecast": "running",
     "generate": "generating",
     "inspect": "inspecting",
     "kernels": "inspecting",
     "load": "opening",
     "quantize": "quantizing",
     "sample": "sampling",
+    "run": "running",
     "tune": "tuning",
     "tune_prior": "tuning",
 }

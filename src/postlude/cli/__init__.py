@@ -12,6 +12,7 @@ import contextlib
 import os
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 import typer
 import typer.main
@@ -26,13 +27,14 @@ from postlude.cli import (
     methods,
     quantize,
     sample,
+    recipe,
     tune,
 )
 from postlude.cli._group import OrderedGroup
-from postlude.cli._output import Result, to_json
-from postlude.errors import PostludeError
+from postlude.cli._output import Result, plain, to_json
+from postlude.errors import PostludeError, SettingsError
 
-__all__ = ["app", "main", "run"]
+__all__ = ["app", "invoke", "main", "run"]
 
 app = typer.Typer(
     name="postlude",
@@ -70,6 +72,7 @@ app.add_typer(attribute.app, name="attribute")
 app.add_typer(evaluate.app, name="evaluate")
 app.command("generate")(generate.generate)
 app.command("export")(export.export)
+app.command("run")(recipe.run)
 app.command("methods")(methods.methods)
 app.command("demo")(demo.demo)
 
@@ -120,6 +123,24 @@ def run(arguments: Sequence[str]) -> int:
     if outcome == 130:
         print("Interrupted.", file=sys.stderr)
     return outcome if isinstance(outcome, int) else 0
+
+
+def invoke(arguments: Sequence[str]) -> Any:
+    """Run one command line and return what it would print as JSON.
+
+    Raises:
+        PostludeError: what the command refuses; words that are no command line are a ``SettingsError``.
+    """
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            outcome = typer.main.get_command(app)(
+                list(arguments), prog_name="postlude", standalone_mode=False
+            )
+    except typer.TyperException as error:
+        raise SettingsError(f"postlude {' '.join(arguments)}: {error.format_message()}") from error
+    except typer.Abort as error:
+        raise KeyboardInterrupt from error
+    return plain(outcome.value) if isinstance(outcome, Result) else None
 
 
 def _fail(kind: str, message: str, code: int, as_json: bool) -> int:

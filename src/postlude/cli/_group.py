@@ -24,6 +24,7 @@ class OrderedGroup(TyperGroup):
         "evaluate",
         "generate",
         "export",
+        "run",
         "methods",
         "demo",
     )

@@ -1,0 +1,62 @@
+"""Run a recipe: a chain of commands."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from postlude._front_door.opening import Path_
+from postlude.recipes import forecast as _forecast
+from postlude.recipes.recipe import Recipe, read
+from postlude.recipes.run import Done
+from postlude.recipes.run import run as _run
+
+__all__ = ["forecast", "run"]
+
+
+def run(
+    recipe: Path_,
+    out: Path_,
+    variables: Mapping[str, str] | None = None,
+    *,
+    seed: int = 0,
+    notify: Callable[[str], object] = lambda _: None,
+) -> list[Done]:
+    """Run the stages of a recipe, each at most once.
+
+    Args:
+        recipe: a YAML file.
+        out: directory of the run. In one of an earlier run, stages that nothing they depend on changed are not run
+            again, and a run that was killed goes on where it stopped.
+        variables: values of its variables, in the place of its own.
+        seed: of every stage that has one and names none.
+        notify: called with a line for a person before every stage.
+
+    Raises:
+        DataError: a recipe that cannot run; nothing was started.
+        StageError: a stage failed; those before it are kept.
+        RunDirectoryError: ``out`` holds something else.
+    """
+    return _run(_read(recipe, variables, seed), out, _line().invoke, notify)
+
+
+def forecast(
+    recipe: Path_,
+    out: Path_,
+    variables: Mapping[str, str] | None = None,
+    *,
+    seed: int = 0,
+) -> _forecast.Forecasts:
+    """Check a recipe and tell what it would take, without running it; see :func:`run`."""
+    return _forecast.forecast(_read(recipe, variables, seed), out)
+
+
+def _read(recipe: Path_, variables: Mapping[str, str] | None, seed: int) -> Recipe:
+    commands = importlib.import_module("postlude.cli._commands")
+    return read(recipe, commands.recipe_commands(_line().app), variables, seed)
+
+
+def _line() -> Any:
+    # A stage is a command, so that what a recipe does can be done by hand; this verb alone goes through them.
+    return importlib.import_module("postlude.cli")

@@ -1,0 +1,99 @@
+"""The commands that a recipe may call, read from the command line itself."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, get_args, get_origin
+
+import typer
+import typer.main
+
+from postlude.cli._group import PLAIN
+from postlude.recipes.commands import Command, Parameter
+
+__all__ = ["recipe_commands"]
+
+# What a recipe does not say: where things go, and how they are printed.
+_KEPT_BACK = ("output", "overwrite", "run", "html", "json", "help")
+# Commands that are about other commands, or make a whole run themselves.
+_NOT_IN_RECIPES = ("run", "report", "methods", "demo")
+# Options that choose a registered method, and of which verb.
+_METHODS = {
+    "quantize": ("method", "quantize"),
+    "attribute build": ("method", "attribute"),
+    "attribute query": ("method", "attribute"),
+    "export": ("to", "export"),
+}
+_EXPORTED = {"gguf": "model.gguf"}
+# Outputs that are files: their names.
+_FILES = {
+    "sample": "samples.png",
+    "sample calibrate": "drift.safetensors",
+    "attribute learn-weights": "weights.safetensors",
+    "render": "picture.png",
+}
+
+
+def recipe_commands(app: typer.Typer) -> dict[str, Command]:
+    """Every command of the command line that can be a stage, by name."""
+    return {
+        name: _command(name, command)
+        for name, command in _leaves("", typer.main.get_command(app))
+        if name.split()[0] not in _NOT_IN_RECIPES
+    }
+
+
+def _leaves(name: str, command: Any) -> Iterator[tuple[str, Any]]:
+    inner: Mapping[str, Any] | None = getattr(command, "commands", None)
+    if inner is None:
+        yield name, command
+        return
+    for word, one in inner.items():
+        yield from _leaves(name if word == PLAIN else f"{name} {word}".strip(), one)
+
+
+def _command(name: str, command: Any) -> Command:
+    arguments, options = [], []
+    given = {parameter.name for parameter in command.params}
+    for parameter in command.params:
+        plain = parameter.name.rstrip("_")
+        if parameter.param_type_name == "argument":
+            arguments.append(_parameter(parameter, plain.replace("_", "-"), "", ""))
+        elif plain not in _KEPT_BACK:
+            option, verb = _METHODS.get(name, ("", ""))
+            long = next(word for word in parameter.opts if word.startswith("--"))
+            word = long.removeprefix("--")
+            options.append(_parameter(parameter, word, long, verb if word == option else ""))
+    output = next((one for one in command.params if one.name == "output"), None)
+    # A command whose output is its result has it in the record of the stage.
+    writes = output is not None and (output.required or name in _FILES)
+    return Command(
+        name=name,
+        arguments=tuple(arguments),
+        options=tuple(options),
+        output="--output" if writes else "",
+        output_name=_exported if name == "export" else _FILES.get(name, "output"),
+        page="--html" if "html" in given else "",
+        replace=("--overwrite",) if writes and "overwrite" in given else (),
+    )
+
+
+def _exported(options: Mapping[str, Any]) -> str:
+    return _EXPORTED.get(str(options.get("to")), "output")
+
+
+def _parameter(parameter: Any, name: str, flag: str, verb: str) -> Parameter:
+    annotation = parameter.type_descriptor.annotation
+    many = get_origin(annotation) is list or parameter.nargs == -1
+    kind = get_args(annotation)[0] if get_origin(annotation) is list else annotation
+    return Parameter(
+        name=name,
+        flag=flag,
+        kind=kind if kind in (int, float, bool) else str,
+        many=many,
+        required=parameter.required,
+        off=next(iter(parameter.secondary_opts), ""),
+        low=parameter.min,
+        high=parameter.max,
+        names=verb,
+    )

@@ -1,0 +1,283 @@
+"""Run the stages of a recipe, each at most once, and go on after a kill.
+
+    recipe.yaml             the recipe of the last run
+    run.json                its name, variables and the order of its stages; written last
+    stages/NAME/started.json   the key of the work that is, or was, under way here
+    stages/NAME/output...      what the command wrote
+    stages/NAME/done.json      key, command line, seconds, result, and the hash of every file of the output
+
+The key of a stage is a hash of its command, arguments and options, of the bytes of every file that they name, of the
+keys of the stages whose outputs it reads, and of the version. A stage whose key and files are those of ``done.json``
+is not run again; one whose key is that of ``started.json`` goes on, by whatever its command keeps of unfinished work;
+any other starts in an empty folder.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import postlude
+from postlude.errors import PostludeError, RunDirectoryError, SettingsError, StageError
+from postlude.recipes.recipe import Recipe, Stage
+from postlude.runs.atomic import atomic_write
+from postlude.runs.directory import hash_file
+
+__all__ = ["Done", "Execute", "command_line", "keys", "pending", "run", "state"]
+
+# Runs one command line and returns what it prints as JSON.
+Execute = Callable[[Sequence[str]], Any]
+
+_RUN, _RECIPE, _STAGES = "run.json", "recipe.yaml", "stages"
+_STARTED, _DONE = "started.json", "done.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Done:
+    """A finished stage.
+
+    Attributes:
+        stage: its name.
+        key: hash of everything that decides its result.
+        command: the words of its command line, outputs included.
+        seconds: how long it took.
+        result: what the command prints as JSON.
+        files: SHA-256 of every file of its output, by path within the stage's folder.
+        reused: whether it was done before this run.
+    """
+
+    stage: str
+    key: str
+    command: tuple[str, ...]
+    seconds: float
+    result: Any
+    files: Mapping[str, str]
+    reused: bool = False
+
+
+def keys(recipe: Recipe) -> dict[str, str]:
+    """The key of every stage, by name.
+
+    Raises:
+        PostludeError: a file that cannot be read.
+    """
+    found: dict[str, str] = {}
+    for stage in recipe.stages:
+        content = {
+            "command": stage.command.name,
+            "arguments": stage.arguments,
+            "options": stage.options,
+            "files": {text: _digest(Path(text)) for text in stage.inputs()},
+            "needs": {name: found[name] for name in stage.needs},
+            "version": postlude.__version__,
+        }
+        found[stage.name] = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    return found
+
+
+def run(
+    recipe: Recipe,
+    out: str | os.PathLike[str],
+    execute: Execute,
+    notify: Callable[[str], object] = lambda _: None,
+) -> list[Done]:
+    """Run a recipe into a directory.
+
+    Args:
+        recipe: checked.
+        out: a new directory, or one of an earlier run: its stages are used again where nothing they depend on changed.
+        execute: runs a command line.
+        notify: called with a line for a person before every stage.
+
+    Raises:
+        RunDirectoryError: ``out`` holds something else.
+        SettingsError: several processes of torchrun.
+        StageError: a stage failed; those before it are kept.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise SettingsError(
+            "a recipe runs in one process, and torchrun started several. Run its commands under torchrun one by one: "
+            "--dry-run prints them."
+        )
+    directory = _prepared(Path(os.path.realpath(out)))
+    _write(directory / _RECIPE, recipe.text)
+    names = keys(recipe)
+    outputs: dict[str, str] = {}
+    done: list[Done] = []
+    for number, stage in enumerate(recipe.stages, 1):
+        folder = directory / _STAGES / stage.name
+        title = f"[{number}/{len(recipe.stages)}] {stage.name}"
+        found = _finished(folder, names[stage.name])
+        if found is None:
+            words = command_line(stage, folder, outputs)
+            notify(f"{title}: postlude {' '.join(words)}")
+            found = _run_stage(stage, folder, names[stage.name], words, execute)
+        else:
+            notify(f"{title}: unchanged, done before")
+        done.append(found)
+        if stage.command.output:
+            outputs[stage.name] = str(_output(stage, folder))
+    summary = {
+        "name": recipe.name,
+        "about": recipe.about,
+        "variables": dict(recipe.variables),
+        "stages": [stage.name for stage in recipe.stages],
+        "version": postlude.__version__,
+    }
+    _write(directory / _RUN, json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
+    return done
+
+
+def state(out: str | os.PathLike[str]) -> tuple[dict[str, Any], list[Done]]:
+    """What a finished run consists of: its summary and its stages.
+
+    Raises:
+        RunDirectoryError: not the directory of a finished run.
+    """
+    directory = Path(os.path.realpath(out))
+    summary = _read(directory / _RUN)
+    if summary is None:
+        raise RunDirectoryError(
+            f"{directory} is not the directory of a finished run: it has no readable {_RUN}. Run the recipe to its "
+            "end first (postlude run RECIPE -o DIRECTORY); what is finished is kept."
+        )
+    stages = []
+    for name in summary["stages"]:
+        record = _read(directory / _STAGES / name / _DONE)
+        if record is None:
+            raise RunDirectoryError(
+                f"{directory}: stage {name!r} is not finished. Run the recipe again."
+            )
+        stages.append(_from_record(name, record))
+    return summary, stages
+
+
+def command_line(stage: Stage, folder: Path, outputs: Mapping[str, str]) -> list[str]:
+    """The words of a stage's command line, with the outputs that its folder gets."""
+    words = stage.words(outputs)
+    if stage.command.output:
+        words += [stage.command.output, str(_output(stage, folder))]
+    if stage.command.page:
+        words += [stage.command.page, str(folder / "page.html")]
+    # A kill may fall between the output and the record of it.
+    return [*words, *stage.command.replace]
+
+
+def pending(recipe: Recipe, directory: Path) -> set[str]:
+    """The stages that a run into this directory would run."""
+    names = keys(recipe)
+    return {
+        stage.name
+        for stage in recipe.stages
+        if _finished(directory / _STAGES / stage.name, names[stage.name]) is None
+    }
+
+
+def _output(stage: Stage, folder: Path) -> Path:
+    return folder / stage.command.output_for(stage.options)
+
+
+def _prepared(directory: Path) -> Path:
+    if directory.is_file():
+        raise RunDirectoryError(f"{directory} is a file; expected a directory for the run.")
+    if directory.is_dir() and any(directory.iterdir()) and not (directory / _RECIPE).is_file():
+        raise RunDirectoryError(
+            f"{directory} is not empty and holds no {_RECIPE}, so it is not the directory of a run. Choose another "
+            "output (-o)."
+        )
+    directory.mkdir(parents=True, exist_ok=True)
+    return directory
+
+
+def _run_stage(
+    stage: Stage, folder: Path, key: str, words: Sequence[str], execute: Execute
+) -> Done:
+    started = _read(folder / _STARTED)
+    if started is None or started.get("key") != key:
+        # Renamed first: a kill while it is being removed must not leave half of it under this name.
+        if folder.exists():
+            doomed = folder.with_name(f".{folder.name}.old")
+            shutil.rmtree(doomed, ignore_errors=True)
+            os.rename(folder, doomed)
+            shutil.rmtree(doomed, ignore_errors=True)
+        folder.mkdir(parents=True)
+        _write(folder / _STARTED, json.dumps({"key": key}) + "\n")
+    (folder / _DONE).unlink(missing_ok=True)
+    begin = time.monotonic()
+    try:
+        result = execute(words)
+    except PostludeError as error:
+        raise StageError(stage.name, stage.line, error) from error
+    done = Done(stage.name, key, tuple(words), time.monotonic() - begin, result, _files(folder))
+    record = dataclasses.asdict(done)
+    del record["reused"], record["stage"]
+    _write(folder / _DONE, json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+    return done
+
+
+def _finished(folder: Path, key: str) -> Done | None:
+    """The record of a stage, if it is of this work and its files are as they were."""
+    record = _read(folder / _DONE)
+    if record is None or record.get("key") != key or record.get("files") != _files(folder):
+        return None
+    return _from_record(folder.name, record)
+
+
+def _from_record(name: str, record: Mapping[str, Any]) -> Done:
+    return Done(
+        name,
+        record["key"],
+        tuple(record["command"]),
+        record["seconds"],
+        record["result"],
+        record["files"],
+        reused=True,
+    )
+
+
+def _files(folder: Path) -> dict[str, str]:
+    """SHA-256 by path of everything in a stage's folder but the records of it."""
+    return {
+        file.relative_to(folder).as_posix(): hash_file(file)
+        for file in sorted(folder.rglob("*"))
+        if file.is_file() and not (file.parent == folder and file.name in (_STARTED, _DONE))
+    }
+
+
+def _digest(path: Path) -> str | None:
+    """Hash of a file, or of the names and bytes of the files of a directory; None where there is neither."""
+    try:
+        if path.is_file():
+            return hash_file(path)
+        if path.is_dir():
+            files = {
+                file.relative_to(path).as_posix(): hash_file(file)
+                for file in path.rglob("*")
+                if file.is_file()
+            }
+            return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
+    except OSError as error:
+        if path.exists():
+            raise RunDirectoryError(f"{path} cannot be read: {error}") from error
+    return None
+
+
+def _read(file: Path) -> dict[str, Any] | None:
+    """A record, or None where there is none that can be read; it is then made again."""
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def _write(file: Path, text: str) -> None:
+    with atomic_write(file) as temporary:
+        temporary.write_text(text, encoding="utf-8")

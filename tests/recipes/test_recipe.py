@@ -1,0 +1,126 @@
+"""A recipe is checked as a whole before anything starts; an error names the line and the nearest name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from postlude.cli import app
+from postlude.cli._commands import recipe_commands
+from postlude.errors import DataError
+from postlude.recipes.recipe import Recipe, read
+
+COMMANDS = recipe_commands(app)
+GOOD = """\
+name: four bits
+variables:
+  model: zoo:tiny-lm
+  bits: w4a8
+stages:
+  small:
+    quantize: ${model}
+    method: offq
+    bits: ${bits}
+    samples: 4
+    check: false
+    set: [damping=0.1, clip=true]
+  quality:
+    evaluate: ${small}
+    text: wiki.txt
+    reference: ${model}
+  update:
+    inspect compare: ["${model}", "${small}"]
+"""
+
+
+def recipe(tmp_path: Path, text: str, **variables: str) -> Recipe:
+    file = tmp_path / "recipe.yaml"
+    file.write_text(text)
+    return read(file, COMMANDS, variables)
+
+
+def test_stages_become_command_lines(tmp_path: Path) -> None:
+    small, quality, update = recipe(tmp_path, GOOD, bits="w8a8").stages
+    assert small.words({}) == [
+        "quantize", "--method", "offq", "--bits", "w8a8", "--samples", "4",
+        "--set", "damping=0.1", "--set", "clip=true", "--no-check", "zoo:tiny-lm",
+    ]  # fmt: skip
+    outputs = {"small": "/run/small/output"}
+    assert quality.words(outputs) == [
+        "evaluate", "--text", "wiki.txt", "--reference", "zoo:tiny-lm", "/run/small/output",
+    ]  # fmt: skip
+    assert update.words(outputs) == ["inspect", "compare", "zoo:tiny-lm", "/run/small/output"]
+    assert quality.needs == ("small",) and small.needs == ()
+    assert small.line == 6
+
+
+def test_every_command_that_writes_has_an_output_and_the_rest_has_none() -> None:
+    writing = {name for name, command in COMMANDS.items() if command.output}
+    assert {"quantize", "tune", "tune prior", "attribute build", "export"} <= writing
+    assert not writing & {"inspect", "inspect compare", "evaluate", "generate", "attribute verify"}
+    for command in COMMANDS.values():
+        hidden = {"output", "overwrite", "run", "html", "json"}
+        assert not hidden & {option.name for option in command.options}
+    assert COMMANDS["export"].output_for({"to": "gguf"}) == "model.gguf"
+    assert COMMANDS["export"].output_for({"to": "onnx"}) == "output"
+
+
+def test_a_seed_is_given_to_every_stage_that_has_none(tmp_path: Path) -> None:
+    file = tmp_path / "recipe.yaml"
+    file.write_text(GOOD.replace("samples: 4", "seed: 5"))
+    small, quality, _ = read(file, COMMANDS, seed=9).stages
+    assert small.options["seed"] == 5
+    assert quality.options["seed"] == 9
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("samples: 4", "sampels: 4", r"line 10: `quantize` has no 'sampels'. Did you mean 'samples'\?"),
+        ("samples: 4", "samples: 0", r"line 10: `samples` of `quantize` is 0: .*greater than or equal to 1"),
+        ("samples: 4", "samples: many", r"line 10: `samples` of `quantize` is 'many': .*valid integer"),
+        ("check: false", "check: maybe", r"line 11: `check` of `quantize` is 'maybe'"),
+        ("method: offq", "method: ofq", r"line 8: No quantize method named 'ofq'. Did you mean 'offq'"),
+        ("quantize: ${model}", "quantise: ${model}", r"line 6: .*no command; expected one. Did you mean 'quantize'"),
+        ("quantize: ${model}", "quantize: [a, b]", r"line 7: `quantize` takes the arguments CHECKPOINT; found 2"),
+        ("evaluate: ${small}", "evaluate: ${smal}", r"line 14: \$\{smal\} is neither .* mean 'small'"),
+        ("evaluate: ${small}", "evaluate: ${update}", r"line 14: \$\{update\} is neither"),
+        ("text: wiki.txt", "max-length: 8", r"line 13: `evaluate` needs the option `text`"),
+        ('"${small}"]', '"${quality}"]', r"line 18: .* 'quality' \(evaluate\) has no output"),
+        ("text: wiki.txt", "text: wiki.txt\n    inspect: x", r"line 13: .*'evaluate' and 'inspect'; expected one"),
+        ("  quality:", "  Quality!:", r"line 13: a stage is named 'Quality!'"),
+        ("  quality:", "  small:", r"line 13: 'small' is given twice"),
+        ("  quality:", "  model:", r"line 13: 'model' is the name of a variable, too"),
+        ("name: four bits", "nam: four bits", r"line 1: A recipe has no 'nam'. Did you mean 'name'"),
+        ("  bits: w4a8", "  bits:", r"line 4: the variable 'bits' has no value: give one \(--set bits=VALUE\)"),
+        ("    samples: 4", "    output: elsewhere", r"line 10: `quantize` has no 'output'"),
+        ("stages:", "stages: []\nother:", r"other"),
+    ],
+)  # fmt: skip
+def test_a_mistake_is_named_with_its_line(tmp_path: Path, old: str, new: str, message: str) -> None:
+    assert old in GOOD
+    with pytest.raises(DataError, match=message):
+        recipe(tmp_path, GOOD.replace(old, new, 1))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "found an empty file"),
+        ("- a", "found list"),
+        ("a: [", "is not YAML"),
+        ("stages: {}", "at least one stage"),
+        ("a: !!python/object/apply:os.system [true]", "recipe has no 'a'"),
+    ],
+)
+def test_what_is_no_recipe_is_refused(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        recipe(tmp_path, text)
+
+
+def test_a_variable_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"has no variable 'modle'\. Did you mean 'model'"):
+        recipe(tmp_path, GOOD, modle="x")
+    with pytest.raises(DataError, match="cannot be read as a recipe"):
+        read(tmp_path / "absent.yaml", COMMANDS)
