@@ -20,7 +20,7 @@ from postlude.errors import InputError, OutputExistsError, SettingsError
 from postlude.quantization.engine import Quantizer
 from postlude.quantization.engine import quantize as _quantize
 from postlude.runs.atomic import check_replaceable, discard
-from postlude.runs.checkpoint import Checkpoint
+from postlude.runs.checkpoint import MARKERS, Checkpoint
 from postlude.runs.directory import RunDirectory
 from postlude.runs.progress import Progress
 
@@ -73,7 +73,7 @@ def quantize(
             f"quantize takes the name or the settings of a quantize method, got {type(method).__name__}"
         )
     if out is not None:
-        check_replaceable(Path(os.path.realpath(out)), overwrite, "config.json")
+        check_replaceable(Path(os.path.realpath(out)), overwrite, MARKERS)
     opened = open_checkpoint(checkpoint)
     if out is not None and opened.path is not None and opened.path == Path(os.path.realpath(out)):
         raise OutputExistsError(

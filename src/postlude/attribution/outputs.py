@@ -78,7 +78,7 @@ def predictions(checkpoint: Checkpoint) -> Callable[[Batch], Predictions]:
     Padding is on the right and attention is causal, so padded tokens reach no other; no attention mask is passed,
     and the model takes its fastest path.
     """
-    model, anatomy = checkpoint.model, checkpoint.anatomy
+    model, anatomy = checkpoint.model, checkpoint.language
     decoder, head = model.get_submodule(anatomy.decoder), model.get_submodule(anatomy.head)
     weight = (head.dense_weight() if hasattr(head, "dense_weight") else head.weight).detach()
     bias = getattr(head, "bias", None)

@@ -253,7 +253,7 @@ class _Scorer:
     """A model as its last hidden states and the matrix that turns them into logits."""
 
     def __init__(self, checkpoint: Checkpoint, sequences: Sequences) -> None:
-        model, anatomy = checkpoint.model, checkpoint.anatomy
+        model, anatomy = checkpoint.model, checkpoint.language
         self.model = model
         self.decoder = model.get_submodule(anatomy.decoder)
         head = model.get_submodule(anatomy.head)

@@ -8,7 +8,6 @@ from torch import Tensor
 
 from postlude.errors import ArchitectureError
 from postlude.runs.checkpoint import Checkpoint
-from postlude.runs.weights import weight_files
 
 __all__ = ["size_of"]
 
@@ -41,15 +40,15 @@ def size_of(checkpoint: Checkpoint) -> dict[str, Any]:
                 "its size cannot be counted"
             )
     size: dict[str, Any] = {"bytes": _bytes(checkpoint), "bits_per_weight": bits / weights}
-    config = getattr(checkpoint.model.config, "quantization_config", None)
-    if config is not None:
-        size["kept"] = list(config.made_by.get("kept", []))
+    made_by = checkpoint.made_by()
+    if made_by:
+        size["kept"] = list(made_by.get("kept", []))
     return size
 
 
 def _bytes(checkpoint: Checkpoint) -> int:
     if checkpoint.path is not None:
-        return sum(file.stat().st_size for file in weight_files(checkpoint.path))
+        return sum(file.stat().st_size for file in checkpoint.files())
     seen: dict[tuple[int, int], int] = {}
     for tensor in checkpoint.model.state_dict().values():
         seen[tensor.data_ptr(), tensor.numel()] = tensor.numel() * tensor.element_size()

@@ -91,7 +91,7 @@ class CompressedTensors(Exporter):
 
     def write(self, checkpoint: Checkpoint, out: Path) -> dict[str, Any]:
         parts = plain(checkpoint, _NAME, instead=_INSTEAD)
-        if checkpoint.anatomy.family == "gpt2":
+        if checkpoint.language.family == "gpt2":
             refuse(_NAME, ["the layers of GPT-2 are Conv1D, which its readers do not look for."])
         groups = _groups(parts)
         dtype = self._dtype(checkpoint.model.dtype, parts)
@@ -127,7 +127,7 @@ class CompressedTensors(Exporter):
         )
 
     def check(self, checkpoint: Checkpoint, out: Path) -> dict[str, float]:
-        model, anatomy = checkpoint.model, checkpoint.anatomy
+        model, anatomy = checkpoint.model, checkpoint.language
         what = f"the export to {_NAME}"
         with _rounding_off(model):
             found = compare_reload(model, anatomy, _LOAD, [str(out), "weights"], what=what)

@@ -111,7 +111,7 @@ class GGUF(Exporter):
         counts: dict[str, int] = {}
         names = library.get_tensor_name_map(
             next(key for key, name in library.MODEL_ARCH_NAMES.items() if name == architecture),
-            len(checkpoint.anatomy.blocks),
+            len(checkpoint.language.blocks),
         )
         order = _row_orders(checkpoint) if interleaved else {}
         own = _own_float(checkpoint.model.dtype) if self.floats == "auto" else self.floats
@@ -176,7 +176,7 @@ class GGUF(Exporter):
                 )
         rounded: set[str] = set()
         if self.requantize != "none":
-            rounded = {path for path in checkpoint.anatomy.linears() if path not in parts.layers}
+            rounded = {path for path in checkpoint.language.linears() if path not in parts.layers}
             for path, width in _widths(checkpoint).items():
                 if path not in kept and self.requantize not in _FLOATS and width % BLOCK:
                     reasons.append(
@@ -204,7 +204,7 @@ class GGUF(Exporter):
         requantized = self.requantize not in ("none", "f32") or self.floats in ("f16", "bf16")
         found = compare_reload(
             checkpoint.model,
-            checkpoint.anatomy,
+            checkpoint.language,
             _LOAD,
             [str(out.parent), out.name, json.dumps(unread)],
             # Another rounding is another model on purpose; it is reported, and only nonsense is refused.
@@ -265,8 +265,8 @@ def _architecture(config: Any) -> tuple[str, bool]:
 def _add_config(
     writer: Any, library: Any, config: Any, checkpoint: Checkpoint, vocabulary: int
 ) -> None:
-    heads = checkpoint.anatomy.blocks[0].heads
-    context = checkpoint.anatomy.context
+    heads = checkpoint.language.blocks[0].heads
+    context = checkpoint.language.context
     window = getattr(config, "sliding_window", None)
     if window and config.model_type == "mistral":
         # llama.cpp attends to everything, which is the same as far as the window reaches.
@@ -279,7 +279,7 @@ def _add_config(
     writer.add_quantization_version(library.GGML_QUANT_VERSION)
     writer.add_context_length(context)
     writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(len(checkpoint.anatomy.blocks))
+    writer.add_block_count(len(checkpoint.language.blocks))
     writer.add_feed_forward_length(config.intermediate_size)
     writer.add_head_count(heads.query)
     writer.add_head_count_kv(heads.key_value)
@@ -299,18 +299,18 @@ def _frequency_factors(config: Any, checkpoint: Checkpoint) -> Tensor | None:
     rope = config.rope_parameters
     if rope.get("rope_type", "default") != "llama3":
         return None
-    size = checkpoint.anatomy.blocks[0].heads.size
+    size = checkpoint.language.blocks[0].heads.size
     plain_frequencies = rope["rope_theta"] ** (
         -torch.arange(0, size, 2, dtype=torch.float64) / size
     )
-    stretched = checkpoint.model.get_submodule(f"{checkpoint.anatomy.decoder}.rotary_emb").inv_freq
+    stretched = checkpoint.model.get_submodule(f"{checkpoint.language.decoder}.rotary_emb").inv_freq
     return (plain_frequencies / stretched.double().cpu()).float()
 
 
 def _row_orders(checkpoint: Checkpoint) -> dict[str, Tensor]:
     """For every Q and K, the rows of the file by rows of the model."""
     orders = {}
-    for block in checkpoint.anatomy.blocks:
+    for block in checkpoint.language.blocks:
         heads = block.heads
         for role, count in (("query", heads.query), ("key", heads.key_value)):
             rows = torch.arange(count * heads.size).reshape(count, 2, heads.size // 2)
@@ -319,7 +319,7 @@ def _row_orders(checkpoint: Checkpoint) -> dict[str, Tensor]:
 
 
 def _widths(checkpoint: Checkpoint) -> dict[str, int]:
-    return {path: site.width for _, site in checkpoint.anatomy.sites() for path in site.modules}
+    return {path: site.width for _, site in checkpoint.language.sites() for path in site.modules}
 
 
 def _own_float(dtype: torch.dtype) -> str:

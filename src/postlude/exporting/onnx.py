@@ -34,7 +34,7 @@ from postlude.registry import method
 from postlude.runs.checkpoint import Checkpoint
 from postlude.runs.quiet import quiet_transformers
 from postlude.runs.selfcheck import compare_reload
-from postlude.surgery.anatomy import Block
+from postlude.surgery.anatomy import LanguageBlock
 from postlude.surgery.key_values import KeyValueQuantizer
 from postlude.surgery.layers import QuantizedLinear
 
@@ -98,7 +98,7 @@ class ONNX(Exporter):
         )  # fmt: skip
         found = compare_reload(
             model,
-            checkpoint.anatomy,
+            checkpoint.language,
             _LOAD,
             [str(out / _FILE)],
             tolerance=0.1 if rounds else 1e-3,
@@ -124,7 +124,7 @@ class _Writer:
     """Walks the blocks of a model and writes them into a graph."""
 
     def __init__(self, checkpoint: Checkpoint, parts: Plain, graph: Graph, library: Any) -> None:
-        self.model, self.anatomy = checkpoint.model, checkpoint.anatomy
+        self.model, self.anatomy = checkpoint.model, checkpoint.language
         self.parts, self.graph = parts, graph
         self.float, self.int64 = library.TensorProto.FLOAT, library.TensorProto.INT64
         self.epsilon = self.model.config.rms_norm_eps
@@ -201,7 +201,7 @@ class _Writer:
         module = self.model.get_submodule(path)
         return str(self.graph.linear(x, path, module.weight.data, module.bias))
 
-    def _block(self, block: Block, x: str) -> str:
+    def _block(self, block: LanguageBlock, x: str) -> str:
         g = self.graph
         norms = [site.norm for site in block.sites if site.norm is not None]
         x = g.op("Add", x, self._attention(block, self._norm(norms[0], x)))
@@ -211,7 +211,7 @@ class _Writer:
         product = g.op("Mul", g.op("Mul", gate, g.op("Sigmoid", gate)), up)
         return str(g.op("Add", x, self._linear(block.linear("down").module, product)))
 
-    def _attention(self, block: Block, x: str) -> str:
+    def _attention(self, block: LanguageBlock, x: str) -> str:
         g, heads = self.graph, block.heads
         module = self.model.get_submodule(block.attention)
         quantizer = getattr(module, "key_values", None)
@@ -242,7 +242,7 @@ class _Writer:
         mixed = g.reshape(g.transpose(mixed, 0, 2, 1, 3), 0, 0, heads.query * heads.size)
         return self._linear(block.linear("output").module, mixed)
 
-    def _heads(self, block: Block, role: Any, x: str, count: int, norm: Any) -> str:
+    def _heads(self, block: LanguageBlock, role: Any, x: str, count: int, norm: Any) -> str:
         """``[batch, heads, length, size]``."""
         g = self.graph
         path = block.linear(role).module

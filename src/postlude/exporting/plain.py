@@ -122,7 +122,7 @@ def _reasons(checkpoint: Checkpoint, transforms: bool, instead: str) -> list[str
                     "kv16 (for example --bits w4a16kv16)"
                 )
         elif (
-            type(module) is nn.RMSNorm and checkpoint.anatomy.norm_kind != "rms" and not transforms
+            type(module) is nn.RMSNorm and checkpoint.language.norm_kind != "rms" and not transforms
         ):
             found.append(
                 f"{method} turned the LayerNorm {path} into an RMSNorm, which a {model.config.model_type} "

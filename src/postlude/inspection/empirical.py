@@ -130,7 +130,7 @@ def empirical_direction(
         DataError: no tokens, or some that the model cannot read, or none above a given threshold.
     """
     ids = checked_tokens(checkpoint, tokens, shortest=2)
-    model, anatomy = checkpoint.model, checkpoint.anatomy
+    model, anatomy = checkpoint.model, checkpoint.language
     batches = list(token_batches(ids))
     seen: list[list[Tensor]] = [[] for _ in range(len(anatomy.blocks) + 1)]
     observe(

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from postlude.inspection.report import rounded
 from postlude.numerics.directions import leading_singular_directions, unit
 from postlude.numerics.likelihood import token_log_probability
-from postlude.surgery.anatomy import Anatomy, Block
+from postlude.surgery.anatomy import LanguageAnatomy, LanguageBlock
 from postlude.surgery.capture import device_of, observe, token_batches
 from postlude.surgery.probes import (
     Reached,
@@ -141,7 +141,7 @@ class Ablation:
 
 
 @torch.no_grad()
-def explosion_subspace(model: nn.Module, block: Block, linear: Tensor) -> Subspace:
+def explosion_subspace(model: nn.Module, block: LanguageBlock, linear: Tensor) -> Subspace:
     """Feed every singular direction through the true norm and feed-forward layer.
 
     Args:
@@ -160,12 +160,12 @@ def explosion_subspace(model: nn.Module, block: Block, linear: Tensor) -> Subspa
     return Subspace(sign * found.right[:, 0].cpu(), found.values.cpu(), outputs, fed_norm)
 
 
-def _embeddings(model: nn.Module, anatomy: Anatomy) -> Tensor:
+def _embeddings(model: nn.Module, anatomy: LanguageAnatomy) -> Tensor:
     """The table of token embeddings, ``[vocabulary, hidden_size]``."""
     return model.get_parameter(f"{anatomy.embeddings[0]}.weight").detach()
 
 
-def trained_tokens(model: nn.Module, anatomy: Anatomy) -> Tensor:
+def trained_tokens(model: nn.Module, anatomy: LanguageAnatomy) -> Tensor:
     """``[vocabulary]`` bool: ids whose embedding norm is at least a tenth of the mean; others were never trained."""
     norms = _embeddings(model, anatomy).float().norm(dim=1).cpu()
     return norms >= norms.mean() / 10
@@ -182,7 +182,7 @@ def _scan(batches: Iterable[Reached], direction: Tensor) -> Scan:
 
 
 def scan_vocabulary(
-    model: nn.Module, anatomy: Anatomy, block: int, direction: Tensor, *, attention: bool
+    model: nn.Module, anatomy: LanguageAnatomy, block: int, direction: Tensor, *, attention: bool
 ) -> Scan:
     """Run every token id as a sequence of length 1 up to a block.
 
@@ -209,7 +209,12 @@ def scan_vocabulary(
 
 
 def second_position(
-    model: nn.Module, anatomy: Anatomy, block: int, direction: Tensor, trained: Tensor, seed: int
+    model: nn.Module,
+    anatomy: LanguageAnatomy,
+    block: int,
+    direction: Tensor,
+    trained: Tensor,
+    seed: int,
 ) -> Scan:
     """Run every token id at position 1, behind a random trained token, up to a block."""
     generator = torch.Generator().manual_seed(seed)
@@ -221,7 +226,7 @@ def second_position(
 
 
 def scan_random(
-    model: nn.Module, anatomy: Anatomy, block: int, direction: Tensor, count: int, seed: int
+    model: nn.Module, anatomy: LanguageAnatomy, block: int, direction: Tensor, count: int, seed: int
 ) -> Scan:
     """Run random directions of the average embedding norm at position 0, with attention, up to a block."""
     table = _embeddings(model, anatomy)
@@ -249,12 +254,12 @@ def prompt_norms(checkpoint: Checkpoint, prompt: str, tokens: list[int]) -> Tens
     def residual(_: int, hidden: Tensor) -> None:
         torch.maximum(largest, hidden[:, -1].float().norm(dim=-1).cpu(), out=largest)
 
-    observe(checkpoint.model, checkpoint.anatomy, [ids], {}, residual=residual)
+    observe(checkpoint.model, checkpoint.language, [ids], {}, residual=residual)
     return largest
 
 
 @torch.no_grad()
-def _loss(model: nn.Module, anatomy: Anatomy, tokens: Tensor) -> tuple[float, float]:
+def _loss(model: nn.Module, anatomy: LanguageAnatomy, tokens: Tensor) -> tuple[float, float]:
     """Mean next-token loss in nats, and the largest norm of a hidden state."""
     final, head = model.get_submodule(anatomy.final_norm), model.get_submodule(anatomy.head)
     weight = model.get_parameter(f"{anatomy.head}.weight")
@@ -276,7 +281,11 @@ def _loss(model: nn.Module, anatomy: Anatomy, tokens: Tensor) -> tuple[float, fl
 
 
 def ablate(
-    model: nn.Module, anatomy: Anatomy, block: Block, direction: Tensor, tokens: Tensor
+    model: nn.Module,
+    anatomy: LanguageAnatomy,
+    block: LanguageBlock,
+    direction: Tensor,
+    tokens: Tensor,
 ) -> Ablation:
     """Compare the model with one in which the block's second norm does not see ``direction``.
 

@@ -326,7 +326,7 @@ class Outliers:
             DataError: no tokens, or some that the model cannot read.
         """
         ids = checked_tokens(checkpoint, tokens)
-        model, anatomy = checkpoint.model, checkpoint.anatomy
+        model, anatomy = checkpoint.model, checkpoint.language
         device = device_of(model)
         sites = {
             (block.index, site.name): _Statistics(site.width, self.top, device)

@@ -120,13 +120,13 @@ def checked_tokens(checkpoint: Checkpoint, tokens: Tensor | None, shortest: int 
         raise DataError(
             f"Token ids {tuple(tokens.shape)} of type {tokens.dtype}: expected integers [samples, length]."
         )
-    length, longest = tokens.shape[1], checkpoint.anatomy.context
+    length, longest = tokens.shape[1], checkpoint.language.context
     if not shortest <= length <= longest:
         raise DataError(
             f"Sequences of {length} tokens: this inspection of this model takes {shortest} to {longest}. "
             "Cut the text into other windows."
         )
-    vocabulary = checkpoint.model.get_submodule(checkpoint.anatomy.embeddings[0]).weight.shape[0]
+    vocabulary = checkpoint.model.get_submodule(checkpoint.language.embeddings[0]).weight.shape[0]
     low, high = int(tokens.min()), int(tokens.max())
     if low < 0 or high >= vocabulary:
         raise DataError(

@@ -412,7 +412,7 @@ class SingularDefects:
             SettingsError: a block that does not exist, or fewer samples than the hidden size.
             ArchitectureError: layers without plain weights, for example of a quantized model.
         """
-        anatomy = checkpoint.anatomy
+        anatomy = checkpoint.language
         for name in ("explosion", "decay"):
             index = getattr(self, name)
             if index is not None and not 0 <= index < len(anatomy.blocks):
@@ -451,8 +451,8 @@ class SingularDefects:
         )
 
     def _approximate(self, checkpoint: Checkpoint, layer: int, seed: int) -> BlockApproximation:
-        block = checkpoint.anatomy.blocks[layer]
-        return approximate_block(checkpoint.model, checkpoint.anatomy, block, self.samples, seed)
+        block = checkpoint.language.blocks[layer]
+        return approximate_block(checkpoint.model, checkpoint.language, block, self.samples, seed)
 
     def _explosion(self, direction: EmpiricalDirection, layers: tuple[LayerDefect, ...]) -> Found:
         if self.explosion is not None:
@@ -491,7 +491,7 @@ class SingularDefects:
         return Found(aligned[-1], "angle") if aligned else Found(None, None)
 
     def _path(self, checkpoint: Checkpoint, tokens: Tensor, layer: int, seed: int) -> ExplosionPath:
-        model, anatomy = checkpoint.model, checkpoint.anatomy
+        model, anatomy = checkpoint.model, checkpoint.language
         block = anatomy.blocks[layer]
         linear = self._approximate(checkpoint, layer, seed).feed_forward
         subspace = paths.explosion_subspace(model, block, linear)

@@ -33,7 +33,7 @@ from postlude.numerics.moments import SecondMoment
 from postlude.numerics.rounding import gptq, nearest
 from postlude.runs.checkpoint import Checkpoint
 from postlude.runs.progress import Progress
-from postlude.surgery.anatomy import Block, LinearRef, Site
+from postlude.surgery.anatomy import Block, LanguageBlock, LinearRef, Site
 from postlude.surgery.capture import BlockWalk, device_of
 from postlude.surgery.huggingface import mark
 from postlude.surgery.key_values import KeyValueQuantizer, attach, use_rotating_attention
@@ -271,6 +271,8 @@ def _is_rounded(module: nn.Module) -> bool:
 def _attach_key_values(model: nn.Module, blocks: tuple[Block, ...], settings: Quantizer) -> None:
     """Give every attention module its schemes, keeping a rotation that a rewrite put there."""
     for block in blocks:
+        if not isinstance(block, LanguageBlock):
+            continue  # there is no cache
         schemes = settings.key_value_schemes(block)
         existing = getattr(model.get_submodule(block.attention), "key_values", None)
         rotation = existing.rotation if isinstance(existing, KeyValueQuantizer) else None

@@ -114,13 +114,13 @@ class OffQ(Quantizer):
         return min(Granularity.parse(self.activation_group).size or width, width)
 
     def fold(self, checkpoint: Checkpoint) -> None:
-        untie_head(checkpoint.model, checkpoint.anatomy)
-        fold_norms(checkpoint.model, checkpoint.anatomy)
+        untie_head(checkpoint.model, checkpoint.language)
+        fold_norms(checkpoint.model, checkpoint.language)
 
     def statistics(
         self, checkpoint: Checkpoint, tokens: Tensor | None, seed: int
     ) -> Mapping[str, Tensor]:
-        model, anatomy = checkpoint.model, checkpoint.anatomy
+        model, anatomy = checkpoint.model, checkpoint.language
         if tokens is None:
             raise ValueError("offq needs calibration tokens")
         stream = {
@@ -158,7 +158,7 @@ class OffQ(Quantizer):
         return found
 
     def rewrite(self, checkpoint: Checkpoint, statistics: Mapping[str, Tensor], seed: int) -> None:
-        model, anatomy = checkpoint.model, checkpoint.anatomy
+        model, anatomy = checkpoint.model, checkpoint.language
         basis, order = statistics["residual.basis"], statistics["residual.order"]
         group = self._group(anatomy.hidden_size)
         rotate_residual(

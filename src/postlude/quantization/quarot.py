@@ -63,11 +63,11 @@ class QuaRot(Quantizer):
                 )
 
     def fold(self, checkpoint: Checkpoint) -> None:
-        untie_head(checkpoint.model, checkpoint.anatomy)
-        fold_norms(checkpoint.model, checkpoint.anatomy)
+        untie_head(checkpoint.model, checkpoint.language)
+        fold_norms(checkpoint.model, checkpoint.language)
 
     def rewrite(self, checkpoint: Checkpoint, statistics: Mapping[str, Tensor], seed: int) -> None:
-        model, anatomy = checkpoint.model, checkpoint.anatomy
+        model, anatomy = checkpoint.model, checkpoint.language
         hidden = anatomy.hidden_size
         random = BlockHadamard(hidden, hidden).randomize(
             generator(seed, "residual"), keep_first=False

@@ -75,18 +75,18 @@ class StreamError:
 
 
 def _embedding(checkpoint: Checkpoint) -> Tensor:
-    module = checkpoint.model.get_submodule(checkpoint.anatomy.embeddings[0])
+    module = checkpoint.model.get_submodule(checkpoint.language.embeddings[0])
     weight: Tensor = module.weight.detach().cpu()
     return weight
 
 
 def _stream(checkpoint: Checkpoint, tokens: Tensor) -> Tensor:
     """``[blocks, tokens, hidden_size]`` after every block, before any norm."""
-    seen: list[list[Tensor]] = [[] for _ in checkpoint.anatomy.blocks]
+    seen: list[list[Tensor]] = [[] for _ in checkpoint.language.blocks]
 
     def residual(layer: int, hidden: Tensor) -> None:
         if layer >= 0:
             seen[layer].append(hidden.float().flatten(0, 1).cpu())
 
-    observe(checkpoint.model, checkpoint.anatomy, token_batches(tokens), {}, residual=residual)
+    observe(checkpoint.model, checkpoint.language, token_batches(tokens), {}, residual=residual)
     return torch.stack([torch.cat(batches) for batches in seen])

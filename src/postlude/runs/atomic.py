@@ -55,7 +55,9 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 @contextmanager
 def atomic_directory(
-    target: str | os.PathLike[str], overwrite: bool = False, marker: str | None = None
+    target: str | os.PathLike[str],
+    overwrite: bool = False,
+    marker: str | tuple[str, ...] | None = None,
 ) -> Iterator[Path]:
     """Yield a new directory beside ``target`` that takes its place when the block ends well.
 
@@ -63,7 +65,8 @@ def atomic_directory(
         target: the directory to make. An empty directory of that name counts as absent.
         overwrite: replace a directory that is already there.
         marker: a file that a directory must hold before it may be replaced (``"config.json"`` for
-            a checkpoint), so that a mistyped output path does not delete something else.
+            a checkpoint), so that a mistyped output path does not delete something else; one of several
+            where a tuple is given.
 
     Raises:
         OutputExistsError: before anything is written, if ``target`` may not be replaced; after the
@@ -158,7 +161,7 @@ def _is_alive(process: int) -> bool:
     return True
 
 
-def check_replaceable(target: Path, overwrite: bool, marker: str | None) -> None:
+def check_replaceable(target: Path, overwrite: bool, marker: str | tuple[str, ...] | None) -> None:
     """Refuse, before any work is done, an output directory that may not be replaced.
 
     Arguments as for :func:`atomic_directory`, with ``target`` resolved.
@@ -186,9 +189,10 @@ def check_replaceable(target: Path, overwrite: bool, marker: str | None) -> None
             f"{target} is the working directory or holds it, and replacing it would delete "
             "everything in it: choose another output."
         )
-    if marker is not None and marker not in entries:
+    markers = (marker,) if isinstance(marker, str) else marker
+    if markers is not None and not any(name in entries for name in markers):
         raise OutputExistsError(
-            f"{target} exists but holds no {marker}, so it is not an earlier output of this "
+            f"{target} exists but holds no {' or '.join(markers)}, so it is not an earlier output of this "
             "command and is not replaced: choose another output, or remove it yourself."
         )
 

@@ -12,25 +12,34 @@ from typing import Any
 
 import torch
 
+from postlude.errors import ArchitectureError
 from postlude.runs.atomic import atomic_directory
+from postlude.runs.pipeline import INDEX, Pipeline, denoiser_files, write_denoiser
 from postlude.runs.quiet import quiet_transformers
 from postlude.runs.selfcheck import RELOAD, Reload, compare_reload
-from postlude.surgery.anatomy import Anatomy
+from postlude.runs.weights import weight_files
+from postlude.surgery.anatomy import Anatomy, Kind, LanguageAnatomy
 
-__all__ = ["Checkpoint"]
+__all__ = ["MARKERS", "Checkpoint"]
+
+# A directory with one of these files is a checkpoint.
+MARKERS = ("config.json", INDEX)
 
 
 @dataclass
 class Checkpoint:
-    """A loaded model, its tokenizer and its anatomy.
+    """A loaded model, its anatomy, and what feeds it.
 
     Attributes:
-        model: a transformers causal language model.
+        model: a causal language model or a vision model of transformers, or a denoiser of diffusers.
         tokenizer: None where the checkpoint has none; then nothing that needs text can be done.
         anatomy: where the parts of ``model`` are.
         path: the directory it was loaded from or saved to; None while ``model`` exists only in
             memory.
         reload: what a fresh process made of the files when it was last saved with ``check``.
+        scheduler: of a denoiser, the scheduler of diffusers it was trained for; None where it came alone.
+        processor: of a vision model, the image processor of transformers; None where the checkpoint has none.
+        pipeline: of a denoiser, the pipeline that it is a part of; None where it came alone.
     """
 
     model: Any
@@ -38,19 +47,43 @@ class Checkpoint:
     anatomy: Anatomy
     path: Path | None = None
     reload: Reload | None = None
+    scheduler: Any = None
+    processor: Any = None
+    pipeline: Pipeline | None = None
+
+    @property
+    def kind(self) -> Kind:
+        """``language``, ``diffusion`` or ``vision``."""
+        return self.anatomy.kind
+
+    @property
+    def language(self) -> LanguageAnatomy:
+        """The anatomy of a language model.
+
+        Raises:
+            ArchitectureError: the model is of another kind.
+        """
+        if not isinstance(self.anatomy, LanguageAnatomy):
+            name = f"{self.path or 'this checkpoint'} is a {self.kind} model"
+            raise ArchitectureError(
+                f"{name} ({self.anatomy.family}); this works on language models only"
+            )
+        return self.anatomy
 
     @property
     def context(self) -> int:
-        """The longest sequence, in tokens, that the model was made for."""
-        return self.anatomy.context
+        """The longest sequence, in tokens, that a language model was made for."""
+        return self.language.context
 
     def save(
         self, out: str | os.PathLike[str], overwrite: bool = False, check: bool = False
     ) -> Path:
         """Write a Hugging Face directory that transformers loads after ``import postlude``.
 
-        The directory appears by a rename once everything in it is on the disk: a kill leaves the old one, or
-        none. A quantized model keeps its packed codes.
+        A denoiser is written in the layout of diffusers, with its scheduler and the other parts of its pipeline;
+        a quantized one is read again by :func:`postlude.load` only. The directory appears by a rename once
+        everything in it is on the disk: a kill leaves the old one, or none. A quantized model keeps its packed
+        codes.
 
         Args:
             out: the directory.
@@ -62,7 +95,7 @@ class Checkpoint:
             OutputExistsError: ``out`` exists and ``overwrite`` is False, or ``out`` is no checkpoint.
             VerificationError: the files, read again, are another model; the directory does not appear.
         """
-        with atomic_directory(out, overwrite, marker="config.json") as directory:
+        with atomic_directory(out, overwrite, marker=MARKERS) as directory:
             self.write(directory)
             if check:
                 self.reload = self._read_again(directory, os.fspath(out))
@@ -71,10 +104,14 @@ class Checkpoint:
 
     def write(self, directory: Path) -> None:
         """Write the files of :meth:`save` into a directory that is there."""
+        if self.kind == "diffusion":
+            write_denoiser(directory, self.model, self.scheduler, self.pipeline)
+            return
         with quiet_transformers():
             self.model.save_pretrained(directory)
-        if self.tokenizer is not None:
-            self.tokenizer.save_pretrained(directory)
+        for part in (self.tokenizer, self.processor):
+            if part is not None:
+                part.save_pretrained(directory)
         for file in directory.glob("*.safetensors"):
             # The library writes weights for their owner alone; give them the permissions of the rest.
             shutil.copymode(directory / "config.json", file)
@@ -83,11 +120,26 @@ class Checkpoint:
         wide = self.model.dtype not in (torch.float16, torch.bfloat16)
         dtype = str(self.model.dtype).removeprefix("torch.") if wide else "float32"
         arguments = [str(directory), dtype, str(self.model.device)]
-        return compare_reload(self.model, self.anatomy, RELOAD, arguments, what=name)
+        return compare_reload(self.model, self.language, RELOAD, arguments, what=name)
+
+    def files(self) -> list[Path]:
+        """The weight files of the directory it was loaded from or saved to; none while it is in memory only."""
+        if self.path is None:
+            return []
+        return denoiser_files(self.path) if self.kind == "diffusion" else weight_files(self.path)
+
+    def made_by(self) -> dict[str, Any]:
+        """Of a quantized model: ``method``, ``settings``, ``seed``, ``kept`` and more; empty for a float one."""
+        config = getattr(self.model.config, "quantization_config", None)
+        if config is None:
+            return {}
+        made: dict[str, Any] = config["made_by"] if isinstance(config, dict) else config.made_by
+        return made
 
     def fingerprint(self) -> str:
         """SHA-256 over the configuration, and names, types, shapes and bytes of parameters and buffers."""
-        config = self.model.config.to_dict()
+        config = self.model.config
+        config = config.to_dict() if hasattr(config, "to_dict") else dict(config)
         for key in ("_name_or_path", "transformers_version"):  # say nothing about the model
             config.pop(key, None)
         digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())

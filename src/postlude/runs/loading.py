@@ -19,9 +19,10 @@ from safetensors import safe_open
 from postlude.errors import CheckpointError, SettingsError, UnknownNameError
 from postlude.runs.checkpoint import Checkpoint
 from postlude.runs.importing import READERS, Foreign, Reader
+from postlude.runs.pipeline import is_denoiser, load_denoiser
 from postlude.runs.quiet import quiet_transformers
 from postlude.runs.weights import check_finite, read_json, weight_files
-from postlude.surgery.anatomy import Anatomy, anatomy_of, check_supported
+from postlude.surgery.anatomy import Anatomy, anatomy_of, kind_of
 from postlude.surgery.layers import QuantizedLinear, check_scales
 
 __all__ = ["dtype_of", "load", "resolve"]
@@ -44,11 +45,13 @@ def load(
     dtype: str | torch.dtype = "auto",
     device: str | torch.device | None = None,
 ) -> Checkpoint:
-    """Load a language model from a Hugging Face directory; never from the network.
+    """Load a model from a Hugging Face directory; never from the network.
 
-    Float checkpoints, those that Postlude quantized and those in the layouts of GPTQ, AWQ and compressed-tensors
-    load alike; the last become Postlude's own quantized layers, bit for bit. Reads the weights twice: once to
-    see that they are finite, once to build the model.
+    What it is, its files say: a causal language model, a vision transformer (with or without a head that
+    classifies), or a denoiser in the layout of diffusers, as a pipeline or alone. Float checkpoints, those that
+    Postlude quantized and those in the layouts of GPTQ, AWQ and compressed-tensors load alike; the last become
+    Postlude's own quantized layers, bit for bit. Reads the weights twice: once to see that they are finite, once
+    to build the model.
 
     Args:
         path: the directory, or ``zoo:NAME`` for a model that comes with Postlude.
@@ -64,24 +67,36 @@ def load(
     target_dtype = dtype_of(dtype)
     target_device = _device(device)
     directory = resolve(path)
+    if is_denoiser(directory):
+        model, scheduler, pipeline = load_denoiser(directory, target_dtype)
+        checkpoint = _finished(model, directory, target_device)
+        checkpoint.scheduler, checkpoint.pipeline = scheduler, pipeline
+        return checkpoint
     config = _config(directory)
-    check_supported(config["model_type"])
+    kind = kind_of(config["model_type"])
     check_finite(weight_files(directory))
     quantization = config.get("quantization_config") or {}
     reader = READERS.get(str(quantization.get("quant_method")))
     source = None if reader is None else _foreign(directory, quantization, reader)
-    model = _model(directory, target_dtype, source)
-    check_scales(model, positive=reader is None)
+    model = _model(directory, target_dtype, source, None if kind == "language" else config)
+    checkpoint = _finished(model, directory, target_device, positive=reader is None)
+    if kind == "language":
+        checkpoint.tokenizer = _tokenizer(directory)
+    else:
+        checkpoint.processor = _processor(directory)
+    return checkpoint
+
+
+def _finished(
+    model: Any, directory: Path, device: torch.device, *, positive: bool = True
+) -> Checkpoint:
+    """A checkpoint of a model that holds its weights, after a look at its layers."""
+    check_scales(model, positive=positive)
     anatomy = anatomy_of(model)
     _check_places(model, anatomy, directory)
     model.eval()
-    model.to(target_device)
-    return Checkpoint(
-        model=model,
-        tokenizer=_tokenizer(directory),
-        anatomy=anatomy,
-        path=directory,
-    )
+    model.to(device)
+    return Checkpoint(model=model, tokenizer=None, anatomy=anatomy, path=directory)
 
 
 def resolve(path: str | os.PathLike[str]) -> Path:
@@ -120,11 +135,6 @@ def _zoo(name: str) -> Path:
 def _config(directory: Path) -> dict[str, Any]:
     file = directory / "config.json"
     if not file.is_file():
-        if (directory / "model_index.json").is_file():
-            raise CheckpointError(
-                f"{directory} is a diffusers pipeline (model_index.json); expected a language "
-                "model with config.json."
-            )
         if (directory / "adapter_config.json").is_file():
             raise CheckpointError(
                 f"{directory} holds an adapter, not a whole model: merge it into its base model "
@@ -152,7 +162,7 @@ def _config(directory: Path) -> dict[str, Any]:
 
 
 def _check_places(model: Any, anatomy: Anatomy, directory: Path) -> None:
-    known = set(anatomy.linears())
+    known = {*anatomy.linears(), *anatomy.kept()}
     other = [
         path
         for path, module in model.named_modules()
@@ -183,13 +193,38 @@ def _foreign(directory: Path, quantization: dict[str, Any], reader: Reader) -> d
     return {"pretrained_model_name_or_path": None, "config": config, "state_dict": found.tensors}
 
 
-def _model(directory: Path, dtype: torch.dtype | str, source: dict[str, Any] | None = None) -> Any:
+def _vision_class(directory: Path, config: dict[str, Any]) -> Any:
+    """The class that the configuration names, if it is the plain model of its type or one that classifies."""
+    transformers = importlib.import_module("transformers")
+    named = config.get("architectures") or []
+    auto = importlib.import_module("transformers.models.auto.modeling_auto")
+    known: list[str] = []
+    for mapping in (auto.MODEL_MAPPING_NAMES, auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES):
+        found = mapping.get(config["model_type"], ())
+        known += [found] if isinstance(found, str) else list(found)
+    if len(named) != 1 or named[0] not in known:
+        raise CheckpointError(
+            f'{directory} holds {", ".join(map(str, named)) or "a model of no class"} ("architectures" of its '
+            f"config.json); expected one of {', '.join(known)}."
+        )
+    return getattr(transformers, named[0])
+
+
+def _model(
+    directory: Path,
+    dtype: torch.dtype | str,
+    source: dict[str, Any] | None = None,
+    vision: dict[str, Any] | None = None,
+) -> Any:
     # Not at the top: importing it takes seconds, and a refused directory should be refused at once.
     transformers = importlib.import_module("transformers")
+    whole = (
+        transformers.AutoModelForCausalLM if vision is None else _vision_class(directory, vision)
+    )
     with quiet_transformers():
         try:
             if source is None:
-                build = transformers.AutoModelForCausalLM.from_pretrained
+                build = whole.from_pretrained
                 source = {"pretrained_model_name_or_path": directory, "trust_remote_code": False}
             else:
                 # The class by its configuration: there is no directory to look for one in.
@@ -213,7 +248,7 @@ def _model(directory: Path, dtype: torch.dtype | str, source: dict[str, Any] | N
         raise CheckpointError(
             f"{directory} lacks {len(missing)} weights of a {type(model).__name__}: "
             f"{', '.join(missing[:5])}{' ...' if len(missing) > 5 else ''}. Expected all of them; "
-            "they would be drawn at random. Is it a complete causal language model?"
+            "they would be drawn at random. Is it a complete model of that class?"
         )
     unexpected = sorted(info.get("unexpected_keys", ()))
     if unexpected and getattr(model, "is_quantized", False):
@@ -238,6 +273,22 @@ def _tokenizer(directory: Path) -> Any:
         except (ValueError, KeyError, OSError, RuntimeError, TypeError, ImportError) as error:
             raise CheckpointError(
                 f"transformers {transformers.__version__} cannot load the tokenizer of "
+                f"{directory}: {type(error).__name__}: {error}"
+            ) from error
+
+
+def _processor(directory: Path) -> Any:
+    if not (directory / "preprocessor_config.json").is_file():
+        return None
+    transformers = importlib.import_module("transformers")
+    with quiet_transformers():
+        try:
+            return transformers.AutoImageProcessor.from_pretrained(
+                directory, local_files_only=True, trust_remote_code=False
+            )
+        except (ValueError, KeyError, OSError, RuntimeError, TypeError, ImportError) as error:
+            raise CheckpointError(
+                f"transformers {transformers.__version__} cannot load the image processor of "
                 f"{directory}: {type(error).__name__}: {error}"
             ) from error
 

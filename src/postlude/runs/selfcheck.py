@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from postlude.errors import VerificationError
-from postlude.surgery.anatomy import Anatomy
+from postlude.surgery.anatomy import LanguageAnatomy
 
 __all__ = ["RELOAD", "Reload", "compare_reload", "fresh_logits", "in_float32", "probe_tokens"]
 
@@ -126,7 +126,7 @@ def fresh_logits(load: str, arguments: Sequence[str], tokens: Tensor) -> Tensor:
 
 def compare_reload(
     model: Any,
-    anatomy: Anatomy,
+    anatomy: LanguageAnatomy,
     load: str,
     arguments: Sequence[str],
     *,

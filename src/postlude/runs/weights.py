@@ -23,8 +23,7 @@ from postlude.errors import CheckpointError, NonFiniteError
 
 __all__ = ["check_finite", "read_header", "read_json", "weight_files"]
 
-INDEX_NAME = "model.safetensors.index.json"
-SINGLE_NAME = "model.safetensors"
+STEM = "model"
 
 _PICKLE_ENDINGS = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _OTHER_ENDINGS = (".gguf", ".h5", ".msgpack", ".onnx")
@@ -34,21 +33,25 @@ _LARGEST_HEADER = 100_000_000
 _ELEMENTS_AT_ONCE = 1 << 24
 
 
-def weight_files(path: str | os.PathLike[str]) -> list[Path]:
+def weight_files(path: str | os.PathLike[str], stem: str = STEM) -> list[Path]:
     """The safetensors files of a checkpoint directory, each one whole, in the order of their names.
+
+    Args:
+        path: the directory.
+        stem: what the library that wrote them calls weights: ``model`` for transformers.
 
     Raises:
         CheckpointError: there are none, some are missing, one is truncated or no safetensors file,
             or the weights exist only in a format that can run code when it is loaded.
     """
     directory = Path(path)
-    index = directory / INDEX_NAME
-    if (directory / SINGLE_NAME).is_file():
-        files = [directory / SINGLE_NAME]
+    single, index = directory / f"{stem}.safetensors", directory / f"{stem}.safetensors.index.json"
+    if single.is_file():
+        files = [single]
     elif index.is_file():
         files = _shards(directory, index)
     else:
-        raise CheckpointError(_no_weights(directory))
+        raise CheckpointError(_no_weights(directory, stem))
     for file in files:
         read_header(file)
     return files
@@ -166,10 +169,16 @@ def _shards(directory: Path, index: Path) -> list[Path]:
     return files
 
 
-def _no_weights(directory: Path) -> str:
+def _no_weights(directory: Path, stem: str) -> str:
     names = sorted(os.listdir(directory))
     pickled = [n for n in names if n.endswith(_PICKLE_ENDINGS) and n != "training_args.bin"]
-    expected = f"expected {SINGLE_NAME}, or {INDEX_NAME} with its shards"
+    expected = f"expected {stem}.safetensors, or {stem}.safetensors.index.json with its shards"
+    if pickled and stem != STEM:
+        return (
+            f"{directory} holds its weights only as pickle files ({_listing(pickled)}); {expected}. "
+            "Loading a pickle can run any code, so Postlude refuses it. If you trust where it comes from, load it "
+            "with diffusers and use_safetensors=False once, and save it again."
+        )
     if pickled:
         return (
             f"{directory} holds its weights only as pickle files ({_listing(pickled)}); {expected}. "

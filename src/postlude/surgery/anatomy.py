@@ -4,6 +4,10 @@ An :class:`Anatomy` describes a model as blocks and each block as sites. A site 
 pass that linear layers read. Everything that rotates, folds, scales, calibrates, measures or rounds walks
 sites and never module names; architectures are known in ``postlude/surgery/anatomies`` and nowhere else.
 
+What every transformer has is in :class:`Anatomy` and :class:`Block`; what only language models have (an embedding
+of tokens, a head of logits, a stream that a rotation may turn) is in :class:`LanguageAnatomy` and
+:class:`LanguageBlock`.
+
 Weights are read and written through :class:`LinearRef` in torch layout ``[out_features, in_features]``,
 whatever class holds them (``nn.Linear``, or transformers' transposed ``Conv1D``, or rows of a fused
 projection).
@@ -14,8 +18,8 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import pkgutil
-from collections.abc import Callable, Iterator
-from typing import Literal
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
@@ -25,15 +29,21 @@ __all__ = [
     "Anatomy",
     "Block",
     "Heads",
+    "Kind",
+    "LanguageAnatomy",
+    "LanguageBlock",
     "LinearRef",
+    "Modulation",
     "Site",
     "anatomy_of",
     "check_supported",
     "describes",
+    "kind_of",
     "supported_model_types",
 ]
 
-Role = Literal["query", "key", "value", "output", "gate", "up", "down"]
+Kind = Literal["language", "diffusion", "vision"]
+Role = Literal["query", "key", "value", "output", "gate", "up", "down", "condition"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,17 +99,32 @@ class LinearRef:
 
 
 @dataclasses.dataclass(frozen=True)
+class Modulation:
+    """Rows of linears that scale and shift a normalised stream: ``norm(x) * (1 + scale) + shift`` (adaLN).
+
+    Attributes:
+        scale, shift: each computes ``[batch, width]`` from the condition.
+    """
+
+    scale: LinearRef
+    shift: LinearRef
+
+
+@dataclasses.dataclass(frozen=True)
 class Site:
     """One tensor that linear layers read.
 
     Attributes:
-        name: ``qkv_in``, ``o_in``, ``ug_in`` or ``down_in``.
+        name: ``qkv_in``, ``o_in``, ``ug_in`` or ``down_in`` where there is one attention and one perceptron;
+            others are named by what sets them apart, as in ``cross_q_in``.
         width: size of its last axis.
         readers: the linears that read it.
-        norm: path of the norm that produces it from the residual stream; None inside a branch.
+        norm: path of the norm that produces it from the residual stream; None inside a branch, and where what
+            scales the norm's output is shared with other sites.
         writers: the linears whose output becomes this tensor without leaving its axis (values for ``o_in``,
             gate and up for ``down_in``); empty for sites on the residual stream.
         heads: head structure of the axis, where it has one.
+        modulation: what scales and shifts the output of ``norm``, where the condition does that.
     """
 
     name: str
@@ -108,6 +133,7 @@ class Site:
     norm: str | None = None
     writers: tuple[LinearRef, ...] = ()
     heads: Heads | None = None
+    modulation: Modulation | None = None
 
     @property
     def modules(self) -> tuple[str, ...]:
@@ -115,34 +141,36 @@ class Site:
         return tuple(dict.fromkeys(reader.module for reader in self.readers))
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Block:
-    """One residual block: attention, then a multi-layer perceptron.
+    """One block: what is computed between two states of the residual stream.
 
     Attributes:
         index: from 0.
-        name: path of the module that is called with the hidden states.
-        attention: path of the attention module.
-        activation: path of the activation function's module.
-        gated: whether the product is ``act(gate) * up`` rather than ``act(up)``.
+        name: path of the module that is called with the residual streams.
         sites: in the order in which they are computed.
+        kept: sites whose linears stay in floating point by default: those that compute modulations and
+            embeddings of the condition, and streams that published methods leave alone.
+        float_modules: paths of other modules with a matrix that no site describes (convolutions).
+        streams: parameters of the module's ``forward`` that carry residual streams, in the order in which it
+            returns them; the first also if it returns one tensor.
     """
 
     index: int
     name: str
-    attention: str
-    activation: str
-    gated: bool
     sites: tuple[Site, ...]
+    kept: tuple[Site, ...] = ()
+    float_modules: tuple[str, ...] = ()
+    streams: tuple[str, ...] = ("hidden_states",)
 
     def site(self, name: str) -> Site:
-        for site in self.sites:
+        for site in (*self.sites, *self.kept):
             if site.name == name:
                 return site
         raise KeyError(f"block {self.index} has no site {name!r}: {[s.name for s in self.sites]}")
 
     def linear(self, role: Role) -> LinearRef:
-        """The linear with this role."""
+        """The first linear with this role."""
         for site in self.sites:
             for reader in site.readers:
                 if reader.role == role:
@@ -157,15 +185,80 @@ class Block:
         return heads
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LanguageBlock(Block):
+    """A block of a language model: attention, then a multi-layer perceptron.
+
+    Attributes:
+        attention: path of the attention module.
+        activation: path of the activation function's module.
+        gated: whether the product is ``act(gate) * up`` rather than ``act(up)``.
+    """
+
+    attention: str
+    activation: str
+    gated: bool
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Anatomy:
     """A model as blocks and sites.
 
     Attributes:
         family: file in ``surgery/anatomies`` that describes it.
+        kind: what the model computes.
         hidden_size: width of the residual stream.
-        embeddings: tables whose rows are added to start the residual stream (tokens, learned positions).
         blocks: in order.
+    """
+
+    family: str
+    kind: Kind
+    hidden_size: int
+    blocks: tuple[Block, ...]
+
+    def sites(self) -> Iterator[tuple[Block, Site]]:
+        """Every site of every block, in the order of the forward pass; those that are kept are not among them."""
+        for block in self.blocks:
+            for site in block.sites:
+                yield block, site
+
+    def linears(self) -> Iterator[str]:
+        """Paths of every linear that reads a site, each once."""
+        for _, site in self.sites():
+            yield from site.modules
+
+    def kept(self) -> Iterator[str]:
+        """Paths of the linears and other matrices of the blocks that stay in floating point by default."""
+        for block in self.blocks:
+            for site in block.kept:
+                yield from site.modules
+            yield from block.float_modules
+
+    def forward(self, model: nn.Module, batch: Mapping[str, Any]) -> None:
+        """Run everything up to the last block, and as little else as the model allows.
+
+        Args:
+            batch: the keyword arguments of the model's ``forward``, on its device.
+        """
+        model(**batch)
+
+    def paths(self) -> Iterator[str]:
+        """Paths of every module that is named here; all of them have to exist."""
+        yield from self.linears()
+        yield from self.kept()
+        for block, site in self.sites():
+            yield block.name
+            if site.norm:
+                yield site.norm
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LanguageAnatomy(Anatomy):
+    """A language model as blocks and sites.
+
+    Attributes:
+        blocks: in order.
+        embeddings: tables whose rows are added to start the residual stream (tokens, learned positions).
         decoder: path of the model without its head.
         final_norm: path of the norm after the last block.
         head: path of the linear that reads it and gives logits.
@@ -173,26 +266,23 @@ class Anatomy:
         context: longest sequence it was made for.
     """
 
-    family: str
-    hidden_size: int
+    kind: Kind = "language"
+    blocks: tuple[LanguageBlock, ...]
     embeddings: tuple[str, ...]
-    blocks: tuple[Block, ...]
     decoder: str
     final_norm: str
     head: str
     norm_kind: Literal["rms", "layer"]
     context: int
 
-    def sites(self) -> Iterator[tuple[Block, Site]]:
-        """Every site of every block, in the order of the forward pass."""
-        for block in self.blocks:
-            for site in block.sites:
-                yield block, site
+    def forward(self, model: nn.Module, batch: Mapping[str, Any]) -> None:
+        """Run the model without its head, and without a cache."""
+        model.get_submodule(self.decoder)(**batch, use_cache=False)
 
-    def linears(self) -> Iterator[str]:
-        """Paths of every linear of every block, each once."""
-        for _, site in self.sites():
-            yield from site.modules
+    def paths(self) -> Iterator[str]:
+        """Paths of every module that is named here; all of them have to exist."""
+        yield from super().paths()
+        yield from (*self.embeddings, self.final_norm, self.head)
 
     def residual_writers(self) -> Iterator[LinearRef]:
         """The linears that add to the residual stream."""
@@ -212,31 +302,60 @@ class Anatomy:
         return any(bias is not None and bool(bias.any()) for bias in biases)
 
 
-Builder = Callable[[nn.Module], Anatomy]
-_BUILDERS: dict[str, Builder] = {}
+# A builder may be asked for any class of its models; what it finds there decides what it says.
+Builder = Callable[[Any], Anatomy]
 
 
-def describes(*model_types: str) -> Callable[[Builder], Builder]:
-    """Register a function that builds the anatomy of these ``config.model_type`` values."""
+@dataclasses.dataclass(frozen=True)
+class _Entry:
+    builder: Builder
+    kind: Kind
+
+
+_ENTRIES: dict[str, _Entry] = {}
+
+
+def describes(*names: str, kind: Kind = "language") -> Callable[[Builder], Builder]:
+    """Register a function that builds the anatomy of models of these names.
+
+    Args:
+        names: values of ``config.model_type`` of transformers, or class names of diffusers.
+        kind: of those models.
+    """
 
     def register(builder: Builder) -> Builder:
-        for model_type in model_types:
-            _BUILDERS[model_type] = builder
+        for name in names:
+            _ENTRIES[name] = _Entry(builder, kind)
         return builder
 
     return register
 
 
-def _builders() -> dict[str, Builder]:
+def _entries() -> dict[str, _Entry]:
     package = importlib.import_module("postlude.surgery.anatomies")
     for module in pkgutil.iter_modules(package.__path__):
         importlib.import_module(f"{package.__name__}.{module.name}")
-    return _BUILDERS
+    return _ENTRIES
 
 
-def supported_model_types() -> list[str]:
-    """Every ``config.model_type`` with an anatomy."""
-    return sorted(_builders())
+def supported_model_types(kind: Kind | None = None) -> list[str]:
+    """Every ``config.model_type`` and diffusers class with an anatomy; of one kind only where it is given."""
+    return sorted(name for name, entry in _entries().items() if kind in (None, entry.kind))
+
+
+def kind_of(name: str) -> Kind:
+    """The kind of the models of a ``config.model_type`` or diffusers class.
+
+    Raises:
+        ArchitectureError: names the types known and the page on adding one.
+    """
+    entries = _entries()
+    if name not in entries:
+        raise ArchitectureError(
+            f"no anatomy describes models of type {name!r}. Known types: "
+            f"{', '.join(supported_model_types())}. docs/add-an-architecture.md shows how to add one."
+        )
+    return entries[name].kind
 
 
 def check_supported(model_type: str) -> None:
@@ -245,28 +364,24 @@ def check_supported(model_type: str) -> None:
     Raises:
         ArchitectureError: names the types known and the page on adding one.
     """
-    if model_type not in _builders():
-        raise ArchitectureError(
-            f"no anatomy describes models of type {model_type!r}. Known types: "
-            f"{', '.join(supported_model_types())}. docs/add-an-architecture.md shows how to add one."
-        )
+    kind_of(model_type)
 
 
 def anatomy_of(model: nn.Module) -> Anatomy:
-    """Describe a transformers model.
+    """Describe a model of transformers or diffusers.
 
     Raises:
         ArchitectureError: no anatomy describes it, or the description does not fit the modules found.
     """
-    model_type = str(getattr(getattr(model, "config", None), "model_type", None))
-    check_supported(model_type)
-    anatomy = _builders()[model_type](model)
-    for path in (*anatomy.linears(), *anatomy.embeddings, anatomy.final_norm, anatomy.head):
+    name = str(getattr(getattr(model, "config", None), "model_type", None) or type(model).__name__)
+    check_supported(name)
+    anatomy = _entries()[name].builder(model)
+    for path in anatomy.paths():
         try:
             model.get_submodule(path)
         except AttributeError as error:
             raise ArchitectureError(
-                f"the anatomy of {model_type!r} expects a module {path!r} that this "
+                f"the anatomy of {name!r} expects a module {path!r} that this "
                 f"{type(model).__name__} does not have"
             ) from error
     return anatomy

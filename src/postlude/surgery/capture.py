@@ -1,25 +1,39 @@
-"""Run token batches through a model and look at what passes.
+"""Run batches through a model and look at what passes.
 
-:func:`observe` runs the whole model and hands every asked-for site input to an observer. :class:`BlockWalk`
-keeps the hidden states of all calibration sequences before one block, so that a block can be observed, changed
-and then left behind: one block's activations are resident at a time.
+A batch is a mapping of keyword arguments of the model's ``forward``; a tensor of token ids stands for
+``{"input_ids": ids}``. :func:`observe` runs the whole model and hands every asked-for site input to an observer.
+:class:`BlockWalk` keeps the hidden states of all calibration batches before one block, so that a block can be
+observed, changed and then left behind: one block's activations are resident at a time.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from postlude.surgery.anatomy import Anatomy, Block
+from postlude.surgery.anatomy import Anatomy, Block, LanguageBlock
 from postlude.surgery.layers import hold_dense
 
-__all__ = ["BlockWalk", "Observer", "device_of", "observe", "token_batches"]
+__all__ = [
+    "Batch",
+    "BlockWalk",
+    "Calibration",
+    "Observer",
+    "device_of",
+    "forward_batches",
+    "observe",
+    "token_batches",
+]
 
 Observer = Callable[[Tensor], None]
+Batch = Mapping[str, Any]
+# Tokens [sequences, length], or batches of whatever the model takes.
+Calibration = Tensor | Sequence[Batch]
 
 # Tokens in one forward pass where the caller does not say.
 TOKENS_PER_BATCH = 4096
@@ -42,9 +56,41 @@ def token_batches(tokens: Tensor, tokens_per_batch: int = TOKENS_PER_BATCH) -> I
     yield from tokens.split(rows)
 
 
-def _hidden(value: Any) -> Tensor:
-    hidden: Tensor = value[0] if isinstance(value, tuple) else value
-    return hidden
+def forward_batches(calibration: Calibration) -> Iterator[Batch]:
+    """Calibration data as batches; tokens are split as by :func:`token_batches`."""
+    if isinstance(calibration, Tensor):
+        for ids in token_batches(calibration):
+            yield {"input_ids": ids}
+    else:
+        yield from calibration
+
+
+def _placed(batch: Tensor | Batch, model: nn.Module) -> dict[str, Any]:
+    """A batch on the model's device, its floating-point tensors in the type of the model's parameters."""
+    given = {"input_ids": batch} if isinstance(batch, Tensor) else batch
+    device = device_of(model)
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+
+    def place(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {name: place(part) for name, part in value.items()}
+        if not isinstance(value, Tensor):
+            return value
+        return value.to(device, dtype) if value.is_floating_point() else value.to(device)
+
+    return {name: place(value) for name, value in given.items()}
+
+
+def _streams(block: Block, output: Any) -> tuple[Tensor, ...]:
+    """The residual streams that a block returned, in the order of ``block.streams``."""
+    if len(block.streams) == 1:
+        return (output[0] if isinstance(output, tuple) else output,)
+    return tuple(output)
+
+
+def _main(block: Block, streams: tuple[Tensor, ...]) -> Tensor:
+    """The stream of the thing itself (tokens, patches), beside those of a text that conditions it."""
+    return streams[block.streams.index("hidden_states")]
 
 
 @contextlib.contextmanager
@@ -82,7 +128,7 @@ def _site_hooks(
 def observe(
     model: nn.Module,
     anatomy: Anatomy,
-    batches: Iterable[Tensor],
+    batches: Iterable[Tensor | Batch],
     observers: Mapping[tuple[int, str], Observer],
     *,
     residual: Callable[[int, Tensor], None] | None = None,
@@ -90,15 +136,14 @@ def observe(
     """Run the model without its head and show its inner tensors to observers.
 
     Args:
-        model: a transformers model.
+        model: a model of transformers or diffusers.
         anatomy: of that model.
-        batches: token ids, each ``[batch, length]``, without padding.
-        observers: by ``(block index, site name)``; called with ``[batch, length, width]``.
+        batches: keyword arguments of its forward, or token ids ``[batch, length]`` without padding.
+        observers: by ``(block index, site name)``; called with ``[batch, length, width]`` (``[batch, width]``
+            where a site reads the condition).
         residual: called with ``(index, [batch, length, hidden_size])``: index -1 is the stream before the
             first block, index ``i`` the output of block ``i``, before any norm.
     """
-    decoder = model.get_submodule(anatomy.decoder)
-    device = device_of(model)
     wanted = [
         (anatomy.blocks[index].site(name).modules[0], observer)
         for (index, name), observer in observers.items()
@@ -116,27 +161,54 @@ def observe(
                 handles.append(first.register_forward_pre_hook(before, with_kwargs=True))
                 for block in anatomy.blocks:
 
-                    def after(_: nn.Module, __: Any, output: Any, index: int = block.index) -> None:
-                        look(index, _hidden(output))
+                    def after(_: nn.Module, __: Any, output: Any, block: Block = block) -> None:
+                        look(block.index, _main(block, _streams(block, output)))
 
                     handles.append(model.get_submodule(block.name).register_forward_hook(after))
             for batch in batches:
-                decoder(input_ids=batch.to(device), use_cache=False)
+                anatomy.forward(model, _placed(batch, model))
         finally:
             for handle in handles:
                 handle.remove()
 
 
+class _Call:
+    """How a block was called: everything but its residual streams, and where those belong."""
+
+    def __init__(
+        self, module: nn.Module, block: Block, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        names = list(inspect.signature(type(module).forward).parameters)[1:]
+        self._places: list[int | str] = [
+            name if name in kwargs else names.index(name) for name in block.streams
+        ]
+        self._args, self._kwargs = list(args), dict(kwargs)
+        self.streams: tuple[Tensor, ...] = tuple(self._take(place) for place in self._places)
+
+    def _take(self, place: int | str) -> Any:
+        held: Any = self._args if isinstance(place, int) else self._kwargs
+        value, held[place] = held[place], None
+        return value
+
+    def with_streams(self, streams: tuple[Tensor, ...]) -> tuple[list[Any], dict[str, Any]]:
+        """The arguments of the block for these streams."""
+        args, kwargs = list(self._args), dict(self._kwargs)
+        for place, stream in zip(self._places, streams, strict=True):
+            held: Any = args if isinstance(place, int) else kwargs
+            held[place] = stream
+        return args, kwargs
+
+
 class BlockWalk:
-    """Hidden states of calibration sequences, moved through a model one block at a time.
+    """Hidden states of calibration batches, moved through a model one block at a time.
 
     The walk starts before block 0. ``observe`` runs the current block as it is now; ``advance`` runs it a last
     time and moves on. Whatever the caller did to the block in between is what the next block sees.
 
     Args:
-        model: a transformers model.
+        model: a model of transformers or diffusers.
         anatomy: of that model.
-        tokens: ``[sequences, length]``.
+        calibration: batches, or tokens ``[sequences, length]``.
         tokens_per_batch: tokens in one forward pass.
     """
 
@@ -144,35 +216,43 @@ class BlockWalk:
         self,
         model: nn.Module,
         anatomy: Anatomy,
-        tokens: Tensor,
+        calibration: Calibration,
         tokens_per_batch: int = TOKENS_PER_BATCH,
     ) -> None:
         self._model = model
-        self._rows = max(1, tokens_per_batch // tokens.shape[1])
-        # A block's other arguments (masks, positions) depend on the batch only through its number of rows.
-        self._arguments: dict[tuple[int, int], tuple[tuple[Any, ...], dict[str, Any]]] = {}
-        hidden: list[Tensor] = []
-        with torch.no_grad(), self._recording(anatomy, hidden):
-            decoder = model.get_submodule(anatomy.decoder)
-            for batch in tokens.split(self._rows):
-                decoder(input_ids=batch.to(device_of(model)), use_cache=False)
-        self._hidden = hidden
+        tokens = isinstance(calibration, Tensor)
+        batches: Iterable[Tensor | Batch] = (
+            token_batches(calibration, tokens_per_batch)
+            if isinstance(calibration, Tensor)
+            else calibration
+        )
+        # A block's other arguments (masks, positions) depend on a batch of tokens only through its number of rows;
+        # a condition is of its batch alone.
+        self._keys: list[int] = []
+        self._calls: dict[tuple[int, int], _Call] = {}
+        self._states: list[tuple[Tensor, ...]] = []
+        with torch.no_grad(), self._recording(anatomy):
+            for number, batch in enumerate(batches):
+                self._keys.append(len(batch) if tokens else number)
+                anatomy.forward(model, _placed(batch, model))
         # What the current block's output projection reads, batch by batch, once that is final.
         self._mixed: list[Tensor] | None = None
 
     @contextlib.contextmanager
-    def _recording(self, anatomy: Anatomy, hidden: list[Tensor]) -> Iterator[None]:
+    def _recording(self, anatomy: Anatomy) -> Iterator[None]:
         """Blocks that pass their input on and write down what else they were called with."""
         blocks = [(block, self._model.get_submodule(block.name)) for block in anatomy.blocks]
         for block, module in blocks:
 
             def record(
-                hidden_states: Tensor, *args: Any, _index: int = block.index, **kwargs: Any
-            ) -> Tensor:
-                if _index == 0:
-                    hidden.append(hidden_states)
-                self._arguments[_index, hidden_states.shape[0]] = (args, kwargs)
-                return hidden_states
+                *args: Any, _block: Block = block, _module: nn.Module = module, **kwargs: Any
+            ) -> Any:
+                call = _Call(_module, _block, args, kwargs)
+                streams, call.streams = call.streams, ()
+                self._calls[_block.index, self._keys[-1]] = call
+                if _block.index == 0:
+                    self._states.append(streams)
+                return streams if len(streams) > 1 else streams[0]
 
             module.forward = record
         try:
@@ -181,20 +261,26 @@ class BlockWalk:
             for _, module in blocks:
                 del module.forward  # the class's own method again
 
-    def _call(self, block: Block, index: int) -> Tensor:
+    def _call(self, block: Block, index: int) -> tuple[Tensor, ...]:
         """Output of the block for one batch; its attention is replayed if it was frozen."""
-        args, kwargs = self._arguments[block.index, self._hidden[index].shape[0]]
+        args, kwargs = self._calls[block.index, self._keys[index]].with_streams(self._states[index])
+        with self._replaying(block, index):
+            return _streams(block, self._model.get_submodule(block.name)(*args, **kwargs))
+
+    @contextlib.contextmanager
+    def _replaying(self, block: Block, index: int) -> Iterator[None]:
+        if self._mixed is None or not isinstance(block, LanguageBlock):
+            yield
+            return
         attention = self._model.get_submodule(block.attention)
-        if self._mixed is not None:
-            project = self._model.get_submodule(block.linear("output").module)
-            mixed = self._mixed[index]
-            # Attention modules return their output and its weights, which nobody reads here.
-            attention.forward = lambda *_, **__: (project(mixed), None)
+        project = self._model.get_submodule(block.linear("output").module)
+        mixed = self._mixed[index]
+        # Attention modules return their output and its weights, which nobody reads here.
+        attention.forward = lambda *_, **__: (project(mixed), None)
         try:
-            module = self._model.get_submodule(block.name)
-            return _hidden(module(self._hidden[index], *args, **kwargs))
+            yield
         finally:
-            attention.__dict__.pop("forward", None)
+            del attention.forward
 
     @torch.no_grad()
     def observe(
@@ -207,17 +293,19 @@ class BlockWalk:
             observers: by site name; called with ``[batch, length, width]``.
             freeze_attention: keep what the output projection reads and use it again until ``advance``, for a
                 caller that changes nothing before that projection any more; ``o_in`` must be the last site.
+                Saves time in language models; elsewhere attention is computed again.
         """
         sites = [site for site in block.sites if site.name in observers]
         hooks = [(site.modules[0], observers[site.name]) for site in sites]
         mixed: list[Tensor] = []
+        freeze_attention = freeze_attention and isinstance(block, LanguageBlock)
         if freeze_attention:
             if sites[-1].name != "o_in":
                 raise ValueError("attention is frozen while its output site is observed last")
             hooks.insert(-1, (sites[-1].modules[0], mixed.append))
         module = self._model.get_submodule(block.name)
         with _site_hooks(self._model, hooks, stop=True), hold_dense(module):
-            for index in range(len(self._hidden)):
+            for index in range(len(self._states)):
                 with contextlib.suppress(_Stop):
                     self._call(block, index)
         if freeze_attention:
@@ -227,6 +315,6 @@ class BlockWalk:
     def advance(self, block: Block) -> None:
         """Run the block and keep its output as the hidden states before the next one."""
         with hold_dense(self._model.get_submodule(block.name)):
-            for index in range(len(self._hidden)):
-                self._hidden[index] = self._call(block, index)
+            for index in range(len(self._states)):
+                self._states[index] = self._call(block, index)
         self._mixed = None

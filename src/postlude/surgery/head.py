@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from postlude.errors import ArchitectureError
-from postlude.surgery.anatomy import Anatomy
+from postlude.surgery.anatomy import LanguageAnatomy
 
 __all__ = ["LanguageHead"]
 
@@ -33,7 +33,7 @@ class LanguageHead:
         ArchitectureError: the head is no plain linear layer.
     """
 
-    def __init__(self, model: nn.Module, anatomy: Anatomy) -> None:
+    def __init__(self, model: nn.Module, anatomy: LanguageAnatomy) -> None:
         head = model.get_submodule(anatomy.head)
         if (
             not isinstance(getattr(head, "weight", None), nn.Parameter)

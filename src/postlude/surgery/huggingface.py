@@ -34,6 +34,7 @@ __all__ = [
     "describe_linears",
     "mark",
     "register",
+    "restore",
 ]
 
 METHOD = "postlude"
@@ -60,7 +61,8 @@ def describe(model: nn.Module) -> dict[str, Any]:
         if spec not in kinds:
             kinds.append(spec)
         modules[path] = kinds.index(spec)
-    head = cast(Any, model).get_output_embeddings()
+    embeddings_of = getattr(model, "get_output_embeddings", None)
+    head = None if embeddings_of is None else embeddings_of()
     if isinstance(head, nn.Linear) and head.bias is not None:
         # No described architecture has one; folding the bias of a final LayerNorm makes one.
         path = next(path for path, module in model.named_modules() if module is head)
@@ -168,12 +170,30 @@ class PostludeQuantizer(HfQuantizer):
 
 
 def mark(model: nn.Module, made_by: dict[str, Any]) -> None:
-    """Tell transformers that this model is in Postlude's format, so that it saves itself as such."""
+    """Write into a model's configuration that it is in Postlude's format, so that it saves itself as such."""
     config = PostludeConfig(description=describe(model), made_by=made_by)
     owner = cast(Any, model)
+    if hasattr(owner, "register_to_config"):  # a model of diffusers
+        owner.register_to_config(quantization_config=config.to_dict())
+        return
     owner.config.quantization_config = config
     owner.hf_quantizer = PostludeQuantizer(config)
     owner.is_quantized = True
+
+
+def restore(model: nn.Module, quantization: dict[str, Any], dtype: torch.dtype) -> None:
+    """Give a float model of diffusers, its parameters on the meta device, the layers of a quantized one.
+
+    Args:
+        quantization: the ``quantization_config`` of its configuration.
+        dtype: of parameters that stay in floating point.
+
+    Raises:
+        CheckpointError: of another version, or a layer of a kind that is not known.
+    """
+    config = PostludeConfig(**{k: v for k, v in quantization.items() if k != "quant_method"})
+    _build(model, config.description, dtype)
+    cast(Any, model).register_to_config(quantization_config=config.to_dict())
 
 
 def register() -> None:

@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from postlude.errors import ArchitectureError
 from postlude.numerics.directions import gaussian_linearisation, project_out
-from postlude.surgery.anatomy import Anatomy, Block, Site
+from postlude.surgery.anatomy import LanguageAnatomy, LanguageBlock, Site
 
 __all__ = [
     "BlockApproximation",
@@ -82,7 +82,7 @@ def _identity(like: Tensor) -> Tensor:
     return torch.eye(like.shape[0], dtype=like.dtype, device=like.device)
 
 
-def norm_path(block: Block, site: str) -> str:
+def norm_path(block: LanguageBlock, site: str) -> str:
     """Path of the norm that makes this site from the residual stream.
 
     Raises:
@@ -95,7 +95,7 @@ def norm_path(block: Block, site: str) -> str:
 
 
 @contextlib.contextmanager
-def attention_silenced(model: nn.Module, anatomy: Anatomy) -> Iterator[None]:
+def attention_silenced(model: nn.Module, anatomy: LanguageAnatomy) -> Iterator[None]:
     """Within this context every attention module's output is zero, its bias included."""
 
     def silence(_: nn.Module, __: Any, output: Any) -> Any:
@@ -137,7 +137,7 @@ def direction_hidden(model: nn.Module, module: str, direction: Tensor) -> Iterat
 @torch.no_grad()
 def run_to(
     model: nn.Module,
-    anatomy: Anatomy,
+    anatomy: LanguageAnatomy,
     block: int,
     *,
     tokens: Tensor | None = None,
@@ -194,7 +194,7 @@ def normalise(model: nn.Module, norm: str, x: Tensor) -> Tensor:
 
 
 def feed_forward(
-    model: nn.Module, block: Block, *, bias: bool = True, dtype: torch.dtype = torch.float32
+    model: nn.Module, block: LanguageBlock, *, bias: bool = True, dtype: torch.dtype = torch.float32
 ) -> Callable[[Tensor], Tensor]:
     """A block's multi-layer perceptron, without the norm before it, as a function of ``[..., hidden_size]``.
 
@@ -223,7 +223,7 @@ def feed_forward(
     return apply
 
 
-def _norm_matrix(model: nn.Module, anatomy: Anatomy, norm: str) -> Tensor:
+def _norm_matrix(model: nn.Module, anatomy: LanguageAnatomy, norm: str) -> Tensor:
     """A norm without its division and bias: ``diag(gamma)``, after centring for a LayerNorm."""
     gamma = model.get_submodule(norm).weight
     if not isinstance(gamma, Tensor):
@@ -234,7 +234,7 @@ def _norm_matrix(model: nn.Module, anatomy: Anatomy, norm: str) -> Tensor:
     return matrix
 
 
-def _attention_path(model: nn.Module, anatomy: Anatomy, block: Block) -> Tensor:
+def _attention_path(model: nn.Module, anatomy: LanguageAnatomy, block: LanguageBlock) -> Tensor:
     """``Wt_O rep_kv(Wt_V)``: attention to oneself only, whose softmax is 1."""
     heads = block.heads
     value = block.linear("value").weight(model).double()
@@ -245,7 +245,7 @@ def _attention_path(model: nn.Module, anatomy: Anatomy, block: Block) -> Tensor:
 
 @torch.no_grad()
 def approximate_block(
-    model: nn.Module, anatomy: Anatomy, block: Block, samples: int, seed: int
+    model: nn.Module, anatomy: LanguageAnatomy, block: LanguageBlock, samples: int, seed: int
 ) -> BlockApproximation:
     """The linear approximation of a block for a single token (singular defects, arXiv:2502.07004).
 

@@ -19,8 +19,15 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from postlude.errors import SettingsError
-from postlude.surgery.anatomy import Anatomy, Block, LinearRef, Site
+from postlude.errors import ArchitectureError, SettingsError
+from postlude.surgery.anatomy import (
+    Block,
+    LanguageAnatomy,
+    LanguageBlock,
+    LinearRef,
+    Modulation,
+    Site,
+)
 from postlude.surgery.key_values import KeyValueQuantizer, attach, detach, use_rotating_attention
 from postlude.surgery.layers import BlockHadamard, QuantizedLinear
 
@@ -104,7 +111,7 @@ def replace_module(model: nn.Module, path: str, module: nn.Module) -> Undo:
     return undo
 
 
-def untie_head(model: nn.Module, anatomy: Anatomy) -> Undo:
+def untie_head(model: nn.Module, anatomy: LanguageAnatomy) -> Undo:
     """Give the head a weight of its own where it shares the token embedding's."""
     undo = Undo()
     head = model.get_submodule(anatomy.head)
@@ -120,7 +127,7 @@ def untie_head(model: nn.Module, anatomy: Anatomy) -> Undo:
     return undo
 
 
-def fold_norms(model: nn.Module, anatomy: Anatomy) -> Undo:
+def fold_norms(model: nn.Module, anatomy: LanguageAnatomy) -> Undo:
     """Move the weight and bias of every norm into the linears that read it; the head included.
 
     ``norm(x) = gamma * xhat + beta`` read by ``W`` is ``xhat`` read by ``diag(gamma) W`` with the bias
@@ -158,7 +165,7 @@ def fold_norms(model: nn.Module, anatomy: Anatomy) -> Undo:
     return undo
 
 
-def _centre_residual(undo: Undo, model: nn.Module, anatomy: Anatomy) -> None:
+def _centre_residual(undo: Undo, model: nn.Module, anatomy: LanguageAnatomy) -> None:
     """Take the mean over channels out of everything that is added to the residual stream."""
     for path in anatomy.embeddings:
         table = cast(nn.Parameter, model.get_submodule(path).weight)
@@ -170,7 +177,7 @@ def _centre_residual(undo: Undo, model: nn.Module, anatomy: Anatomy) -> None:
         _put_linear(undo, model, writer, weight - weight.mean(0, keepdim=True), centred)
 
 
-def rotate_residual(model: nn.Module, anatomy: Anatomy, rotation: Tensor) -> Undo:
+def rotate_residual(model: nn.Module, anatomy: LanguageAnatomy, rotation: Tensor) -> Undo:
     """Change the basis of the residual stream; norms must be folded.
 
     Args:
@@ -217,7 +224,7 @@ def rotate_values(model: nn.Module, block: Block, rotations: Tensor) -> Undo:
     return undo
 
 
-def rotate_keys(model: nn.Module, block: Block, quantizer: KeyValueQuantizer) -> Undo:
+def rotate_keys(model: nn.Module, block: LanguageBlock, quantizer: KeyValueQuantizer) -> Undo:
     """Rotate queries and keys after the rotary embedding; their products do not change.
 
     The key bias is left alone: it acts before the rotary embedding, the rotation after it.
@@ -271,6 +278,9 @@ def transform_input(model: nn.Module, site: Site, transform: BlockHadamard) -> U
 def scale_norm_site(model: nn.Module, site: Site, scale: Tensor) -> Undo:
     """Divide a norm's output by ``scale`` per channel and multiply its readers' columns by it.
 
+    Where the condition scales and shifts the output (adaLN), ``xhat (1 + a) + b`` with ``a = W_a c + b_a``, it is
+    ``a <- (1 + a) / scale - 1`` and ``b <- b / scale``: rows of the linears that compute them.
+
     Args:
         site: one fed by a norm.
         scale: positive, ``[width]``.
@@ -279,16 +289,32 @@ def scale_norm_site(model: nn.Module, site: Site, scale: Tensor) -> Undo:
         raise ValueError(f"site {site.name} is not fed by a norm")
     undo = Undo()
     norm = model.get_submodule(site.norm)
-    for name in ("weight", "bias"):
-        parameter = cast("nn.Parameter | None", getattr(norm, name, None))
-        if parameter is not None:
-            _put(undo, parameter, parameter.data.double() / scale.double())
+    if site.modulation is not None:
+        _scale_modulation(undo, model, site.modulation, scale.double())
+    else:
+        for name in ("weight", "bias"):
+            parameter = cast("nn.Parameter | None", getattr(norm, name, None))
+            if parameter is not None:
+                _put(undo, parameter, parameter.data.double() / scale.double())
     for reader in site.readers:
         _put_linear(undo, model, reader, reader.weight(model).double() * scale.double())
     return undo
 
 
-def scale_product(model: nn.Module, block: Block, scale: Tensor) -> Undo:
+def _scale_modulation(undo: Undo, model: nn.Module, modulation: Modulation, scale: Tensor) -> None:
+    gain, shift = modulation.scale, modulation.shift
+    for ref, offset in ((gain, 1.0), (shift, 0.0)):
+        bias = ref.bias(model)
+        if bias is None and offset:
+            raise ArchitectureError(
+                f"{ref.module} computes a modulation without a bias, which could not take a constant in"
+            )
+        # 1 + a is divided, so the 1 goes through the bias.
+        moved = None if bias is None else (offset + bias.double()) / scale - offset
+        _put_linear(undo, model, ref, ref.weight(model).double() / scale[:, None], moved)
+
+
+def scale_product(model: nn.Module, block: LanguageBlock, scale: Tensor) -> Undo:
     """Divide the up-projection's output by ``scale`` per channel and multiply the down-projection's columns.
 
     Exact for a gated MLP, whose product is linear in the up-projection.

@@ -236,7 +236,7 @@ def check_vocabulary(checkpoint: Checkpoint, reference: Checkpoint) -> None:
         SettingsError: another number of words, or other words.
     """
     sizes = [
-        len(one.model.get_submodule(one.anatomy.head).weight) for one in (checkpoint, reference)
+        len(one.model.get_submodule(one.language.head).weight) for one in (checkpoint, reference)
     ]
     if sizes[0] != sizes[1]:
         raise SettingsError(
@@ -284,7 +284,7 @@ def compute_prior(
     final = Path(os.path.realpath(out))
     key = identity(reference.fingerprint(), reference.tokenizer, examples)
     model = frozen(reference.model, dtype)
-    head = LanguageHead(model, reference.anatomy)
+    head = LanguageHead(model, reference.language)
     check_tokens(examples, model)
     head.check(examples.ids(0))
     run = Reference(model, head)

@@ -97,7 +97,7 @@ class WeightedLikelihood(Objective):
         """See :meth:`Objective.check`."""
         if job.reference is not None:
             check_vocabulary(job.checkpoint, job.reference)
-        LanguageHead(job.checkpoint.model, job.checkpoint.anatomy)
+        LanguageHead(job.checkpoint.model, job.checkpoint.language)
 
     def train(self, job: Job) -> Outcome:
         """See :meth:`Objective.train`."""
@@ -106,7 +106,7 @@ class WeightedLikelihood(Objective):
         checkpoint, run = job.checkpoint, job.run
         length = length_of(run.max_length, checkpoint.context)
         examples = read_examples(job.data, checkpoint.tokenizer, length, job.progress)
-        head = LanguageHead(checkpoint.model, checkpoint.anatomy)
+        head = LanguageHead(checkpoint.model, checkpoint.language)
         check_tokens(examples, checkpoint.model)
         head.check(examples.ids(0))
         prior = self._prior(job, examples)
@@ -173,7 +173,7 @@ class WeightedLikelihood(Objective):
         if job.reference is None:
             return Reference(job.model, head)
         frozen = job.reference.model
-        return Reference(frozen, LanguageHead(frozen, job.reference.anatomy))
+        return Reference(frozen, LanguageHead(frozen, job.reference.language))
 
 
 def objective_of(

@@ -5,13 +5,20 @@ from __future__ import annotations
 from typing import Any
 
 from postlude.errors import ArchitectureError
-from postlude.surgery.anatomy import Anatomy, Block, Heads, LinearRef, Site, describes
+from postlude.surgery.anatomy import (
+    Heads,
+    LanguageAnatomy,
+    LanguageBlock,
+    LinearRef,
+    Site,
+    describes,
+)
 
 __all__ = ["gpt2"]
 
 
 @describes("gpt2")
-def gpt2(model: Any) -> Anatomy:
+def gpt2(model: Any) -> LanguageAnatomy:
     """Anatomy of a ``GPT2LMHeadModel``."""
     config = model.config
     if config.add_cross_attention:
@@ -22,7 +29,7 @@ def gpt2(model: Any) -> Anatomy:
     product = config.n_inner or 4 * hidden
     heads = Heads(config.n_head, config.n_head, hidden // config.n_head)
 
-    def block(index: int) -> Block:
+    def block(index: int) -> LanguageBlock:
         name = f"transformer.h.{index}"
         fused = f"{name}.attn.c_attn"
         q = LinearRef(fused, "query", (0, hidden))
@@ -31,7 +38,7 @@ def gpt2(model: Any) -> Anatomy:
         out = LinearRef(f"{name}.attn.c_proj", "output")
         up = LinearRef(f"{name}.mlp.c_fc", "up")
         down = LinearRef(f"{name}.mlp.c_proj", "down")
-        return Block(
+        return LanguageBlock(
             index=index,
             name=name,
             attention=f"{name}.attn",
@@ -45,7 +52,7 @@ def gpt2(model: Any) -> Anatomy:
             ),
         )
 
-    return Anatomy(
+    return LanguageAnatomy(
         family="gpt2",
         hidden_size=hidden,
         embeddings=("transformer.wte", "transformer.wpe"),

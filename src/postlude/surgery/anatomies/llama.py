@@ -8,13 +8,20 @@ from __future__ import annotations
 
 from typing import Any
 
-from postlude.surgery.anatomy import Anatomy, Block, Heads, LinearRef, Site, describes
+from postlude.surgery.anatomy import (
+    Heads,
+    LanguageAnatomy,
+    LanguageBlock,
+    LinearRef,
+    Site,
+    describes,
+)
 
 __all__ = ["llama"]
 
 
 @describes("llama", "mistral", "qwen2", "qwen3")
-def llama(model: Any) -> Anatomy:
+def llama(model: Any) -> LanguageAnatomy:
     """Anatomy of a ``LlamaForCausalLM``-shaped model."""
     config = model.config
     query = config.num_attention_heads
@@ -22,7 +29,7 @@ def llama(model: Any) -> Anatomy:
     heads = Heads(query, config.num_key_value_heads, size)
     hidden, product = config.hidden_size, config.intermediate_size
 
-    def block(index: int) -> Block:
+    def block(index: int) -> LanguageBlock:
         name = f"model.layers.{index}"
         attention, mlp = f"{name}.self_attn", f"{name}.mlp"
         q, k, v = (
@@ -35,7 +42,7 @@ def llama(model: Any) -> Anatomy:
             LinearRef(f"{attention}.o_proj", "output"),
             LinearRef(f"{mlp}.down_proj", "down"),
         )
-        return Block(
+        return LanguageBlock(
             index=index,
             name=name,
             attention=attention,
@@ -49,7 +56,7 @@ def llama(model: Any) -> Anatomy:
             ),
         )
 
-    return Anatomy(
+    return LanguageAnatomy(
         family="llama",
         hidden_size=hidden,
         embeddings=("model.embed_tokens",),
