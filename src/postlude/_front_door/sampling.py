@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from postlude._front_door.opening import Path_, open_checkpoint
+from postlude.errors import OutputExistsError, SettingsError
 from postlude.numerics.image_distance import psnr
+from postlude.runs.atomic import atomic_write
 from postlude.runs.checkpoint import Checkpoint
 from postlude.runs.progress import Progress
-from postlude.sampling.grid import Panel
+from postlude.sampling.grid import Panel, write_grid
+from postlude.sampling.sample import Samples
 from postlude.sampling.sample import sample as _sample
 
 __all__ = ["sample"]

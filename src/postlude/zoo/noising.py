@@ -1,7 +1,7 @@
 """How an image is noised, and what a denoiser is asked to predict.
 
-    epsilon   x = x0 + sigma*eps,            sigma in [0.03, 30.4]; the network sees x / sqrt(1 + sigma^2) and predicts eps
-    flow      x = (1 - sigma)*x0 + sigma*eps, sigma in [0, 1];       the network sees x and predicts eps - x0
+    epsilon   x = x0 + sigma*eps, sigma in [0.03, 30.4]; the network sees x / sqrt(1 + sigma^2) and predicts eps
+    flow      x = (1 - sigma)*x0 + sigma*eps, sigma in [0, 1]; the network sees x and predicts eps - x0
 
 The first is the variance-exploding process of arXiv:2206.00364; divided by sqrt(1 + sigma^2) it is the
 variance-preserving one of DDPM (arXiv:2006.11239), and ``BETAS`` are chosen such that the thousand timesteps of
