@@ -26,9 +26,11 @@ __all__ = [
     "GuidedDenoiser",
     "Samples",
     "balanced_labels",
+    "check_diffusion",
     "first_noise",
     "generators",
     "image_shape",
+    "labels_of",
     "sample",
 ]
 
@@ -218,9 +220,9 @@ def sample(
         DataError: images that are not finite.
     """
     _check_numbers(count=count, steps=steps, batch_size=batch_size)
-    _check_diffusion(checkpoint)
+    check_diffusion(checkpoint)
     shape = image_shape(checkpoint.model)
-    classes = _labels(checkpoint.model, labels, count)
+    classes = labels_of(checkpoint.model, labels, count)
     denoiser = GuidedDenoiser(checkpoint, labels=classes, conditions=conditions, guidance=guidance)
     scheduler = build_scheduler(checkpoint.scheduler, sampler)
     name = sampler_of(scheduler) or type(scheduler).__name__
@@ -273,7 +275,12 @@ def _path(
     return image
 
 
-def _labels(model: Any, labels: Sequence[int] | Tensor | None, count: int) -> Tensor | None:
+def labels_of(model: Any, labels: Sequence[int] | Tensor | None, count: int) -> Tensor | None:
+    """Classes ``[count]``: ``labels`` repeated, all in turn where not given; None for a model without classes.
+
+    Raises:
+        SettingsError: labels that the model does not know.
+    """
     if labels is None:
         return balanced_labels(model, count)
     classes = _classes(model)
@@ -308,7 +315,12 @@ def _no_class(model: Any) -> int:
     return classes
 
 
-def _check_diffusion(checkpoint: Checkpoint) -> None:
+def check_diffusion(checkpoint: Checkpoint) -> None:
+    """Refuse what cannot be sampled from.
+
+    Raises:
+        CheckpointError: not a diffusion model, or one without a scheduler.
+    """
     if getattr(checkpoint, "scheduler", None) is None:
         kind = getattr(checkpoint, "kind", None)
         what = f"a {kind} model" if kind not in (None, "diffusion") else "without a scheduler"
