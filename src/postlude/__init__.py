@@ -32,8 +32,8 @@ if TYPE_CHECKING:
         inspect,
         load,
         quantize,
-        sample,
         run,
+        sample,
         tune,
         tune_prior,
     )
@@ -51,8 +51,8 @@ __all__ = [
     "inspect",
     "load",
     "quantize",
-    "sample",
     "run",
+    "sample",
     "tune",
     "tune_prior",
 ]

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from postlude._front_door.inspecting import compare, inspect, kernels
     from postlude._front_door.opening import load
     from postlude._front_door.quantizing import quantize
-    from postlude._front_door.sampling import sample
     from postlude._front_door.running import forecast, run
+    from postlude._front_door.sampling import sample
     from postlude._front_door.text import built_in_text, calibration_tokens
     from postlude._front_door.tuning import tune, tune_prior
 
@@ -48,8 +48,8 @@ __all__ = [
     "kernels",
     "load",
     "quantize",
-    "sample",
     "run",
+    "sample",
     "tune",
     "tune_prior",
 ]
@@ -74,8 +74,8 @@ _FILES = {
     "kernels": "inspecting",
     "load": "opening",
     "quantize": "quantizing",
-    "sample": "sampling",
     "run": "running",
+    "sample": "sampling",
     "tune": "tuning",
     "tune_prior": "tuning",
 }

@@ -80,18 +80,11 @@ def sample(
         "conditions": conditions, "batch_size": batch_size,
     }  # fmt: skip
     with progress or Progress(False) as shown:
-        drawn = _sample(
-            mine,
-            **common,
-            wrap=_correction(drift, mine, steps),
-            progress=shown,
-            title=_name(mine, checkpoint),
-        )
-        second = (
-            None
-            if other is None
-            else _sample(other, **common, progress=shown, title=_name(other, compare))
-        )
+        wrap = _correction(drift, drift_mode, mine, guidance)
+        drawn = _sample(mine, **common, wrap=wrap, progress=shown, title=_name(mine, checkpoint))
+        second = None
+        if other is not None:
+            second = _sample(other, **common, progress=shown, title=_name(other, compare))
     result: dict[str, Any] = {
         "samples": drawn,
         "count": count,

@@ -26,8 +26,8 @@ from postlude.cli import (
     inspect,
     methods,
     quantize,
-    sample,
     recipe,
+    sample,
     tune,
 )
 from postlude.cli._group import OrderedGroup
