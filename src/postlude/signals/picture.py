@@ -11,6 +11,7 @@ import dataclasses
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +22,16 @@ from postlude.runs.progress import Progress
 from postlude.signals.training import Training, Unit, optimise
 from postlude.zoo.smn.grid import points, psnr
 
-__all__ = ["Picture", "evaluate", "fit", "read_picture", "render", "write_picture"]
+__all__ = [
+    "Picture",
+    "evaluate",
+    "fit",
+    "read_picture",
+    "render",
+    "to_image",
+    "values",
+    "write_picture",
+]
 
 # Modes of Pillow by channels.
 MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
@@ -143,7 +153,7 @@ def write_picture(pixels: Tensor, path: str | os.PathLike[str]) -> None:
             ) from error
 
 
-def to_image(pixels: Tensor) -> object:
+def to_image(pixels: Tensor) -> Any:
     """A Pillow image of ``uint8 [height, width, channels]``."""
     from PIL import Image
 

@@ -103,15 +103,16 @@ def optimise(
         for first in range(0, training.steps, training.chunk):
             last = min(first + training.chunk, training.steps)
 
-            def compute(first: int = first, last: int = last) -> Mapping[str, Tensor]:
+            def compute(
+                first: int = first, last: int = last, state: Mapping[str, Tensor] = state
+            ) -> Mapping[str, Tensor]:
                 draw = generator(seed, f"{name} {first}")
                 return _chunk(
                     parameters, state, loss, training, range(first, last), draw, task.advance
                 )
 
-            unit_name = f"{name}-{last:07d}"
             before = task.done
-            state = unit(unit_name, compute) if unit else dict(compute())
+            state = unit(f"{name}-{last:07d}", compute) if unit else dict(compute())
             if task.done == before:  # it was there
                 task.advance(last - first)
             losses += state.pop("losses").tolist()
