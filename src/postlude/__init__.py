@@ -34,6 +34,7 @@ if TYPE_CHECKING:
         quantize,
         run,
         sample,
+        sample_calibrate,
         tune,
         tune_prior,
     )
@@ -53,6 +54,7 @@ __all__ = [
     "quantize",
     "run",
     "sample",
+    "sample_calibrate",
     "tune",
     "tune_prior",
 ]

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
         attribution_query,
         attribution_verify,
     )
+    from postlude._front_door.calibrating import sample_calibrate
     from postlude._front_door.demonstrating import demo
     from postlude._front_door.evaluating import evaluate, evaluate_lds, evaluate_retrieval
     from postlude._front_door.exporting import export
@@ -50,6 +51,7 @@ __all__ = [
     "quantize",
     "run",
     "sample",
+    "sample_calibrate",
     "tune",
     "tune_prior",
 ]
@@ -76,6 +78,7 @@ _FILES = {
     "quantize": "quantizing",
     "run": "running",
     "sample": "sampling",
+    "sample_calibrate": "calibrating",
     "tune": "tuning",
     "tune_prior": "tuning",
 }

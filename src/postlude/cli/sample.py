@@ -9,12 +9,14 @@ import typer
 from postlude.cli import _options as options
 from postlude.cli._group import PLAIN, PlainCommand, PlainFormGroup
 from postlude.cli._output import Result
+from postlude.cli.calibrate import calibrate
 
-__all__ = ["app", "sample"]
+__all__ = ["app", "read_numbers", "read_tensors", "sample"]
 
 app = typer.Typer(
     cls=PlainFormGroup, help="Draw images from a diffusion model, float or quantized."
 )
+app.command("calibrate")(calibrate)
 
 
 @app.command(PLAIN, cls=PlainCommand, hidden=True)
@@ -108,10 +110,10 @@ def sample(
             count=count,
             sampler=sampler,
             steps=steps,
-            labels=_numbers(labels),
+            labels=read_numbers(labels),
             seed=seed,
             guidance=guidance,
-            conditions=_tensors(conditions),
+            conditions=read_tensors(conditions),
             compare=None
             if compare is None
             else _front_door.load(compare, dtype=dtype, device=device),
@@ -126,7 +128,8 @@ def sample(
     return Result(shown)
 
 
-def _numbers(words: str | None) -> list[int] | None:
+def read_numbers(words: str | None) -> list[int] | None:
+    """Classes as written after ``--labels``."""
     from postlude.errors import SettingsError
 
     if words is None:
@@ -139,7 +142,8 @@ def _numbers(words: str | None) -> list[int] | None:
         ) from error
 
 
-def _tensors(file: str | None) -> dict[str, Any] | None:
+def read_tensors(file: str | None) -> dict[str, Any] | None:
+    """The tensors of a file given with ``--conditions``."""
     if file is None:
         return None
     from pathlib import Path

@@ -1,0 +1,96 @@
+"""Measure the error of an approximate diffusion model, for a sampler that corrects it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from postlude._front_door.opening import Path_, open_checkpoint
+from postlude.errors import OutputExistsError
+from postlude.runs.checkpoint import Checkpoint
+from postlude.runs.progress import Progress
+from postlude.sampling.calibrate import calibrate
+from postlude.sampling.samplers import build_scheduler
+from postlude.sampling.schedulers import correct
+
+__all__ = ["sample_calibrate"]
+
+
+def sample_calibrate(
+    checkpoint: Path_ | Checkpoint,
+    reference: Path_ | Checkpoint,
+    *,
+    runs: int = 5,
+    batch: int = 16,
+    sampler: str | None = None,
+    steps: int = 20,
+    labels: Sequence[int] | Tensor | None = None,
+    guidance: float = 1.0,
+    conditions: Mapping[str, Tensor] | None = None,
+    channelwise: bool = False,
+    seed: int = 0,
+    out: Path_ | None = None,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Collect the statistics that ``sample(..., drift=...)`` corrects a sampler with (Q-Drift, arXiv:2603.18095).
+
+    Args:
+        checkpoint: the approximate model, loaded or a diffusers directory.
+        reference: the exact model.
+        runs, batch, sampler, steps, labels, guidance, conditions, channelwise, seed: see
+            :func:`postlude.sampling.calibrate.calibrate`.
+        out: a .safetensors file to write.
+        overwrite: replace it.
+        progress: where to show it.
+
+    Returns:
+        ``statistics`` (:class:`postlude.sampling.drift.DriftStatistics`), ``scheduler`` (its class), ``sampler``,
+        ``steps``, ``runs``, ``samples``, ``guidance``, ``error_variance`` (of each step, mean over channels),
+        ``coefficients`` (how much longer each step becomes), ``largest_coefficient``, ``output`` and ``seconds``.
+
+    Raises:
+        OutputExistsError: a file that may not be replaced.
+        CheckpointError, SettingsError, UnknownNameError: see :func:`postlude.sampling.calibrate.calibrate`.
+    """
+    if out is not None and Path(out).exists() and not overwrite:
+        raise OutputExistsError(
+            f"{out} already exists. Choose another output, or pass --overwrite to replace it."
+        )
+    model, exact = open_checkpoint(checkpoint), open_checkpoint(reference)
+    started = time.perf_counter()
+    statistics = calibrate(
+        model,
+        exact,
+        runs=runs,
+        batch=batch,
+        sampler=sampler,
+        steps=steps,
+        labels=labels,
+        guidance=guidance,
+        conditions=conditions,
+        channelwise=channelwise,
+        seed=seed,
+        progress=progress,
+    )
+    corrected = correct(build_scheduler(model.scheduler, sampler), statistics)
+    corrected.set_timesteps(steps)
+    coefficients = corrected.coefficients().mean(-1)
+    return {
+        "statistics": statistics,
+        "scheduler": statistics.scheduler,
+        "sampler": sampler,
+        "steps": steps,
+        "runs": runs,
+        "samples": statistics.samples,
+        "guidance": guidance,
+        "error_variance": statistics.variance().mean(-1).tolist(),
+        "coefficients": coefficients.tolist(),
+        "largest_coefficient": float(coefficients.max()),
+        "output": None if out is None else statistics.save(out, overwrite=overwrite),
+        "seconds": time.perf_counter() - started,
+    }

@@ -1,0 +1,98 @@
+"""Drift statistics of two checkpoints: an approximate diffusion model beside the one that it was made from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+from torch import Tensor
+
+from postlude.errors import CheckpointError, SettingsError
+from postlude.runs.checkpoint import Checkpoint
+from postlude.runs.progress import Progress
+from postlude.sampling.drift import DriftStatistics, PairedRun, collect
+from postlude.sampling.sample import (
+    GuidedDenoiser,
+    check_diffusion,
+    first_noise,
+    generators,
+    image_shape,
+    labels_of,
+)
+from postlude.sampling.samplers import build_scheduler
+from postlude.sampling.schedulers import check_supported
+
+__all__ = ["calibrate"]
+
+# Noise of paired runs comes from seeds that samples cannot have: those end at 2**32.
+_SEEDS_OF_RUNS = 2**32
+
+
+def calibrate(
+    checkpoint: Checkpoint,
+    reference: Checkpoint,
+    *,
+    runs: int = 5,
+    batch: int = 16,
+    sampler: str | None = None,
+    steps: int = 20,
+    labels: Sequence[int] | Tensor | None = None,
+    guidance: float = 1.0,
+    conditions: Mapping[str, Tensor] | None = None,
+    channelwise: bool = False,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> DriftStatistics:
+    """Run the sampler with ``reference`` and note how ``checkpoint`` errs at every sample that it visits.
+
+    Args:
+        checkpoint: the approximate model; its scheduler is the one that is calibrated.
+        reference: the exact model.
+        runs: paired runs (arXiv:2603.18095: five are enough).
+        batch: samples of a run. A sample of few pixels needs more of them.
+        sampler, steps, labels, guidance, conditions: as they will be sampled with, see
+            :func:`postlude.sampling.sample.sample`; ``conditions`` have ``runs * batch`` rows.
+        channelwise: a statistic for each channel, instead of one for all.
+        seed: of the noise, which is none that samples start from.
+        progress: where to show it.
+
+    Raises:
+        CheckpointError: one is no diffusion model, or the two draw images of different shapes.
+        SettingsError, UnknownNameError: a sampler or a number that cannot be, or a scheduler without a rule.
+    """
+    for name, value in (("runs", runs), ("batch", batch), ("steps", steps)):
+        if value < 1:
+            raise SettingsError(f"{name} is {value}; expected 1 or more")
+    for one in (checkpoint, reference):
+        check_diffusion(one)
+    shape = image_shape(checkpoint.model)
+    if shape != image_shape(reference.model):
+        raise CheckpointError(
+            f"The model draws images of shape {shape}, and the reference {image_shape(reference.model)}; expected the "
+            "model that the first was made from."
+        )
+    scheduler = build_scheduler(checkpoint.scheduler, sampler)
+    check_supported(scheduler)
+    classes = labels_of(checkpoint.model, labels, runs * batch)
+    exact, approximate = (
+        GuidedDenoiser(one, labels=classes, conditions=conditions, guidance=guidance)
+        for one in (reference, checkpoint)
+    )
+    device = reference.model.device
+    sources = generators(_SEEDS_OF_RUNS + seed, runs * batch)
+
+    def paired() -> Iterator[PairedRun]:
+        for first in range(0, len(sources), batch):
+            rows = slice(first, first + batch)
+            yield PairedRun(first_noise(shape, sources[rows]).to(device), {"rows": rows})
+
+    with progress or Progress(False) as shown:
+        return collect(
+            exact,
+            approximate,
+            scheduler,
+            shown.iterate(paired(), "paired runs", runs),
+            steps={"num_inference_steps": steps, "device": device},
+            channelwise=channelwise,
+            fingerprints=(reference.fingerprint(), checkpoint.fingerprint()),
+            conditions={"guidance": guidance},
+        )
