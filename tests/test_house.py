@@ -34,7 +34,9 @@ def test_public_names() -> None:
         "inspect",
         "load",
         "quantize",
+        "run",
         "sample",
+        "sample_calibrate",
         "tune",
         "tune_prior",
     }
