@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -27,7 +28,8 @@ from postlude.quantization.rtn import RTN
 from postlude.quantization.smoothquant import SmoothQuant
 from postlude.registry import method
 from postlude.runs.checkpoint import Checkpoint
-from postlude.surgery.anatomy import Block, Site
+from postlude.surgery.anatomy import Block, Kind, Site
+from postlude.surgery.capture import Calibration
 
 __all__ = ["DefectGuard"]
 
@@ -45,6 +47,8 @@ _BASES: dict[str, type[Quantizer]] = {"rtn": RTN, "smoothquant": SmoothQuant}
 @dataclasses.dataclass(frozen=True)
 class DefectGuard(Quantizer):
     """Per-tensor W8A8 with the down-projections of singular defects kept in 16 bit."""
+
+    kinds: ClassVar[tuple[Kind, ...]] = ("language",)
 
     weights: int = 8
     activations: int = 8
@@ -67,20 +71,20 @@ class DefectGuard(Quantizer):
         self._base().fold(checkpoint)
 
     def statistics(
-        self, checkpoint: Checkpoint, tokens: Tensor | None, seed: int
+        self, checkpoint: Checkpoint, calibration: Calibration | None, seed: int
     ) -> Mapping[str, Tensor]:
         # Only the layers are wanted: their leading directions need far fewer samples than a report on them.
         inspection = registry.find("inspect", "singular-defects").settings(
             samples=_SAMPLES_PER_CHANNEL * checkpoint.anatomy.hidden_size, paths=False
         )
-        report = inspection.inspect(checkpoint, tokens, seed)
+        report = inspection.inspect(checkpoint, calibration, seed)
         kept = sorted({*report.explosion_layers, *report.decay_layers})
         if not kept:
             raise SettingsError(
                 "defect-guard found no layer where massive activations appear or vanish, so there is nothing to "
                 f"guard; use {self.base} itself"
             )
-        base = dict(self._base().statistics(checkpoint, tokens, seed))
+        base = dict(self._base().statistics(checkpoint, calibration, seed))
         return {**base, "guarded": torch.tensor(kept, dtype=torch.int64)}
 
     def rewrite(self, checkpoint: Checkpoint, statistics: Mapping[str, Tensor], seed: int) -> None:

@@ -1,16 +1,17 @@
-"""What every quantizer of a language model shares.
+"""What every quantizer shares, whatever the model: language, diffusion or vision.
 
 A system is a settings class with up to five parts, all optional but the schemes::
 
     fold         rewrites that need no data (untie the head, fold norms)
-    statistics   tensors learned from calibration text on the folded float model
+    statistics   tensors learned from calibration data on the folded float model
     rewrite      function-preserving rewrites made from those tensors
     schemes      how weights, inputs, keys and values are quantized
     rounding     nearest, or GPTQ (arXiv:2210.17323) block by block
 
 :func:`quantize` runs them in that order. Statistics and every finished block are units of a run directory, so
 a killed run resumes and ends with the same bits. Input and key/value quantizers are switched on last: Hessians
-see full-precision activations through already quantized earlier layers, with online transforms active.
+see full-precision activations through already quantized earlier layers, with online transforms active. A model
+without a cache has no keys and values to quantize: those bits are left alone there.
 
 A model in 16 bits is raised to fp32 for the rewrites and cast back once at the end.
 """
@@ -21,7 +22,7 @@ import dataclasses
 import hashlib
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -33,17 +34,26 @@ from postlude.numerics.moments import SecondMoment
 from postlude.numerics.rounding import gptq, nearest
 from postlude.runs.checkpoint import Checkpoint
 from postlude.runs.progress import Progress
-from postlude.surgery.anatomy import Block, LanguageBlock, LinearRef, Site
-from postlude.surgery.capture import BlockWalk, device_of
+from postlude.surgery.anatomy import Block, Kind, LanguageBlock, LinearRef, Site
+from postlude.surgery.capture import BlockWalk, Calibration, device_of
 from postlude.surgery.huggingface import mark
 from postlude.surgery.key_values import KeyValueQuantizer, attach, use_rotating_attention
 from postlude.surgery.layers import QuantizedLinear
 from postlude.surgery.rewrite import replace_module
 
-__all__ = ["FLOAT", "Quantizer", "generator", "quantize"]
+__all__ = ["FLOAT", "Quantizer", "check_kind", "generator", "quantize"]
 
 # Bits that mean "leave it in floating point".
 FLOAT = 16
+# In the unit of a block: see _squared_error.
+_SQUARED = "squared_error"
+# What a method learns from, by the kind of model.
+_DATA: dict[Kind, str] = {
+    "language": "text",
+    "diffusion": "inputs of the denoiser",
+    "vision": "images",
+}
+_GIVE = "give some (--calibration FILE)"
 
 Unit = Callable[[str, Callable[[], Mapping[str, Tensor]]], dict[str, Tensor]]
 
@@ -73,7 +83,10 @@ class Quantizer:
         damping: GPTQ, fraction of the mean diagonal of the Hessian.
         act_order: GPTQ, visit inputs by falling second moment.
         clip: search the range of every weight group (``sum |q - w|^2.4``).
+        kinds: what kinds of models the method can do; of the class, not a setting.
     """
+
+    kinds: ClassVar[tuple[Kind, ...]] = ("language", "diffusion", "vision")
 
     weights: int = 4
     activations: int = 4
@@ -120,7 +133,7 @@ class Quantizer:
 
     @property
     def needs_calibration(self) -> bool:
-        """Whether calibration text is needed: declared by the method, or by GPTQ for rounding weights."""
+        """Whether calibration data is needed: declared by the method, or by GPTQ for rounding weights."""
         declared = "calibration" in registry.info_of(self).needs
         return declared or (self.rounding == "gptq" and self.weights < FLOAT)
 
@@ -128,9 +141,9 @@ class Quantizer:
         """Rewrites that need no data."""
 
     def statistics(
-        self, checkpoint: Checkpoint, tokens: Tensor | None, seed: int
+        self, checkpoint: Checkpoint, calibration: Calibration | None, seed: int
     ) -> Mapping[str, Tensor]:
-        """Tensors learned from ``tokens [samples, length]``; whatever ``rewrite`` and ``skips`` need."""
+        """Tensors learned from tokens ``[samples, length]`` or batches; whatever ``rewrite`` and ``skips`` need."""
         return {}
 
     def rewrite(self, checkpoint: Checkpoint, statistics: Mapping[str, Tensor], seed: int) -> None:
@@ -185,7 +198,7 @@ _ROUNDINGS = {"nearest": _nearest, "gptq": _gptq}
 def quantize(
     checkpoint: Checkpoint,
     settings: Quantizer,
-    tokens: Tensor | None,
+    calibration: Calibration | None,
     *,
     seed: int = 0,
     unit: Unit = _compute,
@@ -196,7 +209,8 @@ def quantize(
     Args:
         checkpoint: float; its model is rewritten.
         settings: the method.
-        tokens: calibration sequences ``[samples, length]``; None where the method needs none.
+        calibration: token sequences ``[samples, length]`` of a language model, or batches of keyword arguments of
+            the model's forward; None where the method needs none.
         seed: of every random choice.
         unit: stores finished work, see :meth:`postlude.runs.directory.RunDirectory.unit`.
         progress: where to show it.
@@ -205,33 +219,38 @@ def quantize(
         The same checkpoint, ready to be saved; its ``path`` is None until it is.
 
     Raises:
-        DataError: the method needs calibration text and got none.
-        SettingsError: the settings do not fit the model, or the model is already quantized.
+        DataError: the method needs calibration data and got none.
+        SettingsError: the method or its settings do not fit the model, or the model is already quantized.
     """
     model, anatomy = checkpoint.model, checkpoint.anatomy
     name = registry.info_of(settings).name
     made = (QuantizedLinear, KeyValueQuantizer)
     if any(isinstance(module, made) for module in model.modules()):
         raise SettingsError("this checkpoint is already quantized; start from the float one")
-    if settings.needs_calibration and tokens is None:
-        raise DataError(f"{name} learns from calibration text: give some (--calibration FILE)")
+    check_kind(settings, checkpoint)
+    if checkpoint.kind != "language":
+        settings = dataclasses.replace(settings, kv=FLOAT)
+    if settings.needs_calibration and (calibration is None or not len(calibration)):
+        raise DataError(f"{name} learns from calibration {_DATA[checkpoint.kind]}: {_GIVE}")
     dtype = model.dtype
     if dtype in (torch.float16, torch.bfloat16):
         _cast(model, torch.float32)
     settings.fold(checkpoint)
-    statistics = unit("statistics", lambda: settings.statistics(checkpoint, tokens, seed))
+    statistics = unit("statistics", lambda: settings.statistics(checkpoint, calibration, seed))
     settings.rewrite(checkpoint, statistics, seed)
     _attach_key_values(model, anatomy.blocks, settings)
 
     walk = None
-    if settings.rounding == "gptq" and settings.weights < FLOAT and tokens is not None:
-        walk = BlockWalk(model, anatomy, tokens)
+    if settings.rounding == "gptq" and settings.weights < FLOAT and calibration is not None:
+        walk = BlockWalk(model, anatomy, calibration)
+    squared = torch.zeros(2, dtype=torch.float64)  # of errors, of weights
     with progress or Progress(show=False) as shown:
         for block in shown.iterate(anatomy.blocks, f"{name}: blocks", len(anatomy.blocks)):
             done = unit(
                 f"block-{block.index:04d}",
                 lambda block=block: _round_block(model, block, settings, statistics, walk),  # type: ignore[misc]
             )
+            squared += done.get(_SQUARED, 0)
             _install_block(model, block, settings, statistics, done)
             if walk is not None:
                 walk.advance(block)
@@ -246,16 +265,41 @@ def quantize(
         "method": name,
         "settings": dataclasses.asdict(settings),
         "seed": seed,
+        # ||W - decoded W|| / ||W|| over all rounded weights, as they were after the rewrites.
+        "weight_error": float((squared[0] / squared[1].clamp(min=1e-300)).sqrt()),
         "kept": sorted(
-            path
-            for block, site in anatomy.sites()
-            if settings.skips(block, site, statistics)
-            for path in site.modules
+            {
+                *anatomy.kept(),
+                *(
+                    path
+                    for block, site in anatomy.sites()
+                    if settings.skips(block, site, statistics)
+                    for path in site.modules
+                ),
+            }
         ),
     }
     mark(model, made_by)
     checkpoint.path = None
     return checkpoint
+
+
+def check_kind(settings: Quantizer, checkpoint: Checkpoint) -> None:
+    """Refuse a method that cannot do this kind of model.
+
+    Raises:
+        SettingsError: names methods that can.
+    """
+    kind = checkpoint.kind
+    if kind in settings.kinds:
+        return
+    able = [
+        i.name for i in registry.available("quantize") if kind in getattr(i.settings, "kinds", ())
+    ]
+    raise SettingsError(
+        f"{registry.info_of(settings).name} quantizes {' and '.join(settings.kinds)} models, and this is a {kind} "
+        f"model ({checkpoint.anatomy.family}). Methods for those: {', '.join(able)}."
+    )
 
 
 def _cast(model: nn.Module, dtype: torch.dtype) -> None:
@@ -311,6 +355,7 @@ def _round_block(
     With a walk, sites are done in the order of the forward pass, each seeing the ones before it quantized.
     """
     done: dict[str, Tensor] = {}
+    squared = torch.zeros(2, dtype=torch.float64)
     for site in block.sites:
         scheme = settings.weight_scheme(site)
         if scheme is None or settings.skips(block, site, statistics):
@@ -323,7 +368,19 @@ def _round_block(
             if encoded.zero_point is not None:
                 done[f"{path}.zero_point"] = encoded.zero_point
             _install(model, path, settings, site, encoded)
+            squared += _squared_error(model.get_submodule(path), weight)
+    if done:
+        done[_SQUARED] = squared
     return done
+
+
+def _squared_error(layer: nn.Module, weight: Tensor) -> Tensor:
+    """``[||W - decoded W||^2, ||W||^2]``, fp64 on the CPU."""
+    if not isinstance(layer, QuantizedLinear):
+        raise TypeError(f"expected a QuantizedLinear, got a {type(layer).__name__}")
+    exact = weight.double()
+    difference = layer.dense_weight().double() - exact
+    return torch.stack([difference.square().sum(), exact.square().sum()]).cpu()
 
 
 def _hessian(model: nn.Module, block: Block, site: Site, walk: BlockWalk) -> Tensor:

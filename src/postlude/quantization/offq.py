@@ -26,7 +26,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Mapping
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -39,8 +39,8 @@ from postlude.numerics.rotation import group_sizes, outlier_grouping
 from postlude.quantization.engine import FLOAT, Quantizer, generator
 from postlude.registry import method
 from postlude.runs.checkpoint import Checkpoint
-from postlude.surgery.anatomy import Block, Site
-from postlude.surgery.capture import observe, token_batches
+from postlude.surgery.anatomy import Block, Kind, Site
+from postlude.surgery.capture import Calibration, observe, token_batches
 from postlude.surgery.key_values import HeadRotation, KeyValueQuantizer, attach, detach
 from postlude.surgery.layers import BlockHadamard
 from postlude.surgery.rewrite import (
@@ -97,6 +97,8 @@ def _update_heads(moments: list[TopToken], key: Tensor) -> None:
 class OffQ(Quantizer):
     """Rotate the outlier direction into a per-group offset that the zero point absorbs, then GPTQ."""
 
+    kinds: ClassVar[tuple[Kind, ...]] = ("language",)
+
     activation_group: str | int = 128
     rounding: Literal["nearest", "gptq"] = "gptq"
     clip: bool = True
@@ -118,11 +120,11 @@ class OffQ(Quantizer):
         fold_norms(checkpoint.model, checkpoint.language)
 
     def statistics(
-        self, checkpoint: Checkpoint, tokens: Tensor | None, seed: int
+        self, checkpoint: Checkpoint, calibration: Calibration | None, seed: int
     ) -> Mapping[str, Tensor]:
         model, anatomy = checkpoint.model, checkpoint.language
-        if tokens is None:
-            raise ValueError("offq needs calibration tokens")
+        if not isinstance(calibration, Tensor):
+            raise TypeError("offq learns from tokens")
         stream = {
             (block.index, site.name): TopToken(site.width)
             for block, site in anatomy.sites()
@@ -143,7 +145,7 @@ class OffQ(Quantizer):
             watcher = KeyValueQuantizer()
             watcher.observer = functools.partial(_update_heads, moments)
             attach(model, anatomy.blocks[index].attention, watcher)
-        observe(model, anatomy, token_batches(tokens), observers)
+        observe(model, anatomy, token_batches(calibration), observers)
         for index in keys:
             detach(model, anatomy.blocks[index].attention)
 

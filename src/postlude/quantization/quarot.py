@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -29,7 +29,7 @@ from postlude.numerics.formats import Scheme
 from postlude.quantization.engine import Quantizer, generator
 from postlude.registry import method
 from postlude.runs.checkpoint import Checkpoint
-from postlude.surgery.anatomy import Block, Site
+from postlude.surgery.anatomy import Block, Kind, Site
 from postlude.surgery.key_values import KeyValueQuantizer
 from postlude.surgery.layers import BlockHadamard
 from postlude.surgery.rewrite import (
@@ -48,6 +48,8 @@ __all__ = ["QuaRot"]
 @dataclasses.dataclass(frozen=True)
 class QuaRot(Quantizer):
     """Spread outliers over all channels with random Hadamard rotations, then GPTQ."""
+
+    kinds: ClassVar[tuple[Kind, ...]] = ("language",)
 
     rounding: Literal["nearest", "gptq"] = "gptq"
     clip: bool = True

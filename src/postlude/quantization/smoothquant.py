@@ -3,13 +3,13 @@
     s_j = max|X_j|^alpha / max|W_j|^(1 - alpha)         X <- X / s        W <- diag(s) W
 
 ``W_j`` is input channel ``j`` over every linear that reads the site. ``1/s`` is absorbed by the norm that feeds
-the site, so the model's function does not change and nothing is added at run time. Only sites fed by a norm are
-smoothed.
+the site (in a diffusion transformer by the rows of the adaLN linear that scale and shift that norm's output), so the
+model's function does not change and nothing is added at run time. Only sites fed by such a norm are smoothed.
 
 Paper: "SmoothQuant: Accurate and Efficient Post-Training Quantization for Large Language Models"
 (arXiv:2211.10438). Scales where either maximum is zero are left at one.
 
-Cost: one forward pass of the calibration text. No extra bytes.
+Cost: one forward pass of the calibration data. No extra bytes.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from postlude.numerics.moments import AbsMax
 from postlude.quantization.engine import FLOAT, Quantizer
 from postlude.registry import method
 from postlude.runs.checkpoint import Checkpoint
-from postlude.surgery.capture import observe, token_batches
+from postlude.surgery.capture import Calibration, forward_batches, observe
 from postlude.surgery.rewrite import scale_norm_site
 
 __all__ = ["SmoothQuant", "smoothing_scale"]
@@ -65,20 +65,25 @@ class SmoothQuant(Quantizer):
             )
 
     def statistics(
-        self, checkpoint: Checkpoint, tokens: Tensor | None, seed: int
+        self, checkpoint: Checkpoint, calibration: Calibration | None, seed: int
     ) -> Mapping[str, Tensor]:
         model, anatomy = checkpoint.model, checkpoint.anatomy
-        if tokens is None:
-            raise ValueError("smoothquant needs calibration tokens")
+        if calibration is None:
+            raise ValueError("smoothquant needs calibration data")
         maxima = {
             (block.index, site.name): AbsMax(site.width)
             for block, site in anatomy.sites()
             if site.norm
         }
+        if not maxima:
+            raise SettingsError(
+                f"smoothquant lets the norms of a model take its scales in, and no norm of this {anatomy.family} "
+                "model has a gain of its own; use a method that scales inputs at run time, such as svdquant"
+            )
         observe(
             model,
             anatomy,
-            token_batches(tokens),
+            forward_batches(calibration),
             {key: maximum.update for key, maximum in maxima.items()},
         )
         scales = {}
