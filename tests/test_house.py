@@ -29,6 +29,7 @@ def test_public_names() -> None:
         "evaluate",
         "evaluate_lds",
         "evaluate_retrieval",
+        "evaluate_samples",
         "export",
         "generate",
         "inspect",

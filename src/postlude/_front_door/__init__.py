@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from postlude._front_door.exporting import export
     from postlude._front_door.generating import generate
     from postlude._front_door.inspecting import compare, inspect, kernels
+    from postlude._front_door.judging_samples import evaluate_samples
     from postlude._front_door.opening import load
     from postlude._front_door.quantizing import quantize
     from postlude._front_door.running import forecast, run
@@ -42,6 +43,7 @@ __all__ = [
     "evaluate",
     "evaluate_lds",
     "evaluate_retrieval",
+    "evaluate_samples",
     "export",
     "forecast",
     "generate",
@@ -69,6 +71,7 @@ _FILES = {
     "evaluate": "evaluating",
     "evaluate_lds": "evaluating",
     "evaluate_retrieval": "evaluating",
+    "evaluate_samples": "judging_samples",
     "export": "exporting",
     "forecast": "running",
     "generate": "generating",

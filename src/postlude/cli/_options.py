@@ -11,12 +11,18 @@ __all__ = [
     "Checkpoint",
     "Checkpoints",
     "Device",
+    "Diffusion",
+    "Drift",
+    "DriftMode",
     "Dtype",
+    "Guidance",
     "Json",
     "NewDirectory",
     "NewFile",
     "Overwrite",
+    "Sampler",
     "Seed",
+    "Steps",
 ]
 
 Checkpoint = Annotated[
@@ -76,4 +82,38 @@ NewDirectory = Annotated[
 NewFile = Annotated[
     str | None,
     typer.Option("--output", "-o", metavar="FILE", help="Also write the result here, as JSON."),
+]
+Diffusion = Annotated[
+    str,
+    typer.Argument(
+        metavar="CHECKPOINT",
+        help="A diffusers directory (transformer/, scheduler/), or zoo:tiny-dit, zoo:tiny-dit-flow.",
+        show_default=False,
+    ),
+]
+Sampler = Annotated[
+    str | None,
+    typer.Option(
+        "--sampler",
+        metavar="NAME",
+        help="euler, euler-a, ddim, heun, fm-euler, dpm++, dpm++1 or unipc; the checkpoint's own otherwise.",
+    ),
+]
+Steps = Annotated[int, typer.Option("--steps", metavar="N", help="Steps of the sampler.")]
+Guidance = Annotated[
+    float, typer.Option("--guidance", metavar="W", help="Classifier-free guidance; 1 is none.")
+]
+Drift = Annotated[
+    str | None,
+    typer.Option(
+        "--drift",
+        metavar="FILE",
+        help="Correct the sampler by what `postlude sample calibrate` wrote here.",
+    ),
+]
+DriftMode = Annotated[
+    str,
+    typer.Option(
+        "--drift-mode", metavar="MODE", help="corrected, or paper: the rule as published."
+    ),
 ]

@@ -21,14 +21,7 @@ app.command("calibrate")(calibrate)
 
 @app.command(PLAIN, cls=PlainCommand, hidden=True)
 def sample(
-    checkpoint: Annotated[
-        str,
-        typer.Argument(
-            metavar="CHECKPOINT",
-            help="A diffusers directory (transformer/, scheduler/), or zoo:tiny-dit, zoo:tiny-dit-flow.",
-            show_default=False,
-        ),
-    ],
+    checkpoint: options.Diffusion,
     output: Annotated[
         str | None,
         typer.Option(
@@ -38,15 +31,8 @@ def sample(
             help="The grid; the tensors are written beside it, as .safetensors.",
         ),
     ] = None,
-    sampler: Annotated[
-        str | None,
-        typer.Option(
-            "--sampler",
-            metavar="NAME",
-            help="euler, euler-a, ddim, heun, fm-euler, dpm++, dpm++1 or unipc; the checkpoint's own otherwise.",
-        ),
-    ] = None,
-    steps: Annotated[int, typer.Option("--steps", metavar="N", help="Steps of the sampler.")] = 20,
+    sampler: options.Sampler = None,
+    steps: options.Steps = 20,
     count: Annotated[int, typer.Option("--count", "-n", metavar="N", help="How many images.")] = 64,
     labels: Annotated[
         str | None,
@@ -56,29 +42,15 @@ def sample(
             help="Classes, repeated until there are enough; all in turn otherwise.",
         ),
     ] = None,
-    guidance: Annotated[
-        float, typer.Option("--guidance", metavar="W", help="Classifier-free guidance; 1 is none.")
-    ] = 1.0,
+    guidance: options.Guidance = 1.0,
     compare: Annotated[
         str | None,
         typer.Option(
             "--compare", metavar="CHECKPOINT", help="A second model, drawn from the same noise."
         ),
     ] = None,
-    drift: Annotated[
-        str | None,
-        typer.Option(
-            "--drift",
-            metavar="FILE",
-            help="Correct the sampler by what `postlude sample calibrate` wrote here.",
-        ),
-    ] = None,
-    drift_mode: Annotated[
-        str,
-        typer.Option(
-            "--drift-mode", metavar="MODE", help="corrected, or paper: the rule as published."
-        ),
-    ] = "corrected",
+    drift: options.Drift = None,
+    drift_mode: options.DriftMode = "corrected",
     conditions: Annotated[
         str | None,
         typer.Option(
@@ -142,16 +114,29 @@ def read_numbers(words: str | None) -> list[int] | None:
         ) from error
 
 
-def read_tensors(file: str | None) -> dict[str, Any] | None:
-    """The tensors of a file given with ``--conditions``."""
+def read_tensors(file: str | None, needs: str | None = None) -> dict[str, Any] | None:
+    """The tensors of a .safetensors file; ``needs`` one of this name.
+
+    Raises:
+        DataError: no such file, not one of tensors, or one without the tensor.
+    """
     if file is None:
         return None
     from pathlib import Path
 
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     from postlude.errors import DataError
 
     if not Path(file).is_file():
         raise DataError(f"There is no file {file}; expected tensors in a .safetensors file")
-    return load_file(file)
+    try:
+        found: dict[str, Any] = load_file(file)
+    except SafetensorError as error:
+        raise DataError(f"{file} is no .safetensors file: {error}") from error
+    if needs is not None and needs not in found:
+        raise DataError(
+            f"{file} holds {', '.join(found) or 'nothing'}; expected a tensor `{needs}`"
+        )
+    return found

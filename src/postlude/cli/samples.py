@@ -1,0 +1,112 @@
+"""``postlude evaluate samples``: how good a diffusion model's images are."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from postlude.cli import _options as options
+from postlude.cli._output import Result, refuse_existing, write_json
+
+__all__ = ["samples"]
+
+
+def samples(
+    checkpoint: options.Diffusion,
+    reference: Annotated[
+        str | None,
+        typer.Option(
+            "--reference",
+            metavar="CHECKPOINT",
+            help="The float model; it draws from the same noise.",
+        ),
+    ] = None,
+    count: Annotated[
+        int, typer.Option("--count", "-n", metavar="N", help="Samples of each model.")
+    ] = 1500,
+    sampler: options.Sampler = None,
+    steps: options.Steps = 20,
+    guidance: options.Guidance = 1.0,
+    drift: options.Drift = None,
+    drift_mode: options.DriftMode = "corrected",
+    real: Annotated[
+        str | None,
+        typer.Option(
+            "--real",
+            metavar="FILE",
+            help="Real images in [-1, 1] to compare with: a .safetensors with `images` [n, c, h, w]. Of digits "
+            "they are built in.",
+        ),
+    ] = None,
+    output: options.NewFile = None,
+    dtype: options.Dtype = "auto",
+    device: options.Device = None,
+    seed: options.Seed = 0,
+    overwrite: options.Overwrite = False,
+    json: options.Json = False,
+) -> Result:
+    """Frechet distance to real images, share of samples of the right class, and PSNR to the reference's samples."""
+    refuse_existing(output, overwrite=overwrite)
+
+    from postlude import _front_door
+    from postlude.cli.sample import read_tensors
+    from postlude.runs.progress import Progress
+
+    tensors = read_tensors(real, needs="images")
+    with Progress() as progress:
+        result = _front_door.evaluate_samples(
+            _front_door.load(checkpoint, dtype=dtype, device=device),
+            reference=None
+            if reference is None
+            else _front_door.load(reference, dtype=dtype, device=device),
+            count=count,
+            sampler=sampler,
+            steps=steps,
+            seed=seed,
+            guidance=guidance,
+            drift=drift,
+            drift_mode=drift_mode,
+            real=None if tensors is None else tensors["images"],
+            progress=progress,
+        )
+    write_json(result, output, overwrite=overwrite)
+    return Result(result, _view(result))
+
+
+_ROWS = (
+    ("Frechet distance, features", "frechet", "_floor", "{:.4f}"),
+    ("Frechet distance, pixels", "frechet_pixels", "_floor", "{:.4f}"),
+    ("right class", "class_accuracy", "_real", "{:.1%}"),
+)
+
+
+def _view(result: dict[str, Any]) -> object:
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, pad_edge=False)
+    for name in ("", "model", "reference", "real"):
+        table.add_column(name, justify="right" if name else "left", no_wrap=True)
+    for title, key, real, shape in _ROWS:
+        cells = (result[key + end] for end in ("", "_reference", real))
+        table.add_row(title, *("-" if one is None else shape.format(one) for one in cells))
+    if result["psnr_db"] is not None:
+        worst = f"(worst image {result['psnr_db_lowest']:.1f} dB)"
+        table.add_row("PSNR to the reference", f"{result['psnr_db']:.2f} dB", worst, "")
+    by_class = result["class_accuracy_by_class"] or {}
+    lines = [
+        f"{result['count']} samples, {result['sampler']}, {result['steps']} steps, seed {result['seed']}"
+        + (f", corrected by {result['drift']}" if result["drift"] else "")
+        + f"; {result['seconds']:.3g} s"
+    ]
+    if result["frechet_floor"] is not None:
+        lines.append(
+            "real: distances between two halves of the real digits (900 each); the classifier on digits it was not "
+            "trained on"
+        )
+    if by_class:
+        lines.append("right by class: " + "  ".join(f"{k}: {v:.0%}" for k, v in by_class.items()))
+    notes = [Text(f"note: {one}", style="bold") for one in result["notes"]]
+    return Group(table, "", *map(Text, lines), *notes)
