@@ -41,6 +41,7 @@ class Claim:
         name: of the script and of its section.
         description: the script's docstring.
         parts: what the script can measure, one at a time; each part has a section of its own, called ``NAME-PART``.
+        seeds: how many a whole measurement has.
 
     Attributes:
         seeds: what to repeat the measurement with.
@@ -49,7 +50,10 @@ class Claim:
         progress: where to show how far it is.
     """
 
-    def __init__(self, name: str, description: str, parts: Sequence[str] = ()) -> None:
+    def __init__(
+        self, name: str, description: str, parts: Sequence[str] = (), seeds: int = SEEDS
+    ) -> None:
+        self._whole = seeds
         options = self._options(description, name, parts)
         self.quick: bool = options.quick
         self.part: str = options.part if parts else ""
@@ -57,7 +61,7 @@ class Claim:
         self._command = f"python claims/{name}.py" + (f" --part {self.part}" if self.part else "")
         self._run: Path = options.run
         self._earlier = 0.0
-        self.seeds = range(2 if options.quick and options.seeds == SEEDS else options.seeds)
+        self.seeds = range(2 if options.quick and options.seeds == seeds else options.seeds)
         self.progress = Progress(show=True)
         self._write: bool = options.write
         self._started = time.perf_counter()
@@ -66,7 +70,7 @@ class Claim:
     def _options(self, description: str, name: str, parts: Sequence[str]) -> argparse.Namespace:
         parser = argparse.ArgumentParser(description=description.split("\n", 1)[0])
         parser.add_argument(
-            "--seeds", type=int, default=SEEDS, help="how many (default %(default)s)"
+            "--seeds", type=int, default=self._whole, help="how many (default %(default)s)"
         )
         parser.add_argument(
             "--quick", action="store_true", help="try the script: less of everything"
@@ -87,9 +91,9 @@ class Claim:
         options = parser.parse_args()
         if options.seeds < 1:
             parser.error(f"--seeds {options.seeds}: expected 1 or more")
-        if options.write and (options.quick or options.seeds < SEEDS):
+        if options.write and (options.quick or options.seeds < self._whole):
             parser.error(
-                f"--write stores whole measurements, of {SEEDS} seeds or more without --quick"
+                f"--write stores whole measurements, of {self._whole} seeds or more without --quick"
             )
         if parts and options.part is None:
             for part in parts:
@@ -97,10 +101,14 @@ class Claim:
             sys.exit()
         return options
 
-    def directory(self, settings: Mapping[str, Any]) -> RunDirectory:
-        """Where finished measurements of this section are kept; ``settings`` decide whether they are the same ones."""
-        manifest = {"claim": self.name, "quick": self.quick, "torch": torch.__version__, **settings}
-        folder = f"{self.name}-quick" if self.quick else self.name
+    def directory(self, settings: Mapping[str, Any], name: str = "") -> RunDirectory:
+        """Where finished measurements of this section are kept; ``settings`` decide whether they are the same ones.
+
+        Sections that share measurements give a ``name`` of their own.
+        """
+        name = name or self.name
+        manifest = {"claim": name, "quick": self.quick, "torch": torch.__version__, **settings}
+        folder = f"{name}-quick" if self.quick else name
         return RunDirectory(self._run / folder, manifest)
 
     def measured(
