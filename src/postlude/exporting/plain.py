@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from postlude.errors import SettingsError
 from postlude.runs.checkpoint import Checkpoint
 from postlude.surgery.key_values import KeyValueQuantizer
-from postlude.surgery.layers import QuantizedLinear
+from postlude.surgery.layers import QuantizedLinear, quantized_linears
 
 __all__ = ["Plain", "plain", "refuse"]
 
@@ -65,11 +65,7 @@ def plain(
     """
     model = checkpoint.model
     refuse(target, _reasons(checkpoint, transforms, instead))
-    layers: dict[str, QuantizedLinear] = {
-        path: module
-        for path, module in model.named_modules()
-        if isinstance(module, QuantizedLinear)
-    }
+    layers = dict(quantized_linears(model))
     tensors: dict[str, Tensor] = {}
     inside = tuple(f"{path}." for path in layers)
     tied = _tied_head(model)
@@ -97,11 +93,17 @@ def _tied_head(model: Any) -> str | None:
 
 
 def _reasons(checkpoint: Checkpoint, transforms: bool, instead: str) -> list[str]:
-    if transforms:
-        return []
-    model, found = checkpoint.model, []
+    model = checkpoint.model
     made_by = getattr(getattr(model.config, "quantization_config", None), "made_by", {})
     method = made_by.get("method", "its method")
+    found = [
+        f"{method} corrects {path} by a low-rank branch, which this format has no place for. Export a checkpoint of "
+        "a method without branches (gptq, for example)"
+        for path, layer in quantized_linears(model)
+        if layer.branch is not None
+    ]
+    if transforms:
+        return found
     for path, module in model.named_modules():
         if isinstance(module, QuantizedLinear) and module.transform is not None:
             kind = type(module.transform).__name__

@@ -23,7 +23,7 @@ from postlude.runs.pipeline import is_denoiser, load_denoiser
 from postlude.runs.quiet import quiet_transformers
 from postlude.runs.weights import check_finite, read_json, weight_files
 from postlude.surgery.anatomy import Anatomy, anatomy_of, kind_of
-from postlude.surgery.layers import QuantizedLinear, check_scales
+from postlude.surgery.layers import check_scales, quantized_linears
 
 __all__ = ["dtype_of", "load", "resolve"]
 
@@ -163,11 +163,7 @@ def _config(directory: Path) -> dict[str, Any]:
 
 def _check_places(model: Any, anatomy: Anatomy, directory: Path) -> None:
     known = {*anatomy.linears(), *anatomy.kept()}
-    other = [
-        path
-        for path, module in model.named_modules()
-        if isinstance(module, QuantizedLinear) and path not in known
-    ]
+    other = [path for path, _ in quantized_linears(model) if path not in known]
     if other:
         raise CheckpointError(
             f"{directory} quantizes {', '.join(other[:5])}; Postlude reads quantized linears of the blocks only. "

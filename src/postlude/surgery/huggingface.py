@@ -49,6 +49,8 @@ def describe(model: nn.Module) -> dict[str, Any]:
     kinds: list[dict[str, Any]] = []
     modules: dict[str, int] = {}
     for path, module in model.named_modules():
+        if isinstance(module, QuantizedLinear) and module.factor:
+            continue  # described with the layer that has the branch
         if isinstance(module, QuantizedLinear):
             spec: dict[str, Any] = {"module": "linear", **module.spec()}
         elif isinstance(module, KeyValueQuantizer):

@@ -8,6 +8,7 @@ description, which is how a saved model is loaded.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from typing import Any, Protocol
 
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from postlude.errors import CheckpointError, SettingsError
 from postlude.numerics.formats import Encoded, Scheme
+from postlude.numerics.low_rank import BranchFormat
 from postlude.numerics.packing import pack, packed_width, unpack
 from postlude.numerics.rotation import (
     constant_first_row,
@@ -28,10 +30,13 @@ __all__ = [
     "BlockHadamard",
     "Execution",
     "InputOrder",
+    "InputScale",
+    "LowRankBranch",
     "QuantizedLinear",
     "build_transform",
     "check_scales",
     "hold_dense",
+    "quantized_linears",
 ]
 
 
@@ -128,11 +133,48 @@ class InputOrder(nn.Module):
         return {"kind": "order", "width": len(self.order)}
 
 
+class InputScale(nn.Module):
+    """``x -> x * factor``, channel by channel: smoothing that no norm absorbs (SVDQuant, arXiv:2411.05007).
+
+    Args:
+        width: entries of the axis.
+    """
+
+    factor: Tensor
+
+    def __init__(self, width: int, device: Any = None) -> None:
+        super().__init__()
+        self.register_buffer("factor", torch.ones(width, dtype=torch.float32, device=device))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[..., width]`` to the same shape."""
+        return x * self.factor.to(x.dtype)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> InputScale:
+        """Move with the model, and stay in fp32."""
+        kept = self.factor
+        super()._apply(fn, recurse)
+        if self.factor.dtype != kept.dtype:
+            self.factor = kept.to(self.factor.device)
+        return self
+
+    def spec(self) -> dict[str, Any]:
+        """What :func:`build_transform` needs to make an empty one."""
+        return {"kind": "scale", "width": len(self.factor)}
+
+
 def _mix(x: Tensor, order: int) -> Tensor:
     """``x @ H`` along the last axis, ``H`` orthonormal of this order with a constant first row."""
     if is_hadamard_order(order):
         return fast_hadamard(x, order, normalize=True)
     return x @ constant_first_row(order, None).to(x.device, x.dtype)
+
+
+def quantized_linears(model: nn.Module) -> Iterator[tuple[str, QuantizedLinear]]:
+    """Every quantized layer with its path; the two layers of a branch belong to theirs and are not listed."""
+    for path, module in model.named_modules():
+        if isinstance(module, QuantizedLinear) and not module.factor:
+            yield path, module
 
 
 @contextlib.contextmanager
@@ -179,6 +221,8 @@ def build_transform(spec: dict[str, Any] | None, device: Any = None) -> nn.Modul
         return None
     if spec.get("kind") == "order":
         return InputOrder(spec["width"], device=device)
+    if spec.get("kind") == "scale":
+        return InputScale(spec["width"], device=device)
     if spec.get("kind") != "hadamard":
         raise CheckpointError(
             f"online transform {spec.get('kind')!r} is not known to this version of Postlude; "
@@ -188,7 +232,7 @@ def build_transform(spec: dict[str, Any] | None, device: Any = None) -> nn.Modul
 
 
 class QuantizedLinear(nn.Module):
-    """``y = Q_in(T(x)) W_q^T + bias``.
+    """``y = Q_in(T(x)) W_q^T + bias``, and with a low-rank branch ``+ branch(T(x))``.
 
     Args:
         in_features, out_features: of the linear it replaces.
@@ -196,6 +240,8 @@ class QuantizedLinear(nn.Module):
         weight: how the weight is quantized; None keeps it in ``dtype``.
         input: how the input is quantized at run time; None leaves it alone.
         transform: online transform of the input, before quantizing it.
+        branch: low-rank correction of the weight; it reads the input before that is quantized.
+        half: keep an unquantized weight in float16, whatever type the model has.
         dtype: of the bias and of an unquantized weight; the arithmetic is in the type of the input.
 
     Attributes:
@@ -204,6 +250,7 @@ class QuantizedLinear(nn.Module):
         scale: ``[out_features, groups]`` (``[1]`` per tensor), in the scheme's scale type.
         zero_point: shape of ``scale``, or None.
         quantize_input: switched off while statistics of the float input are wanted.
+        factor: whether it is one of the two layers of a branch.
         execution: what computes the layer; None for the simulation, which is the reference.
     """
 
@@ -216,6 +263,8 @@ class QuantizedLinear(nn.Module):
         weight: Scheme | None = None,
         input: Scheme | None = None,
         transform: nn.Module | None = None,
+        branch: LowRankBranch | None = None,
+        half: bool = False,
         dtype: torch.dtype = torch.float32,
         device: Any = None,
     ) -> None:
@@ -223,16 +272,22 @@ class QuantizedLinear(nn.Module):
         self.in_features, self.out_features = in_features, out_features
         self.weight_scheme, self.input_scheme = weight, input
         self.transform = transform
+        self.branch = branch
         self.quantize_input = True
+        self.factor = False
         self._held: Tensor | None = None
         self.execution: Execution | None = None
         self.zero_point: Tensor | None
         empty: dict[str, Any] = {"device": device}
         if weight is None:
             self.zero_point = None
-            self.weight = nn.Parameter(
-                torch.empty(out_features, in_features, dtype=dtype, **empty), requires_grad=False
+            kept = torch.empty(
+                out_features, in_features, dtype=torch.float16 if half else dtype, **empty
             )
+            if half:
+                self.register_buffer("weight", kept)  # parameters are cast with the model
+            else:
+                self.weight = nn.Parameter(kept, requires_grad=False)
         else:
             bytes_per_row = packed_width(in_features, weight.format.code_bits)
             shape = (
@@ -260,6 +315,7 @@ class QuantizedLinear(nn.Module):
         weight: Scheme | None = None,
         input: Scheme | None = None,
         transform: nn.Module | None = None,
+        branch: LowRankBranch | None = None,
         dtype: torch.dtype | None = None,
     ) -> QuantizedLinear:
         """An empty layer with the shape, bias and device of a linear (or transposed ``Conv1D``)."""
@@ -275,6 +331,7 @@ class QuantizedLinear(nn.Module):
             weight=weight,
             input=input,
             transform=transform,
+            branch=branch,
             dtype=dtype or matrix.dtype,
             device=matrix.device,
         )
@@ -290,7 +347,7 @@ class QuantizedLinear(nn.Module):
         self.zero_point = encoded.zero_point
 
     def dense_weight(self) -> Tensor:
-        """``[out_features, in_features]``, fp32 where it is decoded: the reference for every kernel."""
+        """``[out_features, in_features]``, fp32 where it is decoded, without the branch: kernels' reference."""
         if self.weight_scheme is None:
             return self.weight.data
         codes = unpack(self.codes, self.weight_scheme.format.code_bits, self.in_features)
@@ -302,12 +359,14 @@ class QuantizedLinear(nn.Module):
             x = self.transform(x)
         # A held weight was asked for by name, and an unquantized input is not what a kernel computes.
         as_stored = self._held is None and (self.input_scheme is None or self.quantize_input)
+        run = self.simulate
         if self.execution is not None and as_stored:
-            return self.execution.run(self, x)
-        return self.simulate(x)
+            run = functools.partial(self.execution.run, self)
+        out = run(x)
+        return out if self.branch is None else out + self.branch(x)
 
     def simulate(self, x: Tensor) -> Tensor:
-        """``Q_in(x) W_q^T + bias`` in floating point, of an input that is already transformed."""
+        """``Q_in(x) W_q^T + bias`` in floating point, of an input that is already transformed; not the branch."""
         x = self.quantized_input(x)
         weight = self.dense_weight() if self._held is None else self._held
         return nn.functional.linear(x, weight.to(x.dtype), self.bias)
@@ -343,16 +402,18 @@ class QuantizedLinear(nn.Module):
             )
 
     def _apply(self, fn: Any, recurse: bool = True) -> QuantizedLinear:
-        """Move with the model, but keep scales in the type they are stored in."""
+        """Move with the model, but keep scales and a half weight in the type they are stored in."""
         self._refuse_while_executing("be moved or cast")
-        scale = getattr(self, "scale", None)
+        kept = {name: self._buffers.get(name) for name in ("scale", "weight")}
         super()._apply(fn, recurse)
-        if scale is not None and self.scale.dtype != scale.dtype:
-            self.scale = scale.to(self.scale.device)
+        for name, before in kept.items():
+            now = self._buffers.get(name)
+            if before is not None and now is not None and now.dtype != before.dtype:
+                self._buffers[name] = before.to(now.device)
         return self
 
     def stored_bits(self) -> int:
-        """Bits on disk of everything that stands for the weight: codes, scales, zero points, signs."""
+        """Bits on disk of everything that stands for the weight: codes, scales, zero points, signs, branch."""
         parts: list[Tensor] = (
             [self.weight] if self.weight_scheme is None else [self.codes, self.scale]
         )
@@ -360,20 +421,22 @@ class QuantizedLinear(nn.Module):
             parts.append(self.zero_point)
         if self.transform is not None:
             parts += list(self.transform.buffers())
-        return sum(part.numel() * part.element_size() * 8 for part in parts)
+        own = sum(part.numel() * part.element_size() * 8 for part in parts)
+        return own if self.branch is None else own + self.branch.stored_bits()
 
     def spec(self) -> dict[str, Any]:
         """What :meth:`from_spec` needs to make an empty one."""
-        return {
+        spec = {
             "in_features": self.in_features,
             "out_features": self.out_features,
             "bias": self.bias is not None,
             "weight": self.weight_scheme.to_dict() if self.weight_scheme else None,
             "input": self.input_scheme.to_dict() if self.input_scheme else None,
             "transform": self.transform.spec()
-            if isinstance(self.transform, BlockHadamard | InputOrder)
+            if isinstance(self.transform, BlockHadamard | InputOrder | InputScale)
             else None,
         }
+        return spec if self.branch is None else {**spec, "branch": self.branch.spec()}
 
     @classmethod
     def from_spec(
@@ -387,6 +450,7 @@ class QuantizedLinear(nn.Module):
             weight=Scheme.from_dict(spec["weight"]) if spec["weight"] else None,
             input=Scheme.from_dict(spec["input"]) if spec["input"] else None,
             transform=build_transform(spec["transform"], device),
+            branch=LowRankBranch.from_spec(spec["branch"], device) if "branch" in spec else None,
             dtype=dtype,
             device=device,
         )
@@ -398,4 +462,80 @@ class QuantizedLinear(nn.Module):
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, "
             f"weight={show(self.weight_scheme)}, input={show(self.input_scheme)}"
+        )
+
+
+class LowRankBranch(nn.Module):
+    """``x -> Q_a2( Q_a1(x) B^T ) A^T``: two small layers that are stored, and run, as any quantized layer is.
+
+    Args:
+        in_features, out_features: of the layer that it corrects.
+        rank: width between the two.
+        format: of both factors and of what they multiply.
+
+    Attributes:
+        down: holds ``B [rank, in_features]``.
+        up: holds ``A [out_features, rank]``.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        rank: int,
+        format: BranchFormat,
+        device: Any = None,
+    ) -> None:
+        super().__init__()
+        self.rank, self.format = rank, format
+
+        def layer(inputs: int, outputs: int) -> QuantizedLinear:
+            return QuantizedLinear(
+                inputs,
+                outputs,
+                bias=False,
+                weight=format.factor_scheme,
+                input=format.input_scheme,
+                half=True,
+                device=device,
+            )
+
+        self.down, self.up = layer(in_features, rank), layer(rank, out_features)
+        self.down.factor = self.up.factor = True
+
+    def store(self, up: Encoded | Tensor, down: Encoded | Tensor) -> None:
+        """Take both factors, encoded in the format, or float16 where that is 16 bits."""
+        for layer, factor in ((self.up, up), (self.down, down)):
+            if isinstance(factor, Tensor):
+                layer.weight.copy_(factor)
+            else:
+                layer.store(factor)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[..., in_features]``, before it is quantized for the main weight, to ``[..., out_features]``."""
+        out: Tensor = self.up(self.down(x))
+        return out
+
+    def stored_bits(self) -> int:
+        """Bits on disk."""
+        return self.up.stored_bits() + self.down.stored_bits()
+
+    def spec(self) -> dict[str, Any]:
+        """What :meth:`from_spec` needs to make an empty one."""
+        return {
+            "in_features": self.down.in_features,
+            "out_features": self.up.out_features,
+            "rank": self.rank,
+            "format": str(self.format),
+        }
+
+    @classmethod
+    def from_spec(cls, spec: dict[str, Any], device: Any = None) -> LowRankBranch:
+        """An empty branch from its description."""
+        return cls(
+            spec["in_features"],
+            spec["out_features"],
+            spec["rank"],
+            BranchFormat.parse(spec["format"]),
+            device,
         )

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from postlude.errors import SettingsError, UnknownNameError
+from postlude.surgery.kernels.dense import Dense
 from postlude.surgery.kernels.int4pack import Int4PackMatmul
 from postlude.surgery.kernels.int8pack import Int8PackMatmul
 from postlude.surgery.kernels.integer import IntegerMatmul
@@ -51,6 +52,7 @@ KERNELS: dict[str, Kernel] = {
         IntegerMatmul(),
         TritonPacked(),
         TritonInteger(),
+        Dense(),
         Tiled(),
         Simulate(),
     )
