@@ -6,7 +6,7 @@ A system is a settings class with up to five parts, all optional but the schemes
     statistics   tensors learned from calibration data on the folded float model
     rewrite      function-preserving rewrites made from those tensors
     schemes      how weights, inputs, keys and values are quantized
-    rounding     nearest, or GPTQ (arXiv:2210.17323) block by block
+    rounding     nearest, or GPTQ (arXiv:2210.17323) block by block; another ``round_site`` for what else is stored
 
 :func:`quantize` runs them in that order. Statistics and every finished block are units of a run directory, so
 a killed run resumes and ends with the same bits. Input and key/value quantizers are switched on last: Hessians
@@ -21,8 +21,8 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import math
-from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, Literal
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from postlude import registry
 from postlude.errors import DataError, SettingsError, UnknownNameError
 from postlude.numerics.formats import Encoded, Granularity, Integer, Scheme
+from postlude.numerics.low_rank import BranchFormat
 from postlude.numerics.moments import SecondMoment
 from postlude.numerics.rounding import gptq, nearest
 from postlude.runs.checkpoint import Checkpoint
@@ -38,10 +39,10 @@ from postlude.surgery.anatomy import Block, Kind, LanguageBlock, LinearRef, Site
 from postlude.surgery.capture import BlockWalk, Calibration, device_of
 from postlude.surgery.huggingface import mark
 from postlude.surgery.key_values import KeyValueQuantizer, attach, use_rotating_attention
-from postlude.surgery.layers import QuantizedLinear
+from postlude.surgery.layers import InputScale, LowRankBranch, QuantizedLinear
 from postlude.surgery.rewrite import replace_module
 
-__all__ = ["FLOAT", "Quantizer", "check_kind", "generator", "quantize"]
+__all__ = ["FLOAT", "Quantizer", "Rounded", "Seen", "check_kind", "generator", "quantize"]
 
 # Bits that mean "leave it in floating point".
 FLOAT = 16
@@ -68,6 +69,75 @@ def generator(seed: int, name: str) -> torch.Generator:
     # PyTorch's CPU generator reads the low 32 bits of a seed and no others.
     digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:4]))
+
+
+class Seen(Protocol):
+    """What is gathered from the input of a site before its readers are rounded."""
+
+    def update(self, x: Tensor) -> None:
+        """Take in ``x [..., width]``."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Rounded:
+    """What takes the place of one weight.
+
+    Attributes:
+        main: codes and scales.
+        up, down: factors of a low-rank branch, encoded in its format, or in float16 where that has 16 bits.
+        smoothing: ``[in_features]``; the stored weight is the given one times this, and its input is divided by it.
+    """
+
+    main: Encoded
+    up: Encoded | Tensor | None = None
+    down: Encoded | Tensor | None = None
+    smoothing: Tensor | None = None
+
+    def decode(self) -> Tensor:
+        """The weight that it stands for, ``[out_features, in_features]`` fp32."""
+        weight = self.main.decode()
+        if self.up is not None and self.down is not None:
+            weight = weight + _values(self.up) @ _values(self.down)
+        return weight if self.smoothing is None else weight / self.smoothing.to(weight)
+
+    def parts(self) -> dict[str, Tensor]:
+        """As named tensors."""
+        found = _encoded_parts("", self.main)
+        for name, factor in (("up", self.up), ("down", self.down)):
+            if isinstance(factor, Tensor):
+                found[f"{name}.half"] = factor
+            elif factor is not None:
+                found |= _encoded_parts(f"{name}.", factor)
+        return found if self.smoothing is None else {**found, "smoothing": self.smoothing}
+
+    @classmethod
+    def from_parts(
+        cls, parts: Mapping[str, Tensor], scheme: Scheme, branch: BranchFormat | None
+    ) -> Rounded:
+        """What :meth:`parts` came from."""
+
+        def factor(name: str) -> Encoded | Tensor | None:
+            kind = None if branch is None else branch.factor_scheme
+            return parts.get(f"{name}.half") if kind is None else _encoded(parts, f"{name}.", kind)
+
+        main = _encoded(parts, "", scheme)
+        return cls(main, factor("up"), factor("down"), parts.get("smoothing"))
+
+
+def _values(factor: Encoded | Tensor) -> Tensor:
+    return factor.float() if isinstance(factor, Tensor) else factor.decode()
+
+
+def _encoded_parts(prefix: str, encoded: Encoded) -> dict[str, Tensor]:
+    found = {f"{prefix}codes": encoded.codes, f"{prefix}scale": encoded.scale}
+    if encoded.zero_point is not None:
+        found[f"{prefix}zero_point"] = encoded.zero_point
+    return found
+
+
+def _encoded(parts: Mapping[str, Tensor], prefix: str, scheme: Scheme) -> Encoded:
+    codes, scale = parts[f"{prefix}codes"], parts[f"{prefix}scale"]
+    return Encoded(codes, scale, parts.get(f"{prefix}zero_point"), scheme)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,7 +205,17 @@ class Quantizer:
     def needs_calibration(self) -> bool:
         """Whether calibration data is needed: declared by the method, or by GPTQ for rounding weights."""
         declared = "calibration" in registry.info_of(self).needs
-        return declared or (self.rounding == "gptq" and self.weights < FLOAT)
+        return declared or self.reads_inputs
+
+    @property
+    def reads_inputs(self) -> bool:
+        """Whether :meth:`round_site` is shown what :meth:`observes` gathered."""
+        return self.rounding == "gptq" and self.weights < FLOAT
+
+    @property
+    def branch_format(self) -> BranchFormat | None:
+        """Format of the low-rank branch that :meth:`round_site` gives every weight; None for none."""
+        return None
 
     def fold(self, checkpoint: Checkpoint) -> None:
         """Rewrites that need no data."""
@@ -171,6 +251,38 @@ class Quantizer:
             return None, None
         scheme = Scheme(Integer(self.kv, symmetric=False, range="zero"), Granularity("token"))
         return scheme, scheme
+
+    def observes(self, site: Site) -> Seen:
+        """What to gather from the inputs of a site, through the layers rounded so far; see :attr:`reads_inputs`."""
+        return SecondMoment(site.width)
+
+    def rounder(self, scheme: Scheme, hessian: Tensor | None) -> Callable[[Tensor], Encoded]:
+        """What rounds one weight by the ``rounding`` that was chosen.
+
+        Args:
+            scheme: its grid.
+            hessian: ``[in_features, in_features]``, any multiple of ``E[x x^T]``; not read by ``nearest``.
+        """
+        return lambda weight: _ROUNDINGS[self.rounding](weight, hessian, scheme, self)
+
+    def round_site(
+        self, site: Site, weights: Sequence[Tensor], seen: Seen | None, scheme: Scheme
+    ) -> list[Rounded]:
+        """Round the weights of all linears that read a site.
+
+        Args:
+            site: it.
+            weights: ``[out_features, in_features]`` each, in the order of ``site.modules``.
+            seen: what :meth:`observes` made, filled; None where inputs are not read.
+            scheme: grid of the weights.
+        """
+        hessian = 2 * seen.value() if isinstance(seen, SecondMoment) else None
+        rounding = self.rounder(scheme, hessian)
+        return [Rounded(rounding(weight)) for weight in weights]
+
+    def accounts(self, checkpoint: Checkpoint) -> Mapping[str, Any]:
+        """What a method has to report of the finished model beside its size; kept with the checkpoint."""
+        return {}
 
 
 def _nearest(
@@ -241,7 +353,7 @@ def quantize(
     _attach_key_values(model, anatomy.blocks, settings)
 
     walk = None
-    if settings.rounding == "gptq" and settings.weights < FLOAT and calibration is not None:
+    if settings.reads_inputs and calibration is not None:
         walk = BlockWalk(model, anatomy, calibration)
     squared = torch.zeros(2, dtype=torch.float64)  # of errors, of weights
     with progress or Progress(show=False) as shown:
@@ -278,6 +390,7 @@ def quantize(
                 ),
             }
         ),
+        **settings.accounts(checkpoint),
     }
     mark(model, made_by)
     checkpoint.path = None
@@ -329,8 +442,8 @@ def _attach_key_values(model: nn.Module, blocks: tuple[Block, ...], settings: Qu
             use_rotating_attention(model)
 
 
-def _empty_layer(
-    model: nn.Module, path: str, settings: Quantizer, site: Site
+def _layer(
+    model: nn.Module, path: str, settings: Quantizer, site: Site, rounded: Rounded | None
 ) -> QuantizedLinear | None:
     """The layer that takes a linear's place, or None where nothing about it changes."""
     old = model.get_submodule(path)
@@ -338,9 +451,39 @@ def _empty_layer(
     transform = old.transform if isinstance(old, QuantizedLinear) else None
     if weight is None and input is None:
         return None
-    layer = QuantizedLinear.like(old, weight=weight, input=input, transform=transform)
-    layer.quantize_input = False
+    branch = None
+    if rounded is not None:
+        device = rounded.main.codes.device
+        if rounded.smoothing is not None:
+            transform = InputScale(site.width, device)
+            transform.factor.copy_(1 / rounded.smoothing.double())
+        if rounded.up is not None and rounded.down is not None:
+            branch = _branch(settings.branch_format, rounded.up, rounded.down, device)
+    layer = QuantizedLinear.like(
+        old, weight=weight, input=input, transform=transform, branch=branch
+    )
+    if rounded is not None:
+        layer.store(rounded.main)
+    else:
+        layer.weight.data.copy_(LinearRef(path, site.readers[0].role).weight(model))
+    for part in layer.modules():
+        if isinstance(part, QuantizedLinear):
+            part.quantize_input = False
     return layer
+
+
+def _branch(
+    format: BranchFormat | None,
+    up: Encoded | Tensor,
+    down: Encoded | Tensor,
+    device: torch.device,
+) -> LowRankBranch:
+    if format is None:
+        raise ValueError("a weight was given a branch by a method that names no format for it")
+    a, b = (part if isinstance(part, Tensor) else part.codes for part in (up, down))
+    branch = LowRankBranch(b.shape[1], a.shape[0], b.shape[0], format, device)
+    branch.store(up, down)
+    return branch
 
 
 def _round_block(
@@ -350,7 +493,7 @@ def _round_block(
     statistics: Mapping[str, Tensor],
     walk: BlockWalk | None,
 ) -> dict[str, Tensor]:
-    """Codes and scales of a block's linears, by ``path.name``.
+    """What is stored for a block's linears, by ``path.name``.
 
     With a walk, sites are done in the order of the forward pass, each seeing the ones before it quantized.
     """
@@ -360,51 +503,45 @@ def _round_block(
         scheme = settings.weight_scheme(site)
         if scheme is None or settings.skips(block, site, statistics):
             continue
-        hessian = None if walk is None else _hessian(model, block, site, walk)
-        for path in site.modules:
-            weight = LinearRef(path, site.readers[0].role).weight(model)
-            encoded = _ROUNDINGS[settings.rounding](weight, hessian, scheme, settings)
-            done[f"{path}.codes"], done[f"{path}.scale"] = encoded.codes, encoded.scale
-            if encoded.zero_point is not None:
-                done[f"{path}.zero_point"] = encoded.zero_point
-            _install(model, path, settings, site, encoded)
-            squared += _squared_error(model.get_submodule(path), weight)
+        seen = None if walk is None else _observed(model, block, site, walk, settings)
+        role = site.readers[0].role
+        weights = [LinearRef(path, role).weight(model) for path in site.modules]
+        made = settings.round_site(site, weights, seen, scheme)
+        for path, weight, rounded in zip(site.modules, weights, made, strict=True):
+            done |= {f"{path}.{name}": part for name, part in rounded.parts().items()}
+            squared += _squared_error(rounded, weight)
+            _install(model, path, settings, site, rounded)
     if done:
         done[_SQUARED] = squared
     return done
 
 
-def _squared_error(layer: nn.Module, weight: Tensor) -> Tensor:
+def _squared_error(rounded: Rounded, weight: Tensor) -> Tensor:
     """``[||W - decoded W||^2, ||W||^2]``, fp64 on the CPU."""
-    if not isinstance(layer, QuantizedLinear):
-        raise TypeError(f"expected a QuantizedLinear, got a {type(layer).__name__}")
     exact = weight.double()
-    difference = layer.dense_weight().double() - exact
+    difference = rounded.decode().double() - exact
     return torch.stack([difference.square().sum(), exact.square().sum()]).cpu()
 
 
-def _hessian(model: nn.Module, block: Block, site: Site, walk: BlockWalk) -> Tensor:
-    """``2 E[x x^T]`` of what the site's readers multiply: the input after its online transform."""
-    moment = SecondMoment(site.width)
+def _observed(
+    model: nn.Module, block: Block, site: Site, walk: BlockWalk, settings: Quantizer
+) -> Seen:
+    """What the method gathers of what the site's readers multiply: the input after its online transform."""
+    seen = settings.observes(site)
     reader = model.get_submodule(site.modules[0])
     transform = reader.transform if isinstance(reader, QuantizedLinear) else None
-    observers = {site.name: lambda x: moment.update(x if transform is None else transform(x))}
+    observers = {site.name: lambda x: seen.update(x if transform is None else transform(x))}
     # Q, K and V are rounded by the time their mixture is looked at, so attention need not run again.
     walk.observe(block, observers, freeze_attention=site.name == "o_in")
-    return 2 * moment.value()
+    return seen
 
 
 def _install(
-    model: nn.Module, path: str, settings: Quantizer, site: Site, encoded: Encoded | None
+    model: nn.Module, path: str, settings: Quantizer, site: Site, rounded: Rounded | None
 ) -> None:
-    layer = _empty_layer(model, path, settings, site)
-    if layer is None:
-        return
-    if encoded is not None:
-        layer.store(encoded)
-    else:
-        layer.weight.data.copy_(LinearRef(path, site.readers[0].role).weight(model))
-    replace_module(model, path, layer)
+    layer = _layer(model, path, settings, site, rounded)
+    if layer is not None:
+        replace_module(model, path, layer)
 
 
 def _install_block(
@@ -423,12 +560,13 @@ def _install_block(
             existing = model.get_submodule(path)
             if _is_rounded(existing):
                 continue  # rounded in this process
-            encoded = None
+            rounded = None
             if scheme is not None:
-                device = device_of(existing)
-                parts: dict[str, Any] = {
-                    name: done[f"{path}.{name}"].to(device) if f"{path}.{name}" in done else None
-                    for name in ("codes", "scale", "zero_point")
+                device, inside = device_of(existing), f"{path}."
+                parts = {
+                    name.removeprefix(inside): part.to(device)
+                    for name, part in done.items()
+                    if name.startswith(inside)
                 }
-                encoded = Encoded(**parts, scheme=scheme)
-            _install(model, path, settings, site, encoded)
+                rounded = Rounded.from_parts(parts, scheme, settings.branch_format)
+            _install(model, path, settings, site, rounded)
