@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from postlude._front_door.judging_samples import evaluate_samples
     from postlude._front_door.opening import load
     from postlude._front_door.quantizing import quantize
-    from postlude._front_door.running import forecast, run
+    from postlude._front_door.running import forecast, report, run
     from postlude._front_door.sampling import sample
     from postlude._front_door.text import built_in_text, calibration_tokens
     from postlude._front_door.tuning import tune, tune_prior
@@ -51,6 +51,7 @@ __all__ = [
     "kernels",
     "load",
     "quantize",
+    "report",
     "run",
     "sample",
     "sample_calibrate",
@@ -79,6 +80,7 @@ _FILES = {
     "kernels": "inspecting",
     "load": "opening",
     "quantize": "quantizing",
+    "report": "running",
     "run": "running",
     "sample": "sampling",
     "sample_calibrate": "calibrating",

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from postlude._front_door.opening import Path_
@@ -12,7 +13,7 @@ from postlude.recipes.recipe import Recipe, read
 from postlude.recipes.run import Done
 from postlude.recipes.run import run as _run
 
-__all__ = ["forecast", "run"]
+__all__ = ["forecast", "report", "run"]
 
 
 def run(
@@ -38,7 +39,9 @@ def run(
         StageError: a stage failed; those before it are kept.
         RunDirectoryError: ``out`` holds something else.
     """
-    return _run(_read(recipe, variables, seed), out, _line().invoke, notify)
+    done = _run(_read(recipe, variables, seed), out, _line().invoke, notify)
+    report([out])
+    return done
 
 
 def forecast(
@@ -50,6 +53,21 @@ def forecast(
 ) -> _forecast.Forecasts:
     """Check a recipe and tell what it would take, without running it; see :func:`run`."""
     return _forecast.forecast(_read(recipe, variables, seed), out)
+
+
+def report(runs: Sequence[Path_], out: Path_ | None = None) -> Path:
+    """Write the page of a finished run, or of several side by side.
+
+    Args:
+        runs: directories that :func:`run` wrote.
+        out: the file; ``report.html`` of the first run when None.
+
+    Raises:
+        RunDirectoryError: not the directory of a finished run.
+    """
+    from postlude.report.chain import write
+
+    return write(runs, out)
 
 
 def _read(recipe: Path_, variables: Mapping[str, str] | None, seed: int) -> Recipe:

@@ -27,6 +27,7 @@ from postlude.cli import (
     methods,
     quantize,
     recipe,
+    report,
     sample,
     tune,
 )
@@ -73,6 +74,7 @@ app.add_typer(evaluate.app, name="evaluate")
 app.command("generate")(generate.generate)
 app.command("export")(export.export)
 app.command("run")(recipe.run)
+app.command("report")(report.report)
 app.command("methods")(methods.methods)
 app.command("demo")(demo.demo)
 

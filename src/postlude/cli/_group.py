@@ -25,6 +25,7 @@ class OrderedGroup(TyperGroup):
         "generate",
         "export",
         "run",
+        "report",
         "methods",
         "demo",
     )

@@ -22,7 +22,7 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-__all__ = ["Line", "Plot", "heat_map", "line_plot"]
+__all__ = ["Line", "Plot", "bar_plot", "heat_map", "line_plot"]
 
 # (colour, dashes, marker). Okabe and Ito's yellow is left out: it cannot be seen on white.
 _STYLES: tuple[tuple[str, Any, str], ...] = (
@@ -34,6 +34,8 @@ _STYLES: tuple[tuple[str, Any, str], ...] = (
     ("#56B4E9", (0, (4, 1, 1, 1, 1, 1)), "P"),
     ("#000000", (0, (9, 3)), "X"),
 )
+# Of bars, beside the colours of the same index.
+_HATCHES = ("", "////", "....", "xxxx", "\\\\\\\\", "++++", "oooo")
 _INK, _GRID = "#1b1b1b", "#dcdcdc"
 _WIDE, _NARROW = (700, 380), (340, 330)
 _FONT = 12.5
@@ -136,6 +138,59 @@ def line_plot(
             _name_ends(axes, lines, logarithmic)
         else:
             _write_values(axes, lines)
+        return _svg(figure, f"{identifier}-{size[0]}", alt)
+
+    with _settings():
+        return Plot(draw(_WIDE), draw(_NARROW))
+
+
+def bar_plot(
+    identifier: str,
+    groups: Sequence[Line],
+    names: Sequence[str],
+    *,
+    x_label: str,
+    alt: str,
+) -> Plot:
+    """Horizontal bars from 0, each with its value at its end.
+
+    Args:
+        identifier: unique in the page; letters, digits and dashes.
+        groups: a bar for each at every name; several are told apart by hatch, colour and a legend.
+        names: from the top.
+        x_label: with units.
+        alt: what a reader who cannot see the plot should know.
+    """
+
+    def draw(size: tuple[int, int]) -> str:
+        figure, axes = _figure((size[0], 90 + 30 * len(names) * max(1, len(groups))))
+        thick = 0.8 / len(groups)
+        for index, group in enumerate(groups):
+            places = [row + (index + 0.5) * thick - 0.4 for row in range(len(names))]
+            bars = axes.barh(
+                places,
+                [0.0 if value is None else value for value in group.values],
+                height=thick * 0.9,
+                color=_STYLES[index % len(_STYLES)][0],
+                hatch=_HATCHES[index % len(_HATCHES)],
+                edgecolor="white",
+                label=group.name,
+            )
+            words = ["" if value is None else _short(value) for value in group.values]
+            axes.bar_label(bars, words, padding=4)
+        axes.set_yticks(range(len(names)), names)
+        axes.invert_yaxis()
+        axes.margins(x=0.18)
+        axes.set_xlim(left=0)
+        axes.set_xlabel(x_label)
+        axes.xaxis.set_major_formatter(FuncFormatter(_number))
+        axes.locator_params(axis="x", nbins=5)
+        axes.grid(axis="x", color=_GRID, linewidth=0.8)
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right", "bottom"]].set_visible(False)
+        axes.tick_params(length=0)
+        if len(groups) > 1:
+            figure.legend(loc="outside upper center", ncols=min(3, len(groups)), frameon=False)
         return _svg(figure, f"{identifier}-{size[0]}", alt)
 
     with _settings():
@@ -249,6 +304,10 @@ def _decades(axes: Any) -> None:
 
 def _number(value: float, _: object = None) -> str:
     return f"{value:,.0f}" if value >= 1000 else f"{value:.6g}"
+
+
+def _short(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
 
 def _plottable(value: float | None, logarithmic: bool) -> float:

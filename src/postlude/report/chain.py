@@ -1,0 +1,266 @@
+"""One self-contained HTML page of the run of a recipe: every stage, what it measured, and how to run it again.
+
+With several runs the page sets the measures of stages of the same name side by side. The page runs no script, loads
+nothing, and links to nothing but pages and outputs in the run's own folder; every text is escaped.
+"""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import math
+import os
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from postlude.recipes.run import Done, state
+from postlude.report.environment import environment
+from postlude.report.figures import Figure
+from postlude.report.plots import Line, bar_plot
+from postlude.report.sheet import folded, style, template
+from postlude.runs.atomic import atomic_write
+
+__all__ = ["PAGE", "render", "write"]
+
+PAGE = "report.html"
+
+_LARGEST_PICTURE = 4_000_000
+
+
+@dataclasses.dataclass(frozen=True)
+class _Measure:
+    """A measure that is drawn: its title, its unit, by what it is divided, what to see, and its reference's name."""
+
+    title: str
+    unit: str
+    caption: str
+    divisor: float = 1.0
+    reference: str = ""
+
+
+_DRAWN = {
+    "perplexity": _Measure(
+        "Perplexity",
+        "perplexity",
+        "How surprised the model is by the text; lower is better.",
+        reference="reference_perplexity",
+    ),
+    "kl": _Measure("Divergence from the reference", "nats per token", "0 is the reference itself."),
+    "frechet": _Measure(
+        "Frechet distance",
+        "distance in the features of a classifier",
+        "From real pictures; lower is better.",
+        reference="frechet_reference",
+    ),
+    "class_accuracy": _Measure(
+        "Pictures of the asked class", "share", "As a classifier sees it; 1 is all of them."
+    ),
+    "score": _Measure("Pose score", "score", "Position and orientation together; lower is better."),
+    "bits_per_weight": _Measure("Bits per weight", "bits", "Codes and scales of quantized layers."),
+    "bytes": _Measure("Size", "megabytes", "Of the weights on the disk.", 1e6),
+}
+_SETTINGS = ("settings", "kept", "method", "output", "seed")
+
+
+class _Run:
+    """A finished run and its folder."""
+
+    def __init__(self, directory: str | os.PathLike[str]) -> None:
+        self.directory = Path(os.path.realpath(directory))
+        self.summary, self.stages = state(self.directory)
+        recipe = self.directory / "recipe.yaml"
+        self.recipe = recipe.read_text(encoding="utf-8") if recipe.is_file() else ""
+        self.name = self.directory.name
+
+
+def write(
+    runs: Sequence[str | os.PathLike[str]], out: str | os.PathLike[str] | None = None
+) -> Path:
+    """Write the page of one run, or of several side by side.
+
+    Args:
+        runs: directories of finished runs.
+        out: the file; ``report.html`` of the first run when None.
+
+    Raises:
+        RunDirectoryError: not the directory of a finished run.
+    """
+    file = Path(os.path.realpath(runs[0])) / PAGE if out is None else Path(out)
+    page = render(runs, file.resolve().parent)
+    file.resolve().parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(file) as temporary:
+        temporary.write_text(page, encoding="utf-8")
+    return file
+
+
+def render(runs: Sequence[str | os.PathLike[str]], folder: Path | None = None) -> str:
+    """The page.
+
+    Args:
+        runs: directories of finished runs.
+        folder: where the page will be, for links to what the runs wrote.
+
+    Returns:
+        A whole HTML document.
+    """
+    opened = [_Run(run) for run in runs]
+    found = environment()
+    several = len(opened) > 1
+    first = opened[0]
+    title = "Runs side by side" if several else str(first.summary["name"])
+    introduction = [] if several else [text for text in (first.summary.get("about"),) if text]
+    if not several:
+        seconds = sum(one.seconds for one in first.stages)
+        introduction.append(
+            f"{len(first.stages)} stages, {seconds:.0f} s of work in all"
+            + "".join(f"; {name}: {value}" for name, value in first.summary["variables"].items())
+            + "."
+        )
+    return template("chain.html.jinja").render(
+        title=title,
+        date=found.pop("date", None),
+        style=style("report.css"),
+        introduction=introduction,
+        figures=_figures(opened),
+        comparison=_comparison(opened) if several else [],
+        runs=[run.name for run in opened],
+        stages=[
+            stage
+            for number, run in enumerate(opened)
+            for stage in _sections(run, folder, f"{number}-" if several else "")
+        ],
+        again=[folded(_again(run)) for run in opened],
+        recipes=[(run.name, run.recipe) for run in opened if run.recipe],
+        environment=list(found.items()),
+    )
+
+
+def _again(run: _Run) -> str:
+    chosen = [
+        f"--set {name}={shlex.quote(str(value))}"
+        for name, value in run.summary["variables"].items()
+    ]
+    return " ".join(
+        ["postlude run", str(run.directory / "recipe.yaml"), f"--output {run.directory}", *chosen]
+    )
+
+
+def _sections(run: _Run, folder: Path | None, prefix: str) -> Iterator[dict[str, Any]]:
+    for done in run.stages:
+        inside = run.directory / "stages" / done.stage
+        links = []
+        if folder is not None:
+            pages = [name for name in done.files if name.endswith(".html")]
+            links = [
+                ("Its own page", Path(os.path.relpath(inside / name, folder)).as_posix())
+                for name in pages
+            ]
+        name = f"{run.name}: {done.stage}" if prefix else done.stage
+        yield {
+            "identifier": f"stage-{prefix}{done.stage}",
+            "title": name,
+            "sentence": f"postlude {_verb(done)}, {done.seconds:.1f} s.",
+            "links": links,
+            "pictures": list(_pictures(inside, done)),
+            "rows": [(measure, _text(value)) for measure, value in _measures(done.result)],
+            "command": folded(" ".join(["postlude", *done.command])),
+        }
+
+
+def _verb(done: Done) -> str:
+    return " ".join(word for word in done.command[:2] if word.isalpha())
+
+
+def _pictures(inside: Path, done: Done) -> Iterator[dict[str, str]]:
+    for name in done.files:
+        file = inside / name
+        if name.endswith(".png") and file.is_file() and file.stat().st_size <= _LARGEST_PICTURE:
+            data = base64.b64encode(file.read_bytes()).decode("ascii")
+            yield {"source": f"data:image/png;base64,{data}", "alt": f"{done.stage}: {name}"}
+
+
+def _measures(result: Any, prefix: str = "") -> Iterator[tuple[str, float | int | str]]:
+    """Single numbers and words of a result, by path."""
+    if not isinstance(result, Mapping):
+        return
+    for name, value in result.items():
+        if not prefix and name in _SETTINGS:
+            continue
+        path = f"{prefix}{name}"
+        if isinstance(value, Mapping):
+            if prefix.count(".") < 1:
+                yield from _measures(value, f"{path}.")
+        elif isinstance(value, bool):
+            yield path, "yes" if value else "no"
+        elif isinstance(value, int | float) or (isinstance(value, str) and len(value) <= 80):
+            yield path, value
+
+
+def _numbers(done: Done) -> dict[str, float]:
+    return {
+        name: float(value)
+        for name, value in _measures(done.result)
+        if isinstance(value, int | float) and math.isfinite(value)
+    }
+
+
+def _figures(runs: Sequence[_Run]) -> list[Figure]:
+    """A plot of every known measure that there are at least two values of."""
+    made = []
+    for name, measure in _DRAWN.items():
+        values = [_values(run, name, measure) for run in runs]
+        # A later stage repeats what it was told of its checkpoint.
+        ticks = list(dict.fromkeys(stage for one in values for stage in one))
+        if len({(stage, value) for one in values for stage, value in one.items()}) < 2:
+            continue
+        bars = [
+            Line(run.name, [one.get(stage) for stage in ticks])
+            for run, one in zip(runs, values, strict=True)
+        ]
+        identifier = f"glance-{name}"
+        plot = bar_plot(
+            identifier, bars, ticks, x_label=measure.unit, alt=f"{measure.title}. {measure.caption}"
+        )
+        rows = [(tick, *(_text(bar.values[i]) for bar in bars)) for i, tick in enumerate(ticks)]
+        names = [f"{bar.name} ({measure.unit})" for bar in bars]
+        made.append(Figure(identifier, measure.title, measure.caption, plot, "stage", names, rows))
+    return made
+
+
+def _values(run: _Run, name: str, measure: _Measure) -> dict[str, float]:
+    """The measure of every stage that has it and whose checkpoint no earlier stage had it of."""
+    found: dict[str, float] = {}
+    for done in run.stages:
+        numbers = _numbers(done)
+        if measure.reference in numbers:
+            found.setdefault("reference", numbers[measure.reference] / measure.divisor)
+        if name in numbers:
+            value = numbers[name] / measure.divisor
+            if name not in ("bytes", "bits_per_weight") or value not in found.values():
+                found[done.stage] = value
+    return found
+
+
+def _comparison(runs: Sequence[_Run]) -> list[dict[str, Any]]:
+    """Measures of stages that several runs have and that are not the same in all."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for number, run in enumerate(runs):
+        for done in run.stages:
+            for name, value in _measures(done.result):
+                cells = found.setdefault((done.stage, name), ["\u2013"] * len(runs))
+                cells[number] = _text(value)
+    return [
+        {"stage": stage, "measure": measure, "cells": cells}
+        for (stage, measure), cells in found.items()
+        if len(set(cells)) > 1
+    ]
+
+
+def _text(value: float | int | str | None) -> str:
+    if value is None:
+        return "\u2013"
+    if isinstance(value, int):
+        return f"{value:,}"
+    return f"{value:.5g}" if isinstance(value, float) else value

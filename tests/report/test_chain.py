@@ -1,0 +1,88 @@
+"""The page of a recipe's run says what every stage measured, escapes what it is given, and loads nothing."""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from postlude.errors import RunDirectoryError
+from postlude.report.chain import render, write
+
+# One red pixel.
+PNG = base64.b64decode(
+    "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAIAAACQd1PeAAAADElEQVR4nGP4z8AAAAMBAQDJ/pLvAAAAAElFTkSuQmCC"
+)
+
+
+def a_run(folder: Path, perplexity: float, size: int = 2_000_000) -> Path:
+    """The directory of a finished run, as ``postlude run`` leaves it."""
+    results = {
+        "small": {"bytes": size, "settings": {"weights": 4}, "seed": 0},
+        "quality": {"perplexity": perplexity, "reference_perplexity": 40.0, "bytes": size},
+        "picture": {"note": "<script>alert(1)</script>"},
+    }
+    for name, result in results.items():
+        stage = folder / "stages" / name
+        stage.mkdir(parents=True)
+        files = {}
+        if name == "picture":
+            (stage / "grid.png").write_bytes(PNG)
+            (stage / "page.html").write_text("<p>own page")
+            files = {"grid.png": "0", "page.html": "0"}
+        record = {
+            "key": "k",
+            "command": [name, "<&>"],
+            "seconds": 1.5,
+            "result": result,
+            "files": files,
+        }
+        (stage / "done.json").write_text(json.dumps(record))
+    summary = {
+        "name": "Four bits <b>",
+        "about": "",
+        "variables": {"text": "a b.txt"},
+        "stages": list(results),
+    }
+    (folder / "run.json").write_text(json.dumps(summary))
+    (folder / "recipe.yaml").write_text("stages: {}")
+    return folder
+
+
+def test_one_run(tmp_path: Path) -> None:
+    run = a_run(tmp_path / "one", 44.5)
+    page = write([run]).read_text()
+    assert (run / "report.html").read_text() == page
+    assert "Four bits &lt;b&gt;" in page and "Four bits <b>" not in page
+    assert "&lt;script&gt;" in page and "<script" not in page
+    assert "44.5" in page and "2,000,000" in page
+    assert 'id="glance-perplexity"' in page
+    assert 'id="glance-bytes"' not in page  # one checkpoint has nothing to be compared with
+    assert 'href="stages/picture/page.html"' in page
+    assert "data:image/png;base64," in page
+    assert "--set text=&#39;a b.txt&#39;" in page
+    # Every entry of the contents leads somewhere, and nothing is loaded.
+    anchors = re.findall(r'href="#([^"]+)"', page.split("</nav>")[0])
+    assert anchors and all(f'id="{one}"' in page for one in anchors)
+    assert not re.search(r'(src|href)="(https?:)?//', page)
+
+
+def test_several_runs_side_by_side(tmp_path: Path) -> None:
+    first, second = a_run(tmp_path / "w4", 44.5), a_run(tmp_path / "w8", 40.25, 4_000_000)
+    page = write([first, second], tmp_path / "pages" / "both.html").read_text()
+    assert 'id="glance-bytes"' in page
+    assert re.search(r"<td>perplexity</td><td[^>]*>44.5</td><td[^>]*>40.25</td>", page)
+    assert "reference_perplexity</td>" not in page.split("</section>")[0]  # equal in both
+    assert 'href="../w4/stages/picture/page.html"' in page
+
+
+def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(RunDirectoryError, match="not the directory of a finished run"):
+        render([tmp_path])
+    run = a_run(tmp_path / "one", 44.5)
+    (run / "stages/small/done.json").unlink()
+    with pytest.raises(RunDirectoryError, match="stage 'small' is not finished"):
+        render([run])
