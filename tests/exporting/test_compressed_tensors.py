@@ -233,6 +233,6 @@ def test_another_model_leaves_nothing(
 ) -> None:
     small = rounded(checkpoint(make_model), Scheme(Integer(4)))
     monkeypatch.setattr(selfcheck, "fresh_logits", lambda *args: logits(small.model, args[2]) + 1)
-    with pytest.raises(VerificationError, match=r"is another model: its logits are .* away"):
+    with pytest.raises(VerificationError, match=r"is another model: its outputs are .* away"):
         export(small, CompressedTensors(), tmp_path / "out")
     assert list(tmp_path.iterdir()) == []

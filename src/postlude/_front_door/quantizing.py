@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import hashlib
 import os
-from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 import postlude
 from postlude import registry
+from postlude._front_door.calibration import Calibrating, Data
 from postlude._front_door.opening import Path_, open_checkpoint
-from postlude._front_door.text import CALIBRATION_SAMPLES, Text, calibration_tokens
+from postlude._front_door.text import CALIBRATION_SAMPLES
 from postlude.errors import InputError, OutputExistsError, SettingsError
-from postlude.quantization.engine import Quantizer
+from postlude.quantization.engine import Quantizer, Unit, check_kind, compute_unit
 from postlude.quantization.engine import quantize as _quantize
 from postlude.runs.atomic import check_replaceable, discard
 from postlude.runs.checkpoint import MARKERS, Checkpoint
@@ -31,9 +28,10 @@ def quantize(
     checkpoint: Path_ | Checkpoint,
     method: str | Quantizer,
     *,
-    calibration: Text | None = None,
+    calibration: Data | None = None,
     samples: int = CALIBRATION_SAMPLES,
     length: int | None = None,
+    timesteps: str = "uniform",
     seed: int = 0,
     out: Path_ | None = None,
     overwrite: bool = False,
@@ -47,8 +45,12 @@ def quantize(
     Args:
         checkpoint: loaded, or a path.
         method: a settings object such as ``OffQ(weights=4)``, or a name for its defaults.
-        calibration: text for methods that learn from some: a path, or documents.
-        samples, length: calibration sequences, and tokens of each (512, or the context if shorter).
+        calibration: for methods that learn from data. Of a language model, text: a path, or documents. Of a vision
+            model, a folder of images. Of a denoiser, nothing: it samples its own inputs; or a .safetensors file of
+            inputs. Of either of these, also a list of batches (keyword arguments of the model's forward).
+        samples, length: calibration sequences (images, inputs), and tokens of each (512, or the context if shorter).
+        timesteps: how the inputs that a denoiser samples spread over them: ``uniform``, or ``skewed`` to the small
+            ones (PTQ4DM).
         seed: of every random choice.
         out: where to save the result. Finished blocks are kept beside it (``.NAME.run``) until it is saved: the
             same call after a kill resumes from them and ends with the same bits.
@@ -79,21 +81,23 @@ def quantize(
         raise OutputExistsError(
             f"{out} is the model itself, which would be lost: choose another output."
         )
-    tokens = None
-    if settings.needs_calibration and calibration is not None:
-        tokens = calibration_tokens(opened, calibration, samples, length, seed)
-    unit: dict[str, Callable[[str, Callable[[], Mapping[str, Tensor]]], dict[str, Tensor]]] = {}
+    check_kind(settings, opened)
+    unit: Unit = compute_unit
+    source = None
+    if settings.needs_calibration:
+        source = Calibrating(opened, calibration, samples, length, timesteps, seed)
     directory = _run_beside(out) if run is None and out is not None else run
     if directory is not None:
-        manifest = _manifest(opened, settings, tokens, seed)
+        manifest = _manifest(opened, settings, source, seed)
         elsewhere = "output (-o)" if run is None else "run directory (--run)"
         kept = RunDirectory(directory, manifest, overwrite=overwrite, elsewhere=elsewhere)
-        unit["unit"] = kept.unit
+        unit = kept.unit
         if progress is not None and kept.finished():
             progress.log(f"resuming: {len(kept.finished())} finished steps in {kept.path}")
     work = opened if inplace or opened is not checkpoint else _copy(opened)
     try:
-        small = _quantize(work, settings, tokens, seed=seed, progress=progress, **unit)
+        data = None if source is None else source.read(unit, progress)
+        small = _quantize(work, settings, data, seed=seed, progress=progress, unit=unit)
     except InputError:
         # The same call would fail again, and another one is another run.
         if out is not None and run is None:
@@ -112,7 +116,7 @@ def _run_beside(out: Path_) -> Path:
 
 
 def _manifest(
-    checkpoint: Checkpoint, settings: Quantizer, tokens: Tensor | None, seed: int
+    checkpoint: Checkpoint, settings: Quantizer, source: Calibrating | None, seed: int
 ) -> dict[str, Any]:
     """Everything that decides the result."""
     return {
@@ -122,9 +126,7 @@ def _manifest(
         "settings": dataclasses.asdict(settings),
         "model": checkpoint.fingerprint(),
         "device": checkpoint.model.device.type,
-        "calibration": None
-        if tokens is None
-        else hashlib.sha256(tokens.numpy().tobytes()).hexdigest(),
+        "calibration": None if source is None else source.manifest(),
         "seed": seed,
     }
 

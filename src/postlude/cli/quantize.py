@@ -48,12 +48,23 @@ def quantize(
         typer.Option(
             "--calibration",
             metavar="FILE",
-            help="Text to calibrate on: .txt, .jsonl with a `text` field, or a directory of them.",
+            help="Text to calibrate on: .txt, .jsonl with a `text` field, or a directory of them. For a vision "
+            "model, a directory of images. A denoiser samples its own inputs where nothing is given; else "
+            ".safetensors with arguments of its forward.",
         ),
     ] = None,
     samples: Annotated[
-        int, typer.Option("--samples", min=1, help="Calibration sequences to draw from the text.")
+        int,
+        typer.Option("--samples", min=1, help="Calibration sequences (images, inputs) to draw."),
     ] = 128,
+    timesteps: Annotated[
+        str,
+        typer.Option(
+            "--timesteps",
+            metavar="uniform|skewed",
+            help="How the inputs that a denoiser samples for itself spread over its timesteps.",
+        ),
+    ] = "uniform",
     length: Annotated[
         int | None,
         typer.Option(
@@ -109,6 +120,7 @@ def quantize(
         calibration=calibration,
         samples=samples,
         length=length,
+        timesteps=timesteps,
         seed=seed,
         out=output,
         overwrite=overwrite,
@@ -117,7 +129,9 @@ def quantize(
         check=check,
         progress=Progress(show=True),
     )
-    result: dict[str, object] = {"output": output, "method": method, **size_of(small), "seed": seed}
+    result: dict[str, object] = {"output": output, "method": method, **size_of(small)}
+    result["weight_error"] = small.made_by()["weight_error"]
+    result["seed"] = seed
     reload = getattr(small, "reload", None)
     if reload is not None:
         result["reload_max_difference"] = reload.max_difference

@@ -42,7 +42,17 @@ from postlude.surgery.key_values import KeyValueQuantizer, attach, use_rotating_
 from postlude.surgery.layers import InputScale, LowRankBranch, QuantizedLinear
 from postlude.surgery.rewrite import replace_module
 
-__all__ = ["FLOAT", "Quantizer", "Rounded", "Seen", "check_kind", "generator", "quantize"]
+__all__ = [
+    "FLOAT",
+    "Quantizer",
+    "Rounded",
+    "Seen",
+    "Unit",
+    "check_kind",
+    "compute_unit",
+    "generator",
+    "quantize",
+]
 
 # Bits that mean "leave it in floating point".
 FLOAT = 16
@@ -59,7 +69,7 @@ _GIVE = "give some (--calibration FILE)"
 Unit = Callable[[str, Callable[[], Mapping[str, Tensor]]], dict[str, Tensor]]
 
 
-def _compute(name: str, compute: Callable[[], Mapping[str, Tensor]]) -> dict[str, Tensor]:
+def compute_unit(name: str, compute: Callable[[], Mapping[str, Tensor]]) -> dict[str, Tensor]:
     """The unit function of a run that keeps nothing."""
     return dict(compute())
 
@@ -313,7 +323,7 @@ def quantize(
     calibration: Calibration | None,
     *,
     seed: int = 0,
-    unit: Unit = _compute,
+    unit: Unit = compute_unit,
     progress: Progress | None = None,
 ) -> Checkpoint:
     """Quantize a checkpoint in place.

@@ -16,7 +16,7 @@ from postlude.errors import ArchitectureError
 from postlude.runs.atomic import atomic_directory
 from postlude.runs.pipeline import INDEX, Pipeline, denoiser_files, write_denoiser
 from postlude.runs.quiet import quiet_transformers
-from postlude.runs.selfcheck import RELOAD, Reload, compare_reload
+from postlude.runs.selfcheck import RELOAD, Reload, compare_outputs, compare_reload
 from postlude.runs.weights import weight_files
 from postlude.surgery.anatomy import Anatomy, Kind, LanguageAnatomy
 
@@ -88,7 +88,7 @@ class Checkpoint:
         Args:
             out: the directory.
             overwrite: replace a checkpoint that is already there.
-            check: have a fresh process load the files, and compare its logits with those of the model in memory,
+            check: have a fresh process load the files, and compare its output with that of the model in memory,
                 before the directory appears. Takes seconds, and the memory of a second model.
 
         Raises:
@@ -120,6 +120,8 @@ class Checkpoint:
         wide = self.model.dtype not in (torch.float16, torch.bfloat16)
         dtype = str(self.model.dtype).removeprefix("torch.") if wide else "float32"
         arguments = [str(directory), dtype, str(self.model.device)]
+        if self.kind != "language":
+            return compare_outputs(self.model, self.anatomy, arguments, what=name)
         return compare_reload(self.model, self.language, RELOAD, arguments, what=name)
 
     def files(self) -> list[Path]:

@@ -13,7 +13,7 @@ import dataclasses
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +22,18 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from postlude.errors import VerificationError
-from postlude.surgery.anatomy import LanguageAnatomy
+from postlude.surgery.anatomy import Anatomy, LanguageAnatomy
+from postlude.surgery.capture import placed_on
 
-__all__ = ["RELOAD", "Reload", "compare_reload", "fresh_logits", "in_float32", "probe_tokens"]
+__all__ = [
+    "RELOAD",
+    "Reload",
+    "compare_outputs",
+    "compare_reload",
+    "fresh_logits",
+    "in_float32",
+    "probe_tokens",
+]
 
 # Largest accepted ||difference|| / ||logits - mean||. Files that hold the same model differ by the order of sums.
 _TOLERANCE = 1e-3
@@ -39,6 +48,21 @@ def logits(tokens):
     return checkpoint.model(input_ids=tokens, use_cache=False).logits.float().cpu().numpy()
 """
 
+# The same of any model: keyword arguments of its forward to the first thing that it returns.
+_RELOAD_OUTPUTS = """
+import postlude, torch
+from postlude.runs.loading import load
+checkpoint = load(sys.argv[2], dtype=sys.argv[3], device=sys.argv[4])
+def logits(**inputs):
+    batch = {}
+    for name, value in inputs.items():
+        owner, _, key = name.rpartition(".")
+        value = torch.from_numpy(value).to(checkpoint.model.device)
+        value = value.to(checkpoint.model.dtype) if value.is_floating_point() else value
+        (batch.setdefault(owner, {}) if owner else batch)[key] = value
+    return checkpoint.model(**batch)[0].float().cpu().numpy()
+"""
+
 _CHILD = """
 import os, sys
 os.environ["OMP_NUM_THREADS"] = "{threads}"
@@ -46,13 +70,13 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 from safetensors.numpy import load_file, save_file
 {load}
 def run():
-    tokens = load_file(sys.argv[1] + "/tokens.safetensors")["tokens"]
+    inputs = load_file(sys.argv[1] + "/inputs.safetensors")
     if "torch" in sys.modules:
         import torch
         torch.set_num_threads({threads})
         with torch.inference_mode():
-            return logits(tokens)
-    return logits(tokens)
+            return logits(**inputs)
+    return logits(**inputs)
 import numpy
 save_file({{"logits": numpy.ascontiguousarray(run(), dtype=numpy.float32)}}, sys.argv[1] + "/logits.safetensors")
 """
@@ -65,7 +89,7 @@ class Reload:
     Attributes:
         max_difference: of any logit.
         relative: ``||difference|| / ||logits - mean||``.
-        tokens: how many positions were compared.
+        tokens: how many positions (rows, of a model that reads no tokens) were compared.
     """
 
     max_difference: float
@@ -107,8 +131,13 @@ def fresh_logits(load: str, arguments: Sequence[str], tokens: Tensor) -> Tensor:
     Raises:
         VerificationError: the process failed; the end of what it said is in the message.
     """
+    return _fresh(load, arguments, {"tokens": tokens})
+
+
+def _fresh(load: str, arguments: Sequence[str], inputs: Mapping[str, Tensor]) -> Tensor:
     with tempfile.TemporaryDirectory(prefix="postlude-check-") as work:
-        save_file({"tokens": tokens.cpu().contiguous()}, Path(work) / "tokens.safetensors")
+        stored = {name: tensor.cpu().contiguous() for name, tensor in inputs.items()}
+        save_file(stored, Path(work) / "inputs.safetensors")
         script = _CHILD.format(load=load, threads=torch.get_num_threads())
         done = subprocess.run(
             [sys.executable, "-c", script, work, *arguments],
@@ -150,9 +179,43 @@ def compare_reload(
     with in_float32(model), torch.inference_mode():
         here = model(input_ids=tokens.to(model.device), use_cache=False).logits.float().cpu()
     there = fresh_logits(load, arguments, tokens)
+    return _compared(here, there, tokens.numel(), tolerance, what)
+
+
+def compare_outputs(
+    model: Any, anatomy: Anatomy, arguments: Sequence[str], *, what: str = "the checkpoint"
+) -> Reload:
+    """Compare the output of a model that is no language model with that of its files, on random inputs.
+
+    Args:
+        model: in memory; as it was afterwards.
+        anatomy: of the model.
+        arguments: directory, dtype and device.
+        what: the output, for the message.
+
+    Raises:
+        VerificationError: the files are another model.
+    """
+    batch = anatomy.example()
+    flat: dict[str, Tensor] = {}
+    for name, value in batch.items():
+        parts = (
+            {f"{name}.{key}": part for key, part in value.items()}
+            if isinstance(value, dict)
+            else {name: value}
+        )
+        flat |= parts
+    with in_float32(model), torch.inference_mode():
+        placed = placed_on(batch, model)
+        here = model(**placed)[0].float().cpu()
+    there = _fresh(_RELOAD_OUTPUTS, arguments, flat)
+    return _compared(here, there, len(here), _TOLERANCE, what)
+
+
+def _compared(here: Tensor, there: Tensor, count: int, tolerance: float, what: str) -> Reload:
     if there.shape != here.shape:
         raise VerificationError(
-            f"{what} gives logits of shape {tuple(there.shape)} when a fresh process reads it, expected "
+            f"{what} gives an output of shape {tuple(there.shape)} when a fresh process reads it, expected "
             f"{tuple(here.shape)}: it is not to be used"
         )
     difference = there - here
@@ -160,8 +223,8 @@ def compare_reload(
     relative = float(difference.norm() / spread.clamp(min=1e-30))
     if not relative <= tolerance:
         raise VerificationError(
-            f"{what}, read by a fresh process, is another model: its logits are {relative:.2g} away "
+            f"{what}, read by a fresh process, is another model: its outputs are {relative:.2g} away "
             f"(relative; at most {tolerance:.0e} is expected), the largest difference is "
             f"{float(difference.abs().max()):.3g}. It is not to be used; please report this with the command."
         )
-    return Reload(float(difference.abs().max()), relative, tokens.numel())
+    return Reload(float(difference.abs().max()), relative, count)

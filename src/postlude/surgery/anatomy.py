@@ -21,6 +21,7 @@ import pkgutil
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
 from postlude.errors import ArchitectureError
@@ -29,6 +30,7 @@ __all__ = [
     "Anatomy",
     "Block",
     "Heads",
+    "Input",
     "Kind",
     "LanguageAnatomy",
     "LanguageBlock",
@@ -200,6 +202,23 @@ class LanguageBlock(Block):
     gated: bool
 
 
+@dataclasses.dataclass(frozen=True)
+class Input:
+    """One argument that a model's ``forward`` needs.
+
+    Attributes:
+        name: of the argument; ``a.b`` for entry ``b`` of a dictionary ``a``.
+        shape: of one row.
+        below: whole numbers from 0 to this one are expected; None for any numbers.
+        rows: whether there is one for every row; positions belong to all of them.
+    """
+
+    name: str
+    shape: tuple[int, ...] = ()
+    below: int | None = None
+    rows: bool = True
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Anatomy:
     """A model as blocks and sites.
@@ -209,12 +228,29 @@ class Anatomy:
         kind: what the model computes.
         hidden_size: width of the residual stream.
         blocks: in order.
+        inputs: what the model's ``forward`` needs; empty for language models, which read tokens.
     """
 
     family: str
     kind: Kind
     hidden_size: int
     blocks: tuple[Block, ...]
+    inputs: tuple[Input, ...] = ()
+
+    def example(self, rows: int = 2, seed: int = 0) -> dict[str, Any]:
+        """Random keyword arguments of the model's ``forward``, on the CPU."""
+        generator = torch.Generator().manual_seed(seed)
+        batch: dict[str, Any] = {}
+        for one in self.inputs:
+            shape = (rows, *one.shape) if one.rows else one.shape
+            value = (
+                torch.randn(shape, generator=generator)
+                if one.below is None
+                else torch.randint(0, one.below, shape, generator=generator)
+            )
+            owner, _, name = one.name.rpartition(".")
+            (batch.setdefault(owner, {}) if owner else batch)[name] = value
+        return batch
 
     def sites(self) -> Iterator[tuple[Block, Site]]:
         """Every site of every block, in the order of the forward pass; those that are kept are not among them."""

@@ -26,7 +26,12 @@ __all__ = [
     "Observer",
     "device_of",
     "forward_batches",
+    "in_batches",
+    "joined",
     "observe",
+    "placed_on",
+    "recorded_inputs",
+    "rows_of",
     "token_batches",
 ]
 
@@ -65,7 +70,7 @@ def forward_batches(calibration: Calibration) -> Iterator[Batch]:
         yield from calibration
 
 
-def _placed(batch: Tensor | Batch, model: nn.Module) -> dict[str, Any]:
+def placed_on(batch: Tensor | Batch, model: nn.Module) -> dict[str, Any]:
     """A batch on the model's device, its floating-point tensors in the type of the model's parameters."""
     given = {"input_ids": batch} if isinstance(batch, Tensor) else batch
     device = device_of(model)
@@ -166,10 +171,74 @@ def observe(
 
                     handles.append(model.get_submodule(block.name).register_forward_hook(after))
             for batch in batches:
-                anatomy.forward(model, _placed(batch, model))
+                anatomy.forward(model, placed_on(batch, model))
         finally:
             for handle in handles:
                 handle.remove()
+
+
+@contextlib.contextmanager
+def recorded_inputs(model: nn.Module, look: Callable[[Batch], None]) -> Iterator[None]:
+    """Show what a model is called with: keyword arguments of its ``forward``, tensors on the CPU.
+
+    ``return_dict`` and arguments that are None are left out, so that the batch can be given to the model again.
+    """
+    names = list(inspect.signature(model.forward).parameters)
+
+    def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        given = {**dict(zip(names, args, strict=False)), **kwargs}
+        given.pop("return_dict", None)
+        look({name: _on_cpu(value) for name, value in given.items() if value is not None})
+
+    handle = model.register_forward_pre_hook(hook, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _on_cpu(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _on_cpu(part) for name, part in value.items()}
+    return value.detach().cpu().clone() if isinstance(value, Tensor) else value
+
+
+def _is_shared(name: str, value: Any) -> bool:
+    """Whether an argument belongs to all rows: numbers, and positions, which have no axis of rows."""
+    return not isinstance(value, Tensor | Mapping) or (
+        name.endswith("_ids") and name != "input_ids"
+    )
+
+
+def rows_of(batch: Batch, rows: slice) -> dict[str, Any]:
+    """Some rows of a batch."""
+
+    def cut(name: str, value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {key: cut(key, part) for key, part in value.items()}
+        return value if _is_shared(name, value) or value.ndim == 0 else value[rows]
+
+    return {name: cut(name, value) for name, value in batch.items()}
+
+
+def joined(batches: Sequence[Batch]) -> dict[str, Any]:
+    """Batches of the same arguments as one."""
+
+    def join(name: str, values: list[Any]) -> Any:
+        first = values[0]
+        if isinstance(first, Mapping):
+            return {key: join(key, [value[key] for value in values]) for key in first}
+        return first if _is_shared(name, first) or first.ndim == 0 else torch.cat(values)
+
+    return {name: join(name, [batch[name] for batch in batches]) for name in batches[0]}
+
+
+def in_batches(batch: Batch, size: int) -> list[Batch]:
+    """A batch as several of at most ``size`` rows."""
+    count = next(
+        len(v) for name, v in batch.items() if isinstance(v, Tensor) and not _is_shared(name, v)
+    )
+    return [rows_of(batch, slice(start, start + size)) for start in range(0, count, size)]
 
 
 class _Call:
@@ -234,7 +303,7 @@ class BlockWalk:
         with torch.no_grad(), self._recording(anatomy):
             for number, batch in enumerate(batches):
                 self._keys.append(len(batch) if tokens else number)
-                anatomy.forward(model, _placed(batch, model))
+                anatomy.forward(model, placed_on(batch, model))
         # What the current block's output projection reads, batch by batch, once that is final.
         self._mixed: list[Tensor] | None = None
 

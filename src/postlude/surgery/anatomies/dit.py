@@ -10,7 +10,16 @@ from __future__ import annotations
 from typing import Any
 
 from postlude.errors import ArchitectureError
-from postlude.surgery.anatomy import Anatomy, Block, Heads, LinearRef, Modulation, Site, describes
+from postlude.surgery.anatomy import (
+    Anatomy,
+    Block,
+    Heads,
+    Input,
+    LinearRef,
+    Modulation,
+    Site,
+    describes,
+)
 
 __all__ = ["dit", "feed_forward", "rows"]
 
@@ -101,4 +110,9 @@ def dit(model: Any) -> Anatomy:
         kind="diffusion",
         hidden_size=hidden,
         blocks=tuple(block(index) for index in range(config.num_layers)),
+        inputs=(
+            Input("hidden_states", (config.in_channels, config.sample_size, config.sample_size)),
+            Input("timestep", below=1000),
+            Input("class_labels", below=config.num_embeds_ada_norm),
+        ),
     )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from postlude.surgery.anatomy import Anatomy, Block, Heads, LinearRef, Site, describes
+from postlude.surgery.anatomy import Anatomy, Block, Heads, Input, LinearRef, Site, describes
 
 __all__ = ["vision_anatomy", "vit"]
 
@@ -76,4 +76,9 @@ def vision_anatomy(model: Any, prefix: str) -> Anatomy:
         kind="vision",
         hidden_size=hidden,
         blocks=tuple(block(index) for index in range(len(layers))),
+        inputs=(Input("pixel_values", (config.num_channels, *_size(config.image_size))),),
     )
+
+
+def _size(value: Any) -> tuple[int, int]:
+    return (value, value) if isinstance(value, int) else tuple(value)
