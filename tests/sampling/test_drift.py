@@ -13,8 +13,9 @@ from torch import Tensor
 from postlude.errors import CheckpointError, DataError, OutputExistsError, SettingsError
 from postlude.sampling.drift import DriftStatistics, PairedRun, collect
 from postlude.sampling.schedulers import correct
+from postlude.zoo.gaussian_data import NoiseBed
 
-from .beds import EULER, FLOW, SOLVER, EulerBed, set_to, statistics_of, trajectory_variance
+from .beds import EULER, FLOW, SOLVER, set_to, statistics_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*copy keyword:DeprecationWarning")
 
@@ -98,13 +99,13 @@ def test_conditions_reach_both() -> None:
 
 def test_the_estimator_on_independent_error() -> None:
     # What is told by the output is not variance: V = Vinj*Var(eps)/(Var(eps) + Vinj), less what trimming takes.
-    bed, injected = EulerBed(8), 0.2
+    bed, injected = NoiseBed(8), 0.2
     source = torch.Generator().manual_seed(1)
     at = {"step": 0}
 
     def true(latents: Tensor, timestep: Tensor) -> Tensor:
         x = latents * (bed.sigmas[at["step"]].float() ** 2 + 1) ** 0.5
-        return bed.predict(scheduler, at["step"], x)
+        return bed.predict(float(bed.sigmas[at["step"]]), x)
 
     def noisy(latents: Tensor, timestep: Tensor) -> Tensor:
         u = true(latents, timestep)
@@ -112,7 +113,7 @@ def test_the_estimator_on_independent_error() -> None:
         return u + injected**0.5 * torch.randn(u.shape, generator=source)
 
     scheduler = EULER()
-    bed.set(scheduler)
+    bed.place(scheduler)
 
     class Placed(EULER):  # type: ignore[valid-type, misc]
         def set_timesteps(self, *args: Any, **kwargs: Any) -> None:
@@ -129,7 +130,7 @@ def test_the_estimator_on_independent_error() -> None:
         [PairedRun(start)],
         steps={"sigmas": bed.sigmas.tolist()},
     )
-    prediction = trajectory_variance(EULER(), bed)
+    prediction = bed.prediction_variance(EULER())
     expected = injected * prediction / (prediction + injected)
     torch.testing.assert_close(found.variance()[:, 0], expected, rtol=0.02, atol=0)
 

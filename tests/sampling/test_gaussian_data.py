@@ -6,21 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from postlude.numerics.diffusion import conditional_variance, flow_sigmas
+from postlude.numerics.diffusion import conditional_variance
+from postlude.zoo.gaussian_data import FlowBed, NoiseBed, SolverBed, VelocitySolverBed
 
-from .beds import (
-    EULER,
-    FLOW,
-    SOLVER,
-    EulerBed,
-    FlowBed,
-    SolverBed,
-    corrected_on,
-    output_variance,
-    own_levels,
-    solver,
-    trajectory_variance,
-)
+from .beds import EULER, FLOW, SOLVER, corrected_on, solver
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*copy keyword:DeprecationWarning", "ignore:.*algorithm_type.*:FutureWarning"
@@ -48,17 +37,17 @@ EULER_TABLE = [
 def test_euler_restores_the_variance(
     steps: int, injected: float, ideal: float, plain: float, known: float, fitted: float
 ) -> None:
-    bed = EulerBed(steps)
-    assert output_variance(EULER(), bed, 0.0) == pytest.approx(ideal, abs=DIGITS)
-    assert output_variance(EULER(), bed, injected) == pytest.approx(plain, abs=DIGITS)
+    bed = NoiseBed(steps)
+    assert bed.output_variance(EULER(), 0.0) == pytest.approx(ideal, abs=DIGITS)
+    assert bed.output_variance(EULER(), injected) == pytest.approx(plain, abs=DIGITS)
     for mode in ("corrected", "paper"):
-        found = output_variance(corrected_on(bed, EULER, injected, mode=mode), bed, injected)
+        found = bed.output_variance(corrected_on(bed, EULER, injected, mode=mode), injected)
         assert found == pytest.approx(known, abs=DIGITS)
     # Error that is independent of the truth: the output tells a part of it, Var(eps)/(Var(eps) + V).
-    exact = trajectory_variance(EULER(), bed)
+    exact = bed.prediction_variance(EULER())
     told = conditional_variance(_independent(exact, injected))
     torch.testing.assert_close(told[:, 0], injected * exact / (exact + injected))
-    through = output_variance(corrected_on(bed, EULER, told), bed, injected)
+    through = bed.output_variance(corrected_on(bed, EULER, told), injected)
     assert through == pytest.approx(fitted, abs=DIGITS)
     assert abs(known - ideal) < abs(fitted - ideal) < abs(plain - ideal)
 
@@ -89,10 +78,10 @@ def test_flow_euler_restores_the_variance_in_corrected_mode(
     def make() -> Any:
         return FLOW(shift=3.0)
 
-    assert output_variance(make(), bed, 0.0) == pytest.approx(ideal, abs=DIGITS)
-    assert output_variance(make(), bed, injected) == pytest.approx(plain, abs=DIGITS)
+    assert bed.output_variance(make(), 0.0) == pytest.approx(ideal, abs=DIGITS)
+    assert bed.output_variance(make(), injected) == pytest.approx(plain, abs=DIGITS)
     for mode, expected in (("paper", paper), ("corrected", exact)):
-        found = output_variance(corrected_on(bed, make, injected, mode=mode), bed, injected)
+        found = bed.output_variance(corrected_on(bed, make, injected, mode=mode), injected)
         assert found == pytest.approx(expected, abs=DIGITS)
     assert abs(exact - ideal) < abs(plain - ideal)
     # The published rule makes it worse unless the data are narrow.
@@ -122,10 +111,10 @@ def test_solver_restores_the_variance_in_corrected_mode(row: tuple[float, ...]) 
         def make(order: int = order) -> Any:
             return solver(order)
 
-        assert output_variance(make(), bed, 0.0) == pytest.approx(ideal, abs=DIGITS)
-        assert output_variance(make(), bed, injected) == pytest.approx(plain, abs=DIGITS)
+        assert bed.output_variance(make(), 0.0) == pytest.approx(ideal, abs=DIGITS)
+        assert bed.output_variance(make(), injected) == pytest.approx(plain, abs=DIGITS)
         for mode, expected in (("paper", paper), ("corrected", net)):
-            found = output_variance(corrected_on(bed, make, injected, mode=mode), bed, injected)
+            found = bed.output_variance(corrected_on(bed, make, injected, mode=mode), injected)
             assert found == pytest.approx(expected, abs=DIGITS)
         assert abs(net - ideal) < abs(plain - ideal)
 
@@ -144,7 +133,7 @@ def test_solver_restores_the_variance_in_corrected_mode(row: tuple[float, ...]) 
 def test_other_solvers_restore_the_variance_too(make: Any) -> None:
     bed, injected = SolverBed(30), 0.2
     ideal, plain, known = (
-        output_variance(one, bed, added)
+        bed.output_variance(one, added)
         for one, added in (
             (make(), 0.0),
             (make(), injected),
@@ -165,16 +154,12 @@ def test_solver_on_a_flow_restores_the_variance() -> None:
             final_sigmas_type="zero",
         )
 
-    class Bed(FlowBed):
-        def set(self, scheduler: Any) -> None:
-            own_levels(scheduler, flow_sigmas(28, shift=3.0))
-
     for s2, injected, expected in (
         (0.5, 0.5, 0.4288),
         (0.05, 0.3, 0.0343),
         (1.0, 0.3, 0.8787),
         (4.0, 0.3, 3.6320),
     ):
-        bed = Bed(s2)
-        found = output_variance(corrected_on(bed, make, injected), bed, injected)
+        bed = VelocitySolverBed(s2)
+        found = bed.output_variance(corrected_on(bed, make, injected), injected)
         assert found == pytest.approx(expected, abs=DIGITS)

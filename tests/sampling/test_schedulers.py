@@ -16,12 +16,12 @@ from postlude.errors import SettingsError
 from postlude.numerics.diffusion import edm_sigmas
 from postlude.sampling.drift import DriftStatistics
 from postlude.sampling.schedulers import SUPPORTED, DriftWarning, QDrift, check_supported, correct
+from postlude.zoo.gaussian_data import SolverBed
 
 from .beds import (
     EULER,
     FLOW,
     SOLVER,
-    SolverBed,
     corrected_on,
     outputs,
     path,
@@ -438,6 +438,6 @@ def test_the_same_schedule_again_is_not_planned_again() -> None:
 def test_sigmas_that_a_caller_sets_are_followed() -> None:
     bed = SolverBed(8)
     scheduler = corrected_on(bed, lambda: solver(1), 0.3)
-    bed.set(scheduler)
+    bed.place(scheduler)
     assert torch.equal(scheduler.sigmas, edm_sigmas(8, 0.05, 20.0).float())
     assert scheduler.coefficients().shape == (8, 1)

@@ -93,6 +93,36 @@ class DriftStatistics:
     approximate: str = ""
     conditions: Mapping[str, Any] = field(default_factory=dict)
 
+    @classmethod
+    def of_variance(
+        cls, scheduler: Any, variance: Tensor | float, *, channels: int = 1, channel_axis: int = 1
+    ) -> DriftStatistics:
+        """For error of a known variance that the output tells nothing of.
+
+        Args:
+            scheduler: its timesteps set.
+            variance: ``V``, one number or ``[n, C]`` or what broadcasts to it.
+            channels, channel_axis: see :class:`DriftStatistics`.
+        """
+        base = plain_scheduler(scheduler)
+        timesteps, sigmas = _schedule_of(base)
+        steps = len(timesteps)
+        covariance = torch.zeros(steps, 2, 2, channels, dtype=torch.float64)
+        covariance[:, 0, 0] = 1
+        covariance[:, 1, 1] = torch.as_tensor(variance, dtype=torch.float64)
+        return cls(
+            timesteps=timesteps,
+            sigmas=sigmas,
+            mean=torch.zeros(steps, 2, channels, dtype=torch.float64),
+            covariance=covariance,
+            kept=torch.zeros(steps, channels, dtype=torch.int64),
+            scheduler=type(base).__name__,
+            config=scheduler_config(base),
+            runs=0,
+            samples=0,
+            channel_axis=channel_axis,
+        )
+
     @property
     def steps(self) -> int:
         """Steps of the sampler."""
@@ -294,10 +324,7 @@ class ErrorRecord:
             conditions: see :class:`DriftStatistics`.
         """
         base = plain_scheduler(scheduler)
-        timesteps, sigmas = (
-            torch.as_tensor(one).detach().to("cpu", torch.float64)
-            for one in (base.timesteps, base.sigmas)
-        )
+        timesteps, sigmas = _schedule_of(base)
         mean, covariance, kept = self.fit(len(timesteps))
         return DriftStatistics(
             timesteps=timesteps,
@@ -369,6 +396,15 @@ def collect(
     return record.statistics(
         sampler, runs=counts[0], samples=counts[1], fingerprints=fingerprints, conditions=conditions
     )
+
+
+def _schedule_of(scheduler: Any) -> tuple[Tensor, Tensor]:
+    """Timesteps ``[n]`` and noise levels ``[n + 1]`` that are set, fp64 on the CPU."""
+    timesteps, sigmas = (
+        torch.as_tensor(one).detach().to("cpu", torch.float64)
+        for one in (scheduler.timesteps, scheduler.sigmas)
+    )
+    return timesteps, sigmas
 
 
 def _without_variance(output: Tensor, latents: Tensor, axis: int) -> Tensor:

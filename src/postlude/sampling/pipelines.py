@@ -93,6 +93,7 @@ class _Notes(SchedulerProxy):
 class _Compared(SchedulerProxy):
     """Records the difference to the outputs that were noted, and goes on with those."""
 
+    done: int
     overrides = ("step",)
 
     def __init__(
