@@ -36,6 +36,7 @@ __all__ = [
     "LanguageBlock",
     "LinearRef",
     "Modulation",
+    "Role",
     "Site",
     "anatomy_of",
     "check_supported",

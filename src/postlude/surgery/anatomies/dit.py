@@ -17,20 +17,51 @@ from postlude.surgery.anatomy import (
     Input,
     LinearRef,
     Modulation,
+    Role,
     Site,
     describes,
 )
 
-__all__ = ["dit", "feed_forward", "rows"]
+__all__ = ["adaptive", "attention_sites", "dit", "feed_forward", "linear_site"]
 
 _PLAIN = ("GELU", "ApproximateGELU", "LinearActivation")
 # Class name of the activation to the order of its two halves.
 _GATED = {"GEGLU": ("up", "gate"), "SwiGLU": ("up", "gate")}
 
 
-def rows(module: str, width: int, part: int) -> LinearRef:
-    """The ``part``-th vector of the given width that a linear of the condition computes."""
-    return LinearRef(module, "condition", (part * width, (part + 1) * width))
+def adaptive(module: str, width: int, shift: int) -> Modulation:
+    """Two vectors that a linear of the condition computes: number ``shift`` shifts, the next one scales."""
+
+    def vector(part: int) -> LinearRef:
+        return LinearRef(module, "condition", (part * width, (part + 1) * width))
+
+    return Modulation(scale=vector(shift + 1), shift=vector(shift))
+
+
+def linear_site(model: Any, name: str, readers: dict[str, Role], **more: Any) -> Site:
+    """A site that these linears read, by path and role; its width is theirs."""
+    width = model.get_submodule(next(iter(readers))).in_features
+    return Site(name, width, tuple(LinearRef(*one) for one in readers.items()), **more)
+
+
+def attention_sites(
+    model: Any,
+    path: str,
+    heads: Heads,
+    norm: str | None = None,
+    modulation: Modulation | None = None,
+) -> tuple[Site, Site]:
+    """``qkv_in`` and ``o_in`` of an ``Attention`` of diffusers that attends to what it reads."""
+    readers: dict[str, Role] = {
+        f"{path}.to_q": "query",
+        f"{path}.to_k": "key",
+        f"{path}.to_v": "value",
+    }
+    value = LinearRef(f"{path}.to_v", "value")
+    return (
+        linear_site(model, "qkv_in", readers, norm=norm, modulation=modulation),
+        linear_site(model, "o_in", {f"{path}.to_out.0": "output"}, writers=(value,), heads=heads),
+    )
 
 
 def feed_forward(
@@ -74,34 +105,24 @@ def dit(model: Any) -> Anatomy:
 
     def block(index: int) -> Block:
         name = f"transformer_blocks.{index}"
-        attention, condition = f"{name}.attn1", f"{name}.norm1.linear"
+        condition = f"{name}.norm1.linear"
         embedder = f"{name}.norm1.emb.timestep_embedder"
-        q, k, v = (
-            LinearRef(f"{attention}.to_q", "query"),
-            LinearRef(f"{attention}.to_k", "key"),
-            LinearRef(f"{attention}.to_v", "value"),
-        )
-        first = Modulation(scale=rows(condition, hidden, 1), shift=rows(condition, hidden, 0))
-        second = Modulation(scale=rows(condition, hidden, 4), shift=rows(condition, hidden, 3))
-        out = LinearRef(f"{attention}.to_out.0", "output")
-        frequencies = model.get_submodule(f"{embedder}.linear_1").in_features
+        first, second = adaptive(condition, hidden, 0), adaptive(condition, hidden, 3)
         return Block(
             index=index,
             name=name,
             sites=(
-                Site("qkv_in", hidden, (q, k, v), norm=f"{name}.norm1.norm", modulation=first),
-                Site("o_in", hidden, (out,), writers=(v,), heads=heads),
-                *feed_forward(
-                    model,
-                    f"{name}.ff",
-                    f"{name}.norm3" if plain else None,
-                    second if plain else None,
+                *attention_sites(model, f"{name}.attn1", heads, f"{name}.norm1.norm", first),
+                *(
+                    feed_forward(model, f"{name}.ff", f"{name}.norm3", second)
+                    if plain
+                    else feed_forward(model, f"{name}.ff")
                 ),
             ),
             kept=(
-                Site("time_in", frequencies, (LinearRef(f"{embedder}.linear_1", "condition"),)),
-                Site("time_hidden", hidden, (LinearRef(f"{embedder}.linear_2", "condition"),)),
-                Site("condition_in", hidden, (LinearRef(condition, "condition"),)),
+                linear_site(model, "time_in", {f"{embedder}.linear_1": "condition"}),
+                linear_site(model, "time_hidden", {f"{embedder}.linear_2": "condition"}),
+                linear_site(model, "condition_in", {condition: "condition"}),
             ),
         )
 
