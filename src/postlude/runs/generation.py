@@ -21,7 +21,7 @@ from torch import Tensor
 from postlude.errors import DataError, NonFiniteError, SettingsError
 from postlude.runs.checkpoint import Checkpoint
 from postlude.surgery.kernels import AUTO, Assignment, extra_bytes, use
-from postlude.surgery.key_values import KeyValueQuantizer
+from postlude.surgery.key_values import KeyValueQuantizer, fast_attention
 
 __all__ = ["Generation", "generate"]
 
@@ -97,7 +97,12 @@ def generate(
     model = checkpoint.model
     if model.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(model.device)
-    with _recent_tokens(model, kv_recent), _kernels(model, kernel) as used, torch.inference_mode():
+    with (
+        _recent_tokens(model, kv_recent),
+        _kernels(model, kernel) as used,
+        fast_attention(model),
+        torch.inference_mode(),
+    ):
         run = _Run(checkpoint, tokens, temperature, seed)
         text = _Text(checkpoint.tokenizer, tokens, stream)
         started = time.perf_counter()

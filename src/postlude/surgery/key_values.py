@@ -12,6 +12,7 @@ Layout: ``[batch, heads, tokens, head_size]``; the rotation acts on the last axi
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any, cast
 
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from postlude.errors import SettingsError
 from postlude.numerics.formats import Encoded, Scheme
 from postlude.numerics.packing import pack, unpack
+from postlude.surgery.attention import product_attention, takes
 from postlude.surgery.layers import BlockHadamard
 
 __all__ = [
@@ -29,11 +31,14 @@ __all__ = [
     "KeyValueQuantizer",
     "attach",
     "detach",
+    "fast_attention",
     "register_attention",
     "use_rotating_attention",
 ]
 
 ATTENTION = "postlude"
+# The same with the attention of :mod:`postlude.surgery.attention` where that takes a call.
+_FAST_ATTENTION = "postlude_fast"
 
 
 class HeadRotation(nn.Module):
@@ -367,7 +372,7 @@ _PACKED_LAYER: type | None = None
 def _hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     owner = cast(KeyValueQuantizer, module.key_values)
     used = getattr(module.config, "_attn_implementation", None)
-    if owner.rotation is not None and used != ATTENTION:
+    if owner.rotation is not None and used not in (ATTENTION, _FAST_ATTENTION):
         raise SettingsError(
             f"this model rotates its keys and needs attn_implementation={ATTENTION!r}, but runs with "
             f"{used!r}. Load it without attn_implementation, or call "
@@ -395,7 +400,7 @@ def detach(model: nn.Module, attention: str) -> None:
 
 
 def register_attention() -> None:
-    """Make ``attn_implementation="postlude"`` known to transformers; calling it again changes nothing."""
+    """Make the attention functions known to transformers; calling it again changes nothing."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -408,8 +413,52 @@ def register_attention() -> None:
             query = quantizer.rotate(query)
         return sdpa_attention_forward(module, query, key, value, *args, **kwargs)
 
-    ALL_ATTENTION_FUNCTIONS.register(ATTENTION, attention)
-    ALL_MASK_ATTENTION_FUNCTIONS.register(ATTENTION, sdpa_mask)
+    def fast(
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        causal = kwargs.get("is_causal")
+        causal = getattr(module, "is_causal", True) if causal is None else causal
+        plain = not kwargs.get("dropout") and kwargs.get("scaling") is not None
+        plain = plain and kwargs.get("softcap") is None and kwargs.get("position_bias") is None
+        if not (plain and takes(query, key, attention_mask, causal)):
+            return attention(module, query, key, value, attention_mask, **kwargs)
+        quantizer = getattr(module, "key_values", None)
+        if isinstance(quantizer, KeyValueQuantizer):
+            query = quantizer.rotate(query)
+        return product_attention(query, key, value, kwargs["scaling"]), None
+
+    for name, function in ((ATTENTION, attention), (_FAST_ATTENTION, fast)):
+        ALL_ATTENTION_FUNCTIONS.register(name, function)
+        ALL_MASK_ATTENTION_FUNCTIONS.register(name, sdpa_mask)
+
+
+@contextlib.contextmanager
+def fast_attention(model: nn.Module) -> Iterator[None]:
+    """Generate with :mod:`postlude.surgery.attention` while the context lasts; for transformers models.
+
+    Changes nothing where the model runs with another attention than PyTorch's, or not in bfloat16 on a CPU.
+    """
+    config = getattr(model, "config", None)
+    used = getattr(config, "_attn_implementation", None)
+    first = next(model.parameters())
+    if (
+        used not in ("sdpa", ATTENTION)
+        or first.device.type != "cpu"
+        or first.dtype != torch.bfloat16
+    ):
+        yield
+        return
+    register_attention()
+    cast(Any, model).set_attn_implementation(_FAST_ATTENTION)
+    try:
+        yield
+    finally:
+        cast(Any, model).set_attn_implementation(used)
 
 
 def use_rotating_attention(model: nn.Module) -> None:

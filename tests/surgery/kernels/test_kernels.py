@@ -226,9 +226,9 @@ class Model(nn.Module):
 
 
 def test_prefill_and_decode_may_differ() -> None:
-    layer = make(scheme(Integer(4), 128), width=256, channels=256, dtype=torch.bfloat16)
+    layer = make(scheme(Integer(8), "channel"), width=256, channels=256, dtype=torch.bfloat16)
     (found,) = kernels.use(Model(layer))
-    assert (found.layout, found.decode, found.prefill) == ("int4pack", "int4pack", "tiled")
+    assert (found.layout, found.decode, found.prefill) == ("int8", "int8pack", "tiled")
 
 
 def test_integer_reads_codes_in_the_order_of_int4pack() -> None:

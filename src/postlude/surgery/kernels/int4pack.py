@@ -9,6 +9,10 @@ inputs. Symmetric codes fit with ``o = 0``. Scales:
 An offset ``s (8 - z)`` in bf16 would lose whole steps where a zero point is far outside the codes, so it is added
 apart: ``sum_g s_g (8 - z_g) sum_{k in g} x_k``, in fp32.
 
+The op costs as much for every further row, so from :data:`_MANY` rows on the codes are decoded to bf16, a few
+million at a time, and multiplied by ``F.linear``'s own product. The op's rounding of scales holds there too:
+``s (q - 8)`` is rounded once, to bf16, so a prompt and the tokens after it see weights that differ by no more.
+
 Inputs that do not fill the last group, and channels that do not fill the last block, are padded; padded inputs
 are zeros.
 """
@@ -24,6 +28,10 @@ from postlude.surgery.kernels.layouts import Int4Pack, Layout, group_of, int4pac
 from postlude.surgery.layers import QuantizedLinear
 
 __all__ = ["Int4PackMatmul"]
+
+_MANY = 64
+# Weights that are decoded at once. In tiles smaller than a layer their product is copied into place.
+_WEIGHTS_AT_ONCE = 1 << 22
 
 
 class Int4PackMatmul(Kernel):
@@ -52,7 +60,8 @@ class Int4PackMatmul(Kernel):
         if layer.zero_point is not None:
             correction = layer.scale.numel() * (0.4 + 0.05 * rows) + 20_000
         weights = layer.in_features * layer.out_features
-        product = 15_000 + weights * (0.03 + 0.0125 * rows)
+        each = 0.03 + 0.0125 * rows if rows < _MANY else 0.5 + 0.0062 * rows
+        product = 15_000 + weights * each
         return product + correction + rounding_cost(layer, rows)
 
     def prepare(self, layer: QuantizedLinear, weight: Layout) -> dict[str, Tensor]:
@@ -78,10 +87,14 @@ class Int4PackMatmul(Kernel):
         size, width = group_of(layer)
         x = layer.quantized_input(x)
         padded = pad(x, (0, width - layer.in_features)) if width > layer.in_features else x
-        out: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(
-            padded.contiguous(), weight.weight, size, extras["scales_and_zeros"]
-        )[:, : layer.out_features]
         grouped = layer.weight_scheme.granularity.kind == "group"
+        if len(x) < _MANY:
+            out: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(
+                padded.contiguous(), weight.weight, size, extras["scales_and_zeros"]
+            )
+        else:
+            out = _many(padded, weight, extras["scales_and_zeros"] if grouped else None)
+        out = out[:, : layer.out_features]
         if grouped and "offset" not in extras:
             return out if layer.bias is None else out + layer.bias
         out = out.float()
@@ -92,6 +105,30 @@ class Int4PackMatmul(Kernel):
         if layer.bias is not None:
             out += layer.bias
         return out.to(x.dtype)
+
+
+def _many(x: Tensor, weight: Int4Pack, table: Tensor | None) -> Tensor:
+    """``x (s (q - 8))`` of every padded channel; scales from the table of the op, or ones."""
+    rows, width = len(weight.weight), x.shape[1]
+    step = max(_WEIGHTS_AT_ONCE // width // weight.step, 1) * weight.step
+    if step >= rows:
+        return x @ _decoded(weight, 0, rows, table)
+    out = x.new_empty(len(x), rows)
+    for start in range(0, rows, step):
+        stop = min(start + step, rows)
+        out[:, start:stop] = x @ _decoded(weight, start, stop, table)
+    return out
+
+
+def _decoded(weight: Int4Pack, start: int, stop: int, table: Tensor | None) -> Tensor:
+    """bf16 ``[padded inputs, stop - start]``."""
+    values = weight.transposed(start, stop).to(torch.bfloat16)
+    if table is None:
+        return values.sub_(8)
+    scale = table[:, None, start:stop, 0].contiguous()
+    grouped = values.unflatten(0, (len(scale), -1))
+    # Eight scales are exact in bf16 and the sum is made in fp32: one rounding.
+    return torch.addcmul(scale * -8, grouped, scale, out=grouped).flatten(0, 1)
 
 
 def group_sums(layer: QuantizedLinear, x: Tensor) -> Tensor:

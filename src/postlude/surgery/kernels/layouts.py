@@ -128,10 +128,10 @@ class Int4Pack(Layout):
         self.block = block
         parts = []
         for start in range(0, layer.out_features, _CHUNK):
-            codes = unpack(layer.codes[start : start + _CHUNK], 4, layer.in_features).int()
-            padding = (0, width - layer.in_features, 0, -len(codes) % self.step)
-            codes = torch.nn.functional.pad(codes, padding, value=8)
-            parts.append(torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 2))
+            codes = layer.codes[start : start + _CHUNK]
+            padding = (0, width // 2 - codes.shape[1], 0, -len(codes) % self.step)
+            # Two codes of 8, where a width or a number of channels is not whole.
+            parts.append(_interleave(torch.nn.functional.pad(codes, padding, value=0x88), block))
         self.weight = torch.cat(parts)
 
     @staticmethod
@@ -158,9 +158,32 @@ class Int4Pack(Layout):
         codes = torch.cat([blocks & 15, blocks >> 4], dim=-1).transpose(1, 2).flatten(0, 1)
         return codes[: stop - start, : layer.in_features]
 
+    def transposed(self, start: int, stop: int) -> Tensor:
+        """Codes of whole blocks of channels, ``uint8 [padded inputs, stop - start]``.
+
+        A third of the time of :meth:`unsigned`: the channels of a block are neighbours already, so it is runs of
+        bytes that change places, moved as words.
+        """
+        blocks = self.weight[start:stop].view(-1, self.weight.shape[1] * 2, self.block // 2)
+        codes = torch.stack([blocks & 15, blocks >> 4], dim=2)
+        words = codes.view(torch.int64).flatten(2).transpose(0, 1)
+        return words.reshape(blocks.shape[1], -1).view(torch.uint8)
+
     @property
     def nbytes(self) -> int:
         return self.weight.nbytes
+
+
+def _interleave(codes: Tensor, block: int) -> Tensor:
+    """From the order of a checkpoint to that of the op: ``uint8 [channels, bytes]``, whole blocks of channels.
+
+    A byte of a checkpoint holds two inputs of a channel, one of the op two channels of an input, so halves of
+    bytes change places before bytes do.
+    """
+    low, high = codes.view(-1, 2, block // 2, codes.shape[1]).unbind(1)
+    even = (low & 15) | (high << 4)
+    odd = (low >> 4) | (high & 0xF0)
+    return torch.stack([even, odd]).permute(1, 3, 0, 2).reshape(codes.shape)
 
 
 def group_of(layer: QuantizedLinear) -> tuple[int, int]:
