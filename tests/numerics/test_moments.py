@@ -14,6 +14,7 @@ from postlude.numerics.moments import (
     AbsMax,
     MeanVariance,
     Quantiles,
+    RowSample,
     SecondMoment,
     Statistic,
     TopToken,
@@ -35,6 +36,7 @@ FACTORIES: list[Callable[[], Statistic]] = [
     lambda: TopToken(WIDTH),
     lambda: Quantiles(),
     lambda: Quantiles(resolution=20, exact=100),
+    lambda: RowSample(WIDTH, 9),
 ]
 
 
@@ -281,3 +283,27 @@ def test_nothing_enters_autograd_and_empty_batches_are_fine() -> None:
     for empty in (SecondMoment(3), AbsMax(3), MeanVariance(3), Quantiles()):
         empty.update(torch.zeros(0, 3))
         assert empty.count == 0
+
+
+def test_a_row_sample_is_uniform_over_all_that_was_seen() -> None:
+    """Each of 60 tokens, in three batches, is in a third of the samples of 20."""
+    seen = torch.zeros(60)
+    for seed in range(300):
+        sample = RowSample(1, 20, seed)
+        for part in torch.arange(60.0)[:, None].split(25):
+            sample.update(part)
+        rows = sample.rows().flatten().long()
+        assert len(rows.unique()) == 20
+        seen[rows] += 1
+    assert (seen / 300 - 1 / 3).abs().max() < 0.12
+
+
+def test_a_row_sample_keeps_everything_while_there_is_room() -> None:
+    one, other = RowSample(WIDTH, 50), RowSample(WIDTH, 50, seed=1)
+    one.update(batch(0))
+    other.update(batch(1))
+    assert len(one.rows()) == 21
+    both = one.merge(other).rows()
+    assert both.shape == (42, WIDTH)
+    expected = torch.cat([batch(0), batch(1)]).reshape(-1, WIDTH)
+    assert torch.equal(both.sum(-1).sort().values, expected.sum(-1).sort().values)

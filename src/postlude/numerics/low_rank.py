@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from postlude.errors import SettingsError
-from postlude.numerics.factorize import weighted_svd
+from postlude.numerics.factorize import randomized_svd, weighted_svd
 from postlude.numerics.formats import Encoded, Granularity, Integer, Scheme
 
 __all__ = [
@@ -40,6 +40,7 @@ __all__ = [
     "BranchFormat",
     "Corrected",
     "Factors",
+    "Round",
     "alternating",
     "bottleneck_rotation",
     "descend",
@@ -50,7 +51,10 @@ __all__ = [
 
 # Bits that mean "a floating-point number of 16 bits".
 HALF = 16
+# Directions that a randomised SVD carries along.
+_OVERSAMPLE = 8
 
+# Rounds a weight onto its grid.
 Round = Callable[[Tensor], Encoded]
 
 
@@ -210,9 +214,16 @@ def squared_error(error: Tensor, metric: Tensor | None = None) -> Tensor:
     return (error @ metric * error).sum()
 
 
-def _best_rank(target: Tensor, rank: int, metric: Tensor | None) -> Factors:
+def _best_rank(
+    target: Tensor, rank: int, metric: Tensor | None = None, fast: bool = False
+) -> Factors:
     """The best factors of ``target`` under the metric, each component's length split evenly between them."""
-    up, down = weighted_svd(target, rank, right=metric)
+    if fast and metric is None and 2 * (rank + _OVERSAMPLE) < min(target.shape):
+        generator = torch.Generator().manual_seed(0)
+        u, s, vh = randomized_svd(target, rank, _OVERSAMPLE, iterations=2, generator=generator)
+        up, down = u, s[:, None] * vh
+    else:
+        up, down = weighted_svd(target, rank, right=metric)
     a, b = up.norm(dim=0), down.norm(dim=1)
     tiny = torch.finfo(up.dtype).tiny
     ratio = (b.clamp_min(tiny) / a.clamp_min(tiny)).sqrt()
@@ -228,6 +239,7 @@ def one_shot(
     *,
     of: Literal["weight", "error"] = "weight",
     metric: Tensor | None = None,
+    fast: bool = False,
 ) -> Corrected:
     """One SVD: of the weight, whose remainder is rounded, or of the error that rounding the weight leaves.
 
@@ -238,11 +250,12 @@ def one_shot(
         round_main: rounds what the main layer stores.
         of: ``"weight"`` or ``"error"``.
         metric: see :func:`squared_error`.
+        fast: a randomised SVD where the rank is far below both sides and there is no metric; for comparing many.
     """
     if of == "weight":
-        return _around(weight, _best_rank(weight, rank, metric), branch, round_main)
+        return _around(weight, _best_rank(weight, rank, metric, fast), branch, round_main)
     main = round_main(weight)
-    factors = _best_rank(weight.double() - main.decode().double(), rank, metric)
+    factors = _best_rank(weight.double() - main.decode().double(), rank, metric, fast)
     return Corrected(main, branch.encode(factors.up), branch.encode(factors.down))
 
 

@@ -22,7 +22,15 @@ from torch import Tensor
 
 from postlude.errors import DataError, SettingsError
 
-__all__ = ["AbsMax", "MeanVariance", "Quantiles", "SecondMoment", "Statistic", "TopToken"]
+__all__ = [
+    "AbsMax",
+    "MeanVariance",
+    "Quantiles",
+    "RowSample",
+    "SecondMoment",
+    "Statistic",
+    "TopToken",
+]
 
 _BLOCK_ENTRIES = 2**22  # entries of a batch that are converted and worked on at a time
 
@@ -287,6 +295,71 @@ class TopToken(Statistic):
         new = cls(rows.shape[-1])
         if len(rows):
             new._rows, new.count = [rows.clone()], len(rows)
+        return new
+
+
+class RowSample(Statistic):
+    """A uniform sample of tokens, without replacement: for errors that no moment decides.
+
+    Every token draws a number and those with the smallest stay, so every token seen so far is in the sample with the
+    same probability, and the sample of two is a sample of their union.
+
+    Args:
+        width: size of the last axis.
+        limit: tokens that are kept.
+        seed: of the draws.
+    """
+
+    def __init__(self, width: int, limit: int = 512, seed: int = 0) -> None:
+        self.width, self.limit, self.seed = (
+            _positive(width, "width"),
+            _positive(limit, "limit"),
+            seed,
+        )
+        self.count = 0
+        self._kept = torch.zeros(0, width, dtype=torch.float32)
+        self._keys = torch.zeros(0, dtype=torch.float64)
+
+    @torch.no_grad()
+    def update(self, x: Tensor) -> None:
+        """Take in ``x [..., width]``."""
+        rows = _rows(x, self.width)
+        self._kept = _follow(self._kept, rows, self.count)
+        # Drawn anew for every batch from where it starts, so that nothing but the count has to be kept.
+        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + self.count) % 2**32)
+        keys = torch.rand(len(rows), dtype=torch.float64, generator=generator)
+        self._take(rows.to(_wide(rows)), keys)
+        self.count += len(rows)
+
+    def _take(self, rows: Tensor, keys: Tensor) -> None:
+        keys = torch.cat([self._keys, keys])
+        order = torch.argsort(keys, stable=True)[: self.limit]
+        rows = torch.cat([self._kept, rows.to(self._kept.device)])
+        self._kept, self._keys = rows[order.to(rows.device)], keys[order]
+
+    def merge(self, other: Self) -> Self:
+        _same("width", self.width, other.width)
+        _same("limit", self.limit, other.limit)
+        self._kept = _meet(self._kept, other._kept, self.count)
+        self._take(other._kept, other._keys)
+        self.count += other.count
+        return self
+
+    def rows(self) -> Tensor:
+        """``[tokens, width]``, at most ``limit``, fp32, or fp64 once fp64 input was seen."""
+        self._require_data(self._kept)
+        return self._kept.clone()
+
+    def state(self) -> dict[str, Tensor]:
+        numbers = {"count": self.count, "limit": self.limit, "seed": self.seed}
+        found = {name: torch.tensor(value) for name, value in numbers.items()}
+        return {**found, "rows": self._kept.clone(), "keys": self._keys.clone()}
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Tensor]) -> Self:
+        rows, keys, count, limit, seed = _fields(state, "rows", "keys", "count", "limit", "seed")
+        new = cls(rows.shape[-1], int(limit), int(seed))
+        new._kept, new._keys, new.count = rows.clone(), keys.clone(), int(count)
         return new
 
 
