@@ -63,8 +63,18 @@ NETWORKS = {
     "SMN (code)": Network("smn", _tried(1e-2, 2e-2, 4e-2)),
     "SMN (paper)": Network("smn", _tried(1e-3, 5e-3, 2e-2), {"variant": "paper"}),
     "SIREN": Network("siren", _tried(5e-4, 1e-3, 2e-3)),
-    "WIRE": Network("wire", _tried(5e-4, 1e-3, 3e-3)),
-    "Gauss": Network("gauss", (*_tried(3e-4, 1e-3, scale=30.0), *_tried(1e-3, 3e-3, scale=10.0))),
+    "WIRE": Network(
+        "wire",
+        (*_tried(5e-4, 1e-3, 3e-3), *_tried(1e-3, 3e-3, omega=10.0, scale=5.0)),
+    ),
+    "Gauss": Network(
+        "gauss",
+        (
+            *_tried(3e-4, 1e-3, scale=30.0),
+            *_tried(1e-3, 3e-3, scale=10.0),
+            *_tried(1e-3, 3e-3, scale=5.0),
+        ),
+    ),
     "ReLU + PE": Network("relu-pe", _tried(3e-3, 6e-3, 1e-2)),
 }
 OSCILLATORS = {

@@ -22,11 +22,13 @@ if TYPE_CHECKING:
     from postlude._front_door.exporting import export
     from postlude._front_door.generating import generate
     from postlude._front_door.inspecting import compare, inspect, kernels
+    from postlude._front_door.judging_poses import evaluate_pose
     from postlude._front_door.judging_samples import evaluate_samples
     from postlude._front_door.opening import load
     from postlude._front_door.quantizing import quantize
     from postlude._front_door.running import forecast, report, run
     from postlude._front_door.sampling import sample
+    from postlude._front_door.signals import fit, render
     from postlude._front_door.text import built_in_text, calibration_tokens
     from postlude._front_door.tuning import tune, tune_prior
 
@@ -42,15 +44,18 @@ __all__ = [
     "demo",
     "evaluate",
     "evaluate_lds",
+    "evaluate_pose",
     "evaluate_retrieval",
     "evaluate_samples",
     "export",
+    "fit",
     "forecast",
     "generate",
     "inspect",
     "kernels",
     "load",
     "quantize",
+    "render",
     "report",
     "run",
     "sample",
@@ -71,15 +76,18 @@ _FILES = {
     "demo": "demonstrating",
     "evaluate": "evaluating",
     "evaluate_lds": "evaluating",
+    "evaluate_pose": "judging_poses",
     "evaluate_retrieval": "evaluating",
     "evaluate_samples": "judging_samples",
     "export": "exporting",
+    "fit": "signals",
     "forecast": "running",
     "generate": "generating",
     "inspect": "inspecting",
     "kernels": "inspecting",
     "load": "opening",
     "quantize": "quantizing",
+    "render": "signals",
     "report": "running",
     "run": "running",
     "sample": "sampling",

@@ -29,6 +29,7 @@ from postlude.cli import (
     recipe,
     report,
     sample,
+    signals,
     tune,
 )
 from postlude.cli._group import OrderedGroup
@@ -73,6 +74,8 @@ app.add_typer(attribute.app, name="attribute")
 app.add_typer(evaluate.app, name="evaluate")
 app.command("generate")(generate.generate)
 app.command("export")(export.export)
+app.command("fit")(signals.fit)
+app.command("render")(signals.render)
 app.command("run")(recipe.run)
 app.command("report")(report.report)
 app.command("methods")(methods.methods)

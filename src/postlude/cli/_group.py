@@ -24,6 +24,8 @@ class OrderedGroup(TyperGroup):
         "evaluate",
         "generate",
         "export",
+        "fit",
+        "render",
         "run",
         "report",
         "methods",

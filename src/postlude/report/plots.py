@@ -48,10 +48,12 @@ class Line:
     Attributes:
         name: written at its end.
         values: one for each tick; None leaves a gap.
+        places: where they stand on an axis of numbers, for a plot without ticks of its own.
     """
 
     name: str
     values: Sequence[float | None]
+    places: Sequence[float] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,12 +81,12 @@ def line_plot(
     y_ticks: Sequence[float] | None = None,
     marks: Mapping[int, str] | None = None,
 ) -> Plot:
-    """Lines over equally spaced places.
+    """Lines over equally spaced places, or over the places that each line has.
 
     Args:
         identifier: unique in the page; letters, digits and dashes.
         lines: at most seven are told apart by dash and marker.
-        ticks: what the places are called.
+        ticks: what equally spaced places are called; none for an axis of numbers.
         x_label, y_label: with units.
         alt: what a reader who cannot see the plot should know.
         logarithmic: the vertical axis; values that are not positive are left out.
@@ -96,11 +98,12 @@ def line_plot(
     def draw(size: tuple[int, int]) -> str:
         figure, axes = _figure(size)
         _axes(axes, x_label, y_label, ticks, logarithmic)
-        axes.set_xlim(-0.3, max(len(ticks) - 0.7, 0.7))
+        if ticks:
+            axes.set_xlim(-0.3, max(len(ticks) - 0.7, 0.7))
         for index, line in enumerate(lines):
             colour, dashes, marker = _STYLES[index % len(_STYLES)]
             axes.plot(
-                range(len(line.values)),
+                range(len(line.values)) if line.places is None else line.places,
                 [_plottable(value, logarithmic) for value in line.values],
                 color=colour,
                 linestyle=dashes,
@@ -288,8 +291,9 @@ def _axes(axes: Any, x_label: str, y_label: str, ticks: Sequence[str], logarithm
     axes.tick_params(length=0)
     # More than a dozen names do not fit beside each other.
     step = max(1, math.ceil(len(ticks) / 12))
-    axes.set_xticks(range(0, len(ticks), step))
-    axes.set_xticklabels(list(ticks)[::step])
+    if ticks:
+        axes.set_xticks(range(0, len(ticks), step))
+        axes.set_xticklabels(list(ticks)[::step])
 
 
 def _decades(axes: Any) -> None:
@@ -352,7 +356,11 @@ def _name_ends(axes: Any, lines: Sequence[Line], logarithmic: bool) -> None:
     for index, line in enumerate(lines):
         points = [
             (x, value)
-            for x, value in enumerate(_plottable(value, logarithmic) for value in line.values)
+            for x, value in zip(
+                line.places or range(len(line.values)),
+                (_plottable(value, logarithmic) for value in line.values),
+                strict=True,
+            )
             if not math.isnan(value)
         ]
         if points:

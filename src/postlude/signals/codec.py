@@ -6,9 +6,9 @@ fp32. Codes, scales and floats of all matrices lie one after another in four ten
 would take as many bytes as the weights of a small network.
 
 ``bits`` chooses: a whole number gives every matrix that many and leaves the first in fp32, whose entries are
-frequencies that a coarse grid would detune; a fraction, or ``mixed``, is a budget of bits a weight, scales included, that
-an exact integer programme spends where it hurts the picture least (:mod:`postlude.numerics.budget`). ``rounding`` is
-``nearest`` or ``learned`` (AdaRound on the loss of the picture, :mod:`postlude.numerics.learned_rounding`).
+frequencies that a coarse grid would detune; a fraction, or ``mixed``, is a budget of bits a weight, scales included,
+that an exact integer programme spends where it hurts the picture least (:mod:`postlude.numerics.budget`). ``rounding``
+is ``nearest`` or ``learned`` (AdaRound on the loss of the picture, :mod:`postlude.numerics.learned_rounding`).
 """
 
 from __future__ import annotations
@@ -37,8 +37,9 @@ from postlude.numerics.rounding import nearest
 from postlude.runs.atomic import atomic_directory
 from postlude.runs.progress import Progress
 from postlude.runs.weights import read_header, read_json
-from postlude.signals.picture import Picture, points
+from postlude.signals.picture import Picture
 from postlude.signals.training import Training, Unit, optimise
+from postlude.zoo.smn.grid import points
 from postlude.zoo.smn.networks import build, settings_for
 from postlude.zoo.smn.settings import NetworkSettings
 

@@ -8,8 +8,10 @@ for grey, a last one for opacity.
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +22,16 @@ from torch.nn import functional
 from postlude.errors import DataError
 from postlude.runs.progress import Progress
 from postlude.signals.training import Training, Unit, optimise
-from postlude.zoo.smn.grid import points, psnr
+from postlude.zoo.smn.grid import points
 
 __all__ = [
+    "POINTS",
     "Picture",
     "evaluate",
     "fit",
     "read_picture",
     "render",
     "to_image",
-    "values",
     "write_picture",
 ]
 
@@ -38,7 +40,7 @@ MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
 # What other 8-bit modes become; none of them loses anything but what a screen shows as well.
 _CONVERSIONS = {"1": "L", "P": "RGB", "PA": "RGBA", "CMYK": "RGB", "YCbCr": "RGB", "HSV": "RGB"}
 # Points that are computed together when nothing is trained.
-_POINTS = 65_536
+POINTS = 16_384
 
 
 @dataclasses.dataclass(frozen=True)
@@ -209,22 +211,28 @@ def fit(
 
 def evaluate(network: nn.Module, picture: Picture) -> float:
     """PSNR in dB on the pixel grid, before values are rounded to 8 bits."""
-    found = values(network, *picture.size).reshape(picture.pixels.shape)
-    return psnr(found, picture.pixels / 255)
-
-
-@torch.no_grad()
-def values(network: nn.Module, width: int, height: int) -> Tensor:
-    """What a network says at every pixel, ``[height * width, channels]`` on the CPU; some points at a time."""
-    device = next(network.parameters()).device
-    parts = [
-        network(points(part, width, height).to(device)).cpu()
-        for part in torch.arange(width * height).split(_POINTS)
-    ]
-    return torch.cat(parts)
+    flat = picture.pixels.reshape(-1, picture.channels)
+    error = 0.0
+    for place, part in _values(network, *picture.size):
+        difference = part.double().clamp(0, 1) - flat[place].double() / 255
+        error += float(difference.square().sum())
+    return -10 * math.log10(error / flat.numel()) if error else math.inf
 
 
 def render(network: nn.Module, width: int, height: int) -> Tensor:
     """The picture that a network is: ``uint8 [height, width, channels]``."""
-    found = values(network, width, height).clamp_(0, 1).mul_(255).round_().to(torch.uint8)
-    return found.reshape(height, width, -1)
+    parts = [
+        part.clamp(0, 1).mul_(255).round_().to(torch.uint8)
+        for _, part in _values(network, width, height)
+    ]
+    return torch.cat(parts).reshape(height, width, -1)
+
+
+@torch.no_grad()
+def _values(network: nn.Module, width: int, height: int) -> Iterator[tuple[slice, Tensor]]:
+    """What a network says at every pixel, some at a time: their place, and ``[n, channels]`` on the CPU."""
+    device = next(itertools.chain(network.parameters(), network.buffers())).device
+    for first in range(0, width * height, POINTS):
+        place = slice(first, min(first + POINTS, width * height))
+        chosen = torch.arange(place.start, place.stop)
+        yield place, network(points(chosen, width, height).to(device)).cpu()

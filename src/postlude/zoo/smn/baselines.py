@@ -13,6 +13,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from postlude.registry import method
 from postlude.zoo.smn.layers import ComplexDense, Dense, PositionEncoding, siren_layer
 from postlude.zoo.smn.settings import NetworkSettings
 
@@ -42,9 +43,10 @@ class _Plain(NetworkSettings):
         return self.in_features
 
 
+@method("fit", "siren", family="network of coordinates", paper="arXiv:2006.09661")
 @dataclasses.dataclass(frozen=True)
 class SirenSettings(_Plain):
-    """Sines all the way (arXiv:2006.09661).
+    """SIREN: sines all the way (arXiv:2006.09661).
 
     Attributes:
         omega: of every layer.
@@ -92,9 +94,10 @@ class Siren(nn.Module):
         return self.readout(x)
 
 
+@method("fit", "gauss", family="network of coordinates", paper="arXiv:2111.15135")
 @dataclasses.dataclass(frozen=True)
 class GaussSettings(_Plain):
-    """Gaussian bumps of a linear layer (arXiv:2111.15135).
+    """Gauss: bumps of a linear layer (arXiv:2111.15135).
 
     Attributes:
         scale: ``s0`` in ``exp(-(s0 (W x + b))^2)``.
@@ -131,6 +134,7 @@ class Gauss(nn.Module):
         return self.readout(x)
 
 
+@method("fit", "relu-pe", family="network of coordinates", paper="arXiv:2003.08934")
 @dataclasses.dataclass(frozen=True)
 class ReLUSettings(_Plain):
     """A perceptron on a positional encoding (arXiv:2003.08934).
@@ -175,9 +179,10 @@ class ReLU(nn.Module):
         return self.readout(x)
 
 
+@method("fit", "wire", family="network of coordinates", paper="arXiv:2301.05187")
 @dataclasses.dataclass(frozen=True)
 class WireSettings(_Plain):
-    """Complex Gabor wavelets (arXiv:2301.05187); every weight after the first layer is two real numbers.
+    """WIRE: complex Gabor wavelets (arXiv:2301.05187); every weight after the first layer is two real numbers.
 
     Attributes:
         omega: frequency of the wavelets.

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from postlude.errors import SettingsError, UnknownNameError
+from postlude.registry import method
 from postlude.zoo.smn.layers import Dense, siren_layer
 from postlude.zoo.smn.settings import NetworkSettings
 
@@ -68,6 +69,7 @@ VARIANTS = {
 }
 
 
+@method("fit", "smn", family="network of coordinates", paper="arXiv:2602.16337")
 @dataclasses.dataclass(frozen=True)
 class SMNSettings(NetworkSettings):
     """The Subtractive Modulative Network (arXiv:2602.16337).
