@@ -28,6 +28,7 @@ def test_public_names() -> None:
         "errors",
         "evaluate",
         "evaluate_lds",
+        "evaluate_pose",
         "evaluate_retrieval",
         "evaluate_samples",
         "export",

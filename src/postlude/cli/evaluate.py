@@ -10,16 +10,18 @@ import typer
 from postlude.cli import _options as options
 from postlude.cli._group import PLAIN, PlainCommand, PlainFormGroup
 from postlude.cli._output import Result, refuse_existing, write_json
+from postlude.cli.pose import pose
 from postlude.cli.samples import samples
 
 __all__ = ["app", "evaluate", "lds", "retrieval"]
 
 app = typer.Typer(
     cls=PlainFormGroup,
-    help="Measure a checkpoint on a text; `evaluate samples` judges images, `evaluate lds` and `evaluate retrieval` "
-    "attribution methods.",
+    help="Measure a checkpoint on a text; `evaluate samples` judges images, `evaluate pose` a "
+    "network that reads poses, `evaluate lds` and `evaluate retrieval` attribution methods.",
 )
 app.command("samples")(samples)
+app.command("pose")(pose)
 
 
 @app.command(

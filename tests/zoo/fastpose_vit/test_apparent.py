@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from postlude.zoo.fastpose_vit.camera import SPEED, decode_translation, encode_translation, project
-from postlude.zoo.fastpose_vit.data import random_poses
 from postlude.zoo.fastpose_vit.losses import pose_loss
+from postlude.zoo.fastpose_vit.making import random_poses
 from postlude.zoo.fastpose_vit.metrics import pose_errors
 from postlude.zoo.fastpose_vit.rotation import (
     apparent_rotation,

@@ -14,7 +14,7 @@ from postlude.zoo.fastpose_vit.camera import (
     project,
     viewing_direction,
 )
-from postlude.zoo.fastpose_vit.data import random_poses
+from postlude.zoo.fastpose_vit.making import random_poses
 from postlude.zoo.fastpose_vit.rotation import minimal_rotation
 from postlude.zoo.fastpose_vit.spacecraft import own_spacecraft
 

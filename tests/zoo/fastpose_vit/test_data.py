@@ -14,6 +14,7 @@ from postlude.errors import DataError, OutputExistsError, SettingsError
 from postlude.zoo.fastpose_vit import data as sets
 from postlude.zoo.fastpose_vit.augmentation import Augmentation, crop, shaken, turned_crops
 from postlude.zoo.fastpose_vit.camera import SPEED, Camera, box_of, project
+from postlude.zoo.fastpose_vit.making import NOMINAL, make, random_poses
 from postlude.zoo.fastpose_vit.renderer import Scene, render
 from postlude.zoo.fastpose_vit.rotation import apparent_rotation, in_plane, quaternion_of_matrix
 from postlude.zoo.fastpose_vit.spacecraft import Spacecraft, own_spacecraft, read_keypoints
@@ -25,14 +26,14 @@ SUN = Scene(sun=(0.0, 0.0, -1.0), noise=0.0, planet=1e-9)
 
 @pytest.fixture(scope="module")
 def made() -> sets.PoseData:
-    return sets.make(own_spacecraft(), 8, seed=0, size=32)
+    return make(own_spacecraft(), 8, seed=0, size=32)
 
 
 @pytest.fixture
 def speed(tmp_path: Path) -> Path:
     """A folder as SPEED+ writes it, with whole images of a small camera and no boxes."""
     body = own_spacecraft()
-    rotations, translations, _ = sets.random_poses(body, 3, 1, SMALL_WIDE, distances=(4, 8))
+    rotations, translations, _ = random_poses(body, 3, 1, SMALL_WIDE, distances=(4, 8))
     folder = tmp_path / "synthetic"
     (folder / "images").mkdir(parents=True)
     labels = []
@@ -61,8 +62,8 @@ SMALL_WIDE = Camera(fx=700.0, fy=700.0, cx=200.0, cy=200.0, width=400, height=40
 
 
 def test_the_same_seed_gives_the_same_pictures(made: sets.PoseData) -> None:
-    again = sets.make(own_spacecraft(), 8, seed=0, size=32)
-    other = sets.make(own_spacecraft(), 8, seed=1, size=32)
+    again = make(own_spacecraft(), 8, seed=0, size=32)
+    other = make(own_spacecraft(), 8, seed=1, size=32)
     assert torch.equal(made.images, again.images) and torch.equal(made.rotations, again.rotations)
     assert not torch.equal(made.images, other.images)
 
@@ -81,15 +82,15 @@ def test_the_body_is_drawn_where_its_points_are(made: sets.PoseData) -> None:
 
 
 def test_attitudes_stay_near_the_nominal_one() -> None:
-    near, _, _ = sets.random_poses(own_spacecraft(), 200, 0, attitudes=30.0)
+    near, _, _ = random_poses(own_spacecraft(), 200, 0, attitudes=30.0)
     angles = torch.rad2deg(
-        torch.acos(((near @ sets.NOMINAL.mT).diagonal(dim1=1, dim2=2).sum(-1) - 1) / 2)
+        torch.acos(((near @ NOMINAL.mT).diagonal(dim1=1, dim2=2).sum(-1) - 1) / 2)
     )
     assert angles.max() <= 30.0 + 1e-6 and angles.mean() > 18
     with pytest.raises(SettingsError, match="above 0 and at most 180"):
-        sets.random_poses(own_spacecraft(), 2, 0, attitudes=0.0)
+        random_poses(own_spacecraft(), 2, 0, attitudes=0.0)
     with pytest.raises(SettingsError, match="greater distance"):
-        sets.random_poses(own_spacecraft(), 2, 0, distances=(0.2, 0.3))
+        random_poses(own_spacecraft(), 2, 0, distances=(0.2, 0.3))
 
 
 def test_a_set_is_read_as_it_was_written(made: sets.PoseData, tmp_path: Path) -> None:
@@ -215,7 +216,7 @@ def test_crops_are_the_boxes_padded_with_black() -> None:
 def test_a_turned_crop_is_the_crop_of_the_turned_pose() -> None:
     """What the pixels show after a turn is what is rendered at the turned pose."""
     body = own_spacecraft()
-    rotations, translations, boxes = sets.random_poses(body, 3, 5, distances=(8, 12))
+    rotations, translations, boxes = random_poses(body, 3, 5, distances=(8, 12))
     turns = torch.tensor([0.3, -0.25, 2.9], dtype=torch.float64)
     middle, half = (
         (boxes[:, :2] + boxes[:, 2:]) / 2,

@@ -14,6 +14,7 @@ from postlude.zoo.fastpose_vit.__main__ import main
 from postlude.zoo.fastpose_vit.augmentation import Augmentation, turned_crops
 from postlude.zoo.fastpose_vit.camera import SPEED
 from postlude.zoo.fastpose_vit.losses import pose_loss
+from postlude.zoo.fastpose_vit.making import make
 from postlude.zoo.fastpose_vit.network import Backbone, PoseModel, build, pose_of
 from postlude.zoo.fastpose_vit.rotation import first_columns
 from postlude.zoo.fastpose_vit.spacecraft import own_spacecraft
@@ -25,7 +26,7 @@ PLAIN = Training(epochs=1, batch=4, augmentation=Augmentation(jitter_share=0.0, 
 
 @pytest.fixture(scope="module")
 def made() -> sets.PoseData:
-    return sets.make(own_spacecraft(), 12, seed=0, size=32)
+    return make(own_spacecraft(), 12, seed=0, size=32)
 
 
 def test_loss_is_the_mean_relative_distance() -> None:

@@ -3,7 +3,7 @@
     python -m postlude.zoo.fastpose_vit data --n 5000 --seed 0 -o speed-mini/
     python -m postlude.zoo.fastpose_vit train speed-mini/ -o pose/
 
-`camera` and `rotation` hold the formulas, `spacecraft` and `renderer` make pictures, `data` writes and reads sets,
+`camera` and `rotation` hold the formulas, `spacecraft`, `renderer` and `making` make pictures, `data` keeps sets,
 `augmentation` crops, `network`, `losses`, `training` and `metrics` are what their names say.
 """
 

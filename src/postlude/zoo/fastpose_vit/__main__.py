@@ -17,6 +17,7 @@ import torch
 
 from postlude.errors import DataError, PostludeError, SettingsError
 from postlude.zoo.fastpose_vit import data as sets
+from postlude.zoo.fastpose_vit.making import make
 from postlude.zoo.fastpose_vit.metrics import PoseErrors
 from postlude.zoo.fastpose_vit.network import Backbone, build
 from postlude.zoo.fastpose_vit.spacecraft import (
@@ -60,7 +61,7 @@ def make_sets(options: argparse.Namespace) -> dict[str, Any]:
         if done % 500 == 0:
             _log(f"{done} of {options.n} pictures, {time.monotonic() - begun:.0f} s")
 
-    whole = sets.make(
+    whole = make(
         body,
         options.n,
         options.seed,

@@ -1,4 +1,4 @@
-"""Sets of pictures with poses: made from a seed, or read from a folder in the layout of SPEED or SPEED+.
+"""Sets of pictures with poses, in folders laid out as SPEED and SPEED+ are.
 
 A set is a JSON list of labels beside a folder ``images``::
 
@@ -26,28 +26,19 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional
 
-from postlude.errors import DataError, OutputExistsError, SettingsError
+from postlude.errors import DataError, OutputExistsError
 from postlude.zoo.fastpose_vit.camera import SPEED, Camera, box_of, check_boxes, project
-from postlude.zoo.fastpose_vit.renderer import random_scene, render
 from postlude.zoo.fastpose_vit.rotation import (
     matrix_of_quaternion,
     quaternion_of_matrix,
 )
-from postlude.zoo.fastpose_vit.spacecraft import Spacecraft, find_tango, read_keypoints
+from postlude.zoo.fastpose_vit.spacecraft import find_tango, read_keypoints
 
-__all__ = ["DISTANCES", "LABELS", "NOMINAL", "PoseData", "load", "make", "random_poses", "write"]
+__all__ = ["LABELS", "PoseData", "load", "whole", "window_of", "write"]
 
 LABELS = "labels.json"
-DISTANCES = (3.0, 40.0)
-"""Nearest and farthest body in metres, as in SPEED."""
-
-NOMINAL = matrix_of_quaternion(torch.tensor([0.5, 0.7, -0.4, 0.3], dtype=torch.float64) / 0.99**0.5)
-"""An attitude that shows the solar cells and two sides at a slant."""
-
 _MARGIN = 1.3  # of the window around the box, so that a shaken or turned box stays inside
-_EDGE = 150  # pixels from the origin of the body to the edge of the image, at least
 _QUATERNION = ("q_vbs2tango_true", "q_vbs2tango")
 _TRANSLATION = ("r_Vo2To_vbs_true", "r_Vo2To_vbs")
 
@@ -93,121 +84,16 @@ class PoseData:
         )
 
 
-def random_poses(
-    spacecraft: Spacecraft,
-    count: int,
-    seed: int,
-    camera: Camera = SPEED,
-    distances: tuple[float, float] = DISTANCES,
-    attitudes: float = 180.0,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Poses whose box lies inside the image: rotations ``[n, 3, 3]``, translations ``[n, 3]``, boxes ``[n, 4]``.
-
-    Rotations and depths are uniform, the body's origin is uniform over the image without its edge; where the box would
-    leave the image, the whole pose is drawn again. Boxes end at whole pixels. Rotations that differ from `NOMINAL` by
-    more than ``attitudes`` degrees are left out; 180 keeps all.
-    """
-    if not 0 < attitudes <= 180:
-        raise SettingsError(f"attitudes is {attitudes}; expected degrees above 0 and at most 180")
-    generator = torch.Generator().manual_seed(seed)
-    points = torch.from_numpy(spacecraft.keypoints)
-    kept: list[tuple[Tensor, Tensor, Tensor]] = []
-    while sum(len(part[0]) for part in kept) < count:
-        rotation = _attitudes(2 * count, attitudes, generator)
-        draw = torch.rand(2 * count, 3, generator=generator, dtype=torch.float64)
-        depth = distances[0] + draw[:, 2] * (distances[1] - distances[0])
-        u = _EDGE + draw[:, 0] * (camera.width - 2 * _EDGE)
-        v = _EDGE + draw[:, 1] * (camera.height - 2 * _EDGE)
-        x, y = (u - camera.cx) / camera.fx * depth, (v - camera.cy) / camera.fy * depth
-        translation = torch.stack([x, y, depth], dim=-1)
-        box = _whole(box_of(project(points, rotation, translation, camera)))
-        inside = (
-            (box[:, :2] >= 0).all(-1) & (box[:, 2] <= camera.width) & (box[:, 3] <= camera.height)
-        )
-        if not bool(inside.any()):
-            raise SettingsError(
-                f"no pose between {distances[0]} and {distances[1]} m shows the whole body; choose a greater distance"
-            )
-        kept.append((rotation[inside], translation[inside], box[inside]))
-    joined = [torch.cat(parts)[:count] for parts in zip(*kept, strict=True)]
-    return joined[0], joined[1], joined[2]
-
-
-def _attitudes(count: int, limit: float, generator: torch.Generator) -> Tensor:
-    """Rotations ``[count, 3, 3]``, uniform among those within ``limit`` degrees of `NOMINAL`."""
-    # Angles of uniform rotations have the density 1 - cos(angle).
-    angles = torch.linspace(0, math.radians(limit), 4097, dtype=torch.float64)
-    shares = angles - angles.sin()
-    draw = torch.rand(count, generator=generator, dtype=torch.float64) * shares[-1]
-    half = torch.from_numpy(np.interp(draw, shares, angles))[:, None] / 2
-    axes = functional.normalize(
-        torch.randn(count, 3, generator=generator, dtype=torch.float64), dim=-1
-    )
-    return matrix_of_quaternion(torch.cat([half.cos(), half.sin() * axes], dim=-1)) @ NOMINAL
-
-
-def _whole(box: Tensor) -> Tensor:
+def whole(box: Tensor) -> Tensor:
+    """Boxes ``[..., 4]`` that end at whole pixels."""
     return torch.cat([box[..., :2].floor(), box[..., 2:].ceil()], dim=-1)
 
 
-def _window(box: Tensor) -> Tensor:
-    """The square windows ``[n, 4]`` around boxes."""
+def window_of(box: Tensor) -> Tensor:
+    """The square windows ``[n, 4]`` that are kept of the image around boxes."""
     middle = (box[:, :2] + box[:, 2:]) / 2
     half = (box[:, 2:] - box[:, :2]).amax(-1, keepdim=True) * _MARGIN / 2
     return torch.cat([middle - half, middle + half], dim=-1)
-
-
-def make(
-    spacecraft: Spacecraft,
-    count: int,
-    seed: int,
-    *,
-    size: int = 96,
-    camera: Camera = SPEED,
-    distances: tuple[float, float] = DISTANCES,
-    attitudes: float = 180.0,
-    progress: Any = None,
-) -> PoseData:
-    """Render ``count`` pictures, about 4 ms each; the same seed gives the same ones.
-
-    Args:
-        spacecraft: the body.
-        count: pictures.
-        seed: of poses, light, backgrounds and noise.
-        size: pixels of a side of the stored windows.
-        camera: whose images they are cut from.
-        distances: nearest and farthest, in metres.
-        attitudes: largest angle to `NOMINAL`, in degrees.
-        progress: called with the number of finished pictures.
-    """
-    rotations, translations, boxes = random_poses(
-        spacecraft, count, seed, camera, distances, attitudes
-    )
-    windows = _window(boxes)
-    random = np.random.default_rng([seed, 1])
-    images = np.empty((count, size, size), np.uint8)
-    for i in range(count):
-        images[i] = render(
-            spacecraft,
-            rotations[i].numpy(),
-            translations[i].numpy(),
-            camera,
-            windows[i].numpy(),
-            size,
-            random_scene(random),
-        )
-        if progress is not None:
-            progress(i + 1)
-    return PoseData(
-        torch.from_numpy(images),
-        windows,
-        boxes,
-        rotations,
-        translations,
-        torch.from_numpy(spacecraft.keypoints),
-        camera,
-        tuple(f"img{i + 1:06d}.png" for i in range(count)),
-    )
 
 
 def write(data: PoseData, out: Path, name: str = "") -> None:
@@ -412,7 +298,7 @@ def _boxes(
             "keypoints.json beside it, or set POSTLUDE_DATA to a folder with space/tangoPoints.mat"
         )
     else:
-        boxes = _whole(box_of(project(points, rotations, translations, camera)))
+        boxes = whole(box_of(project(points, rotations, translations, camera)))
         shown = torch.tensor([camera.width, camera.height], dtype=torch.float64)
         clipped = torch.cat([boxes[:, :2].clamp(min=0), torch.minimum(boxes[:, 2:], shown)], dim=-1)
         # What lies outside altogether stays as it is, to be refused below in its own numbers.
@@ -454,7 +340,7 @@ def _picture(
             f"label {index} of {file}: {name} has {image.size[0]} x {image.size[1]} pixels, and the camera "
             f"{camera.width} x {camera.height}; expected whole images, or a window in the label"
         )
-    window = _window(box[None])[0]
+    window = window_of(box[None])[0]
     # Cropping fills what lies outside of the image with 0.
     corners = [math.floor(v) for v in window[:2].tolist()] + [
         math.ceil(v) for v in window[2:].tolist()

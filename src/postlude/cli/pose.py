@@ -1,0 +1,82 @@
+"""``postlude evaluate pose``: how well a network reads the pose of a spacecraft."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from postlude.cli import _options as options
+from postlude.cli._output import Result, refuse_existing, write_json
+
+__all__ = ["pose"]
+
+
+def pose(
+    checkpoint: Annotated[
+        str,
+        typer.Argument(
+            metavar="CHECKPOINT",
+            help="A pose network: the directory, float or quantized, or an exported .onnx file.",
+            show_default=False,
+        ),
+    ],
+    data: Annotated[
+        str,
+        typer.Option(
+            "--data",
+            metavar="FOLDER",
+            help="Pictures with poses: made by `python -m postlude.zoo.fastpose_vit data`, or in the layout of SPEED.",
+            show_default=False,
+        ),
+    ],
+    limit: Annotated[
+        int | None,
+        typer.Option("--limit", min=1, metavar="N", help="Judge the first N pictures only."),
+    ] = None,
+    dtype: options.Dtype = "auto",
+    device: options.Device = None,
+    output: options.NewFile = None,
+    overwrite: options.Overwrite = False,
+    json: options.Json = False,
+) -> Result:
+    """Translation and rotation errors of a network that reads a spacecraft's pose, and SPEED's score."""
+    refuse_existing(output, overwrite=overwrite)
+
+    from postlude import _front_door
+
+    model: Any = checkpoint
+    if not checkpoint.endswith(".onnx"):
+        model = _front_door.load(checkpoint, dtype=dtype, device=device)
+    result = _front_door.evaluate_pose(model, data, limit=limit)
+    write_json(result, output, overwrite=overwrite)
+    return Result(result, _view(result))
+
+
+def _view(result: dict[str, Any]) -> object:
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, pad_edge=False)
+    for name in ("distance", "pictures", "e_t", "metres", "rotation"):
+        table.add_column(name, justify="right" if name != "distance" else "left", no_wrap=True)
+    rows = [
+        (f"{row['from_metres']:.0f} to {row['to_metres']:.0f} m", row)
+        for row in result["by_distance"]
+    ]
+    for name, row in (*rows, ("all", result)):
+        table.add_row(
+            name,
+            str(row["pictures"]),
+            f"{row['e_t']:.4f}",
+            f"{row['metres']:.3f}",
+            f"{row['e_r_degrees']:.2f}°",
+        )
+    lines = (
+        f"score {result['score']:.4f} (mean of e_t and the rotation error in radians; SPEED+ thresholds: "
+        f"{result['score_speed_plus']:.4f})",
+        f"medians: e_t {result['e_t_median']:.4f}, rotation {result['e_r_degrees_median']:.2f}°",
+        f"{result['bytes']:,} bytes; {result['seconds']:.3g} s",
+    )
+    return Group(table, "", *map(Text, lines))

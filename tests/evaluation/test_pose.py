@@ -1,0 +1,81 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import postlude as pl
+from postlude.cli import run
+from postlude.errors import ArchitectureError, CheckpointError, DataError
+from postlude.evaluation.pose import evaluate_pose
+from postlude.zoo.fastpose_vit import data as sets
+from postlude.zoo.fastpose_vit.making import make
+from postlude.zoo.fastpose_vit.network import Backbone, build
+from postlude.zoo.fastpose_vit.spacecraft import own_spacecraft
+from postlude.zoo.fastpose_vit.training import measure, save
+
+SHAPE = Backbone(image_size=16, patch=8, width=16, depth=1, heads=2)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A network in ``pose`` and a set in ``test``."""
+    base = tmp_path_factory.mktemp("pose")
+    sets.write(make(own_spacecraft(), 9, seed=0), base / "test")
+    save(build(SHAPE), base / "pose", {})
+    return base
+
+
+def test_numbers_are_those_of_the_network(folder: Path) -> None:
+    found = pl.evaluate_pose(folder / "pose", folder / "test")
+    data = sets.load(folder / "test")
+    errors = measure(pl.load(folder / "pose").model, data)
+    assert found["e_t"] == pytest.approx(float(errors.relative_translation.mean()))
+    assert found["e_r_degrees"] == pytest.approx(math.degrees(float(errors.rotation.mean())))
+    assert found["score"] == pytest.approx(found["e_t"] + math.radians(found["e_r_degrees"]))
+    assert found["pictures"] == 9 and found["target"] == "apparent"
+    rows = found["by_distance"]
+    assert sum(row["pictures"] for row in rows) == 9
+    mean = sum(row["pictures"] * row["e_r_degrees"] for row in rows) / 9
+    assert mean == pytest.approx(found["e_r_degrees"])
+    assert found["bytes"] > 0
+    assert pl.evaluate_pose(folder / "pose", folder / "test", limit=4)["pictures"] == 4
+
+
+def test_the_command_prints_one_object(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["evaluate", "pose", str(folder / "pose"), "--data", str(folder / "test")]
+    assert run([*arguments, "--json"]) == 0
+    assert {"e_t", "e_r_degrees", "score"} <= set(json.loads(capsys.readouterr().out))
+    assert run(arguments) == 0
+    assert "score" in capsys.readouterr().out
+
+
+def test_what_cannot_be_judged_is_refused(folder: Path, tmp_path: Path) -> None:
+    data = sets.load(folder / "test")
+    other = dataclasses.replace(data, camera=dataclasses.replace(data.camera, fx=100.0))
+    with pytest.raises(DataError, match="was trained for Camera"):
+        evaluate_pose(pl.load(folder / "pose"), other)
+    with pytest.raises(DataError, match="there is no folder"):
+        pl.evaluate_pose(folder / "pose", tmp_path / "nothing")
+    with pytest.raises(CheckpointError, match="there is no file"):
+        pl.evaluate_pose(tmp_path / "none.onnx", folder / "test")
+    (tmp_path / "bad.onnx").write_bytes(b"no graph")
+    with pytest.raises(CheckpointError, match="ONNX Runtime cannot load"):
+        pl.evaluate_pose(tmp_path / "bad.onnx", folder / "test")
+
+
+def test_models_that_see_no_poses_are_refused(
+    folder: Path, tiny_llama_dir: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ArchitectureError, match="predicts no poses"):
+        pl.evaluate_pose(tiny_llama_dir, folder / "test")
+    from transformers import ResNetConfig, ResNetForImageClassification
+
+    sizes: dict[str, Any] = {"embedding_size": 4, "hidden_sizes": [4], "depths": [1]}
+    ResNetForImageClassification(ResNetConfig(**sizes)).save_pretrained(tmp_path / "resnet")
+    with pytest.raises(ArchitectureError, match=r"no anatomy describes models of type 'resnet'"):
+        pl.evaluate_pose(tmp_path / "resnet", folder / "test")
