@@ -43,6 +43,27 @@ def quantize(
             help="Activations that share a scale: a token, the tensor, or N channels of a token.",
         ),
     ] = None,
+    branch: Annotated[
+        str | None,
+        typer.Option(
+            "--branch",
+            metavar="16|w8a8|w4a8g64",
+            help="Format of the low-rank branch, in methods that have one: bits of its factors and of what they "
+            "multiply, in groups of 32 unless said.",
+        ),
+    ] = None,
+    rank: Annotated[
+        int | None, typer.Option("--rank", metavar="N", help="Rank of the low-rank branch.")
+    ] = None,
+    bytes_as: Annotated[
+        str | None,
+        typer.Option(
+            "--bytes-as",
+            metavar="METHOD:RANK",
+            help="Choose the rank of every layer so that its branch, scales included, takes no more bytes than that "
+            "of METHOD at RANK (svdquant:32).",
+        ),
+    ] = None,
     calibration: Annotated[
         str | None,
         typer.Option(
@@ -107,6 +128,8 @@ def quantize(
     if activation_group is not None:
         words = ("token", "tensor")
         given["activation_group"] = parse_granularity("--activation-group", activation_group, words)
+    parts = {"branch": branch, "rank": rank, "bytes_as": bytes_as}
+    given |= {name: value for name, value in parts.items() if value is not None}
     settings = make_settings(registry.find("quantize", method), given, set_ or [])
 
     from postlude import _front_door
@@ -130,7 +153,8 @@ def quantize(
         progress=Progress(show=True),
     )
     result: dict[str, object] = {"output": output, "method": method, **size_of(small)}
-    result["weight_error"] = small.made_by()["weight_error"]
+    made_by = small.made_by()
+    result |= {part: made_by[part] for part in ("weight_error", "branch") if part in made_by}
     result["seed"] = seed
     reload = getattr(small, "reload", None)
     if reload is not None:
