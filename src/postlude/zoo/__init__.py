@@ -1,6 +1,7 @@
 """Small reference models, trained by committed scripts and shipped as package data.
 
-``checkpoint_path("tiny-lm")`` is a Hugging Face directory that ``AutoModelForCausalLM.from_pretrained`` loads.
+``checkpoint_path("tiny-lm")`` is a Hugging Face directory that ``AutoModelForCausalLM.from_pretrained`` loads,
+``checkpoint_path("tiny-dit")`` and ``"tiny-dit-flow"`` are directories of diffusers.
 """
 
 from __future__ import annotations
