@@ -1,4 +1,4 @@
-"""A tiny checkpoint with a byte tokenizer, texts of several lengths, and gradients one backward pass at a time."""
+"""A tiny checkpoint with a byte tokenizer and texts, a tiny denoiser and images, gradients one pass at a time."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -63,3 +64,25 @@ def gradients(given: Checkpoint, record: dict[str, Any]) -> dict[str, Tensor]:
         found[path] = gradient if type(module).__name__ == "Conv1D" else gradient.T
     model.zero_grad()
     return found
+
+
+def denoiser(prediction: str = "epsilon", channels: int = 1, **settings: Any) -> Checkpoint:
+    """A random diffusion transformer of two blocks for 8 x 8 images, with nothing left at zero."""
+    pytest.importorskip("diffusers")
+    from postlude.zoo.noising import noising_of
+    from postlude.zoo.tiny_dit import build
+
+    model = build(0, **{"width": 16, "layers": 2, "channels": channels, **settings})
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    scheduler = noising_of(prediction).scheduler()
+    return Checkpoint(model, None, anatomy_of(model), scheduler=scheduler)
+
+
+def pictures(count: int = 24, seed: int = 0, channels: int = 1) -> tuple[Tensor, Tensor]:
+    """Images ``[count, channels, 8, 8]`` in [-1, 1] and classes."""
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.rand(count, channels, 8, 8, generator=generator) * 2 - 1
+    return images, torch.randint(10, (count,), generator=generator)

@@ -145,7 +145,7 @@ def test_weights_of_another_index_or_layer_set_or_method(
     other, _ = build(
         given, TRAIN[:20], method, tmp_path / "other", collection=collection(layers=SOME)
     )
-    with pytest.raises(SettingsError, match="learned for another index .* than .*other"):
+    with pytest.raises(SettingsError, match=r"learned for another index .* than .*other"):
         query(other, "a bird", weights=learned, checkpoint=given)
     fewer, _ = build(
         given, TRAIN, method, tmp_path / "fewer", collection=collection(layers="*q_proj")
@@ -173,7 +173,7 @@ def test_too_few_queries_or_examples(given: Checkpoint, lorif: Index) -> None:
     assert learn_weights(lorif, ASKED[:3], Learning(k=3), checkpoint=given).learned["k"] == 3
     with pytest.raises(SettingsError, match=r"1 query is fewer than k, 10"):
         learn_weights(lorif, "a bird", checkpoint=given)
-    with pytest.raises(SettingsError, match="has 24 examples, .* the 30 best"):
+    with pytest.raises(SettingsError, match=r"has 24 examples, .* the 30 best"):
         learn_weights(lorif, ASKED, Learning(k=30), checkpoint=given)
 
 
@@ -184,7 +184,7 @@ def test_methods_without_layers_have_no_weights(
     index, _ = build(given, TRAIN, method, tmp_path / "index", collection=collection())
     with pytest.raises(SettingsError, match=f"a score of {method.name} is no sum over layers"):
         learn_weights(index, ASKED, checkpoint=given)
-    with pytest.raises(SettingsError, match="weights are of 7 layers and .* keeps 0"):
+    with pytest.raises(SettingsError, match=r"weights are of 7 layers and .* keeps 0"):
         query(index, "a bird", weights=learned, checkpoint=given)
 
 

@@ -12,8 +12,9 @@ from postlude import registry
 from postlude._front_door.opening import Path_, open_checkpoint
 from postlude.attribution import plan as _plan
 from postlude.attribution.build import build as _build
+from postlude.attribution.data import Data, open_data
 from postlude.attribution.engine import Attributor
-from postlude.attribution.examples import Collection, Records
+from postlude.attribution.examples import Collection
 from postlude.attribution.forecast import forecast
 from postlude.attribution.index import Index
 from postlude.attribution.layer_weights import LayerWeights, Learning
@@ -33,7 +34,7 @@ __all__ = [
     "attribution_verify",
 ]
 
-Examples = Path_ | Sequence[Mapping[str, Any] | str]
+Examples = Path_ | Sequence[Mapping[str, Any] | str] | Data
 
 
 def attribute(
@@ -53,7 +54,8 @@ def attribute(
 
     Args:
         checkpoint: loaded, or a path.
-        data: a ``.jsonl`` file with ``text``, or ``prompt`` and ``completion``, a line; or such records; or texts.
+        data: a ``.jsonl`` file with ``text``, or ``prompt`` and ``completion``, a line; or such records; or texts. For
+            a diffusion model a folder of ``.png`` files with ``labels.jsonl``, or a ``.npz`` or ``.safetensors`` file.
         method: a settings object such as ``LoRIF(rank=1)``, or a name for its defaults.
         out: the directory of the index.
         collection: length, layers, loss, seed.
@@ -71,12 +73,15 @@ def attribute(
     settings = _attributor(method)
     chosen = collection or Collection()
     opened = open_checkpoint(checkpoint)
-    if progress is not None and progress.shown and opened.tokenizer is not None:
-        expected = forecast(opened, Records(data), settings, chosen, _plan.this_machine())
+    settings.check_model(opened)
+    examples = open_data(data, opened.kind)
+    examples.check(opened, chosen)
+    if progress is not None and progress.shown:
+        expected = forecast(opened, examples, settings, chosen, _plan.this_machine())
         if expected is not None:
             progress.log(str(expected))
     index, report = _build(
-        opened, data, settings, out, collection=chosen, overwrite=overwrite, progress=progress
+        opened, examples, settings, out, collection=chosen, overwrite=overwrite, progress=progress
     )
     index.report = report
     return index
@@ -142,7 +147,11 @@ def attribution_query(
     if html is not None:
         from postlude.report.attribution import page_of
 
-        page = page_of(opened, answers, settings, command)
+        named = None
+        if weights is not None:
+            loaded = weights if isinstance(weights, LayerWeights) else LayerWeights.load(weights)
+            named = loaded.named()
+        page = page_of(opened, answers, settings, command, named)
         Path(html).resolve().parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(html) as temporary:
             temporary.write_text(page, encoding="utf-8")
@@ -224,7 +233,7 @@ def attribution_verify(index: Path_ | Index) -> dict[str, Any]:
     given = opened.manifest["data"]["path"]
     if given is None:
         data = "unknown: the index was built from examples in memory"
-    elif not os.path.isfile(given):
+    elif not os.path.exists(given):
         data = f"unknown: there is no file {given} any more"
     else:
         try:

@@ -18,10 +18,10 @@ import torch
 
 import postlude
 from postlude import registry
+from postlude.attribution.data import Data, open_data
 from postlude.attribution.engine import Attributor, record_rows
-from postlude.attribution.examples import Collection, Records, tokenize
+from postlude.attribution.examples import Collection
 from postlude.attribution.index import KIND, Index, describe_model
-from postlude.errors import DataError, SettingsError
 from postlude.runs.checkpoint import Checkpoint
 from postlude.runs.processes import Processes
 from postlude.runs.progress import Progress
@@ -38,7 +38,7 @@ def plan_shards(count: int, shard_examples: int) -> list[int]:
 
 def build(
     checkpoint: Checkpoint,
-    data: str | os.PathLike[str] | Sequence[Mapping[str, Any] | str],
+    data: str | os.PathLike[str] | Sequence[Mapping[str, Any] | str] | Data,
     attributor: Attributor,
     out: str | os.PathLike[str],
     *,
@@ -50,7 +50,7 @@ def build(
 
     Args:
         checkpoint: the model.
-        data: path of a .jsonl file, or records, or texts.
+        data: path of a .jsonl file, or records, or texts; images for a denoiser (:mod:`postlude.attribution.images`).
         attributor: settings of the method; they decide what is kept.
         out: the directory of the index.
         collection: length, layers, loss and so on.
@@ -69,17 +69,9 @@ def build(
     """
     started = time.perf_counter()
     collection = collection or Collection()
-    length = collection.max_length or checkpoint.context
-    if length > checkpoint.context:
-        raise SettingsError(
-            f"max_length is {length}, but the model takes at most {checkpoint.context} tokens: choose a shorter one"
-        )
-    if checkpoint.tokenizer is None:
-        raise DataError(
-            f"{checkpoint.path or 'this checkpoint'} has no tokenizer, so text cannot be read with it; put its "
-            "tokenizer files beside the weights"
-        )
-    records = Records(data)
+    attributor.check_model(checkpoint)
+    records = open_data(data, checkpoint.kind)
+    records.check(checkpoint, collection)
     representation = attributor.representation()
     layers = representation.layers(checkpoint, collection)
     manifest = {
@@ -89,6 +81,7 @@ def build(
             "path": None if records.path is None else str(Path(records.path).resolve()),
             "hash": records.hash,
             "examples": len(records),
+            "kind": records.kind,
         },
         "method": {
             "name": registry.info_of(attributor).name,
@@ -114,15 +107,11 @@ def build(
             with representation.recorder(checkpoint, collection) as record:
                 for number in mine:
                     start, stop = store.bounds(number)
-                    examples = tokenize(
-                        checkpoint.tokenizer, records, start, stop, length, collection
-                    )
+                    examples = records.examples(checkpoint, collection, start, stop)
                     tensors = record_rows(
                         record, examples, collection.tokens_per_batch, task.advance
                     )
-                    tensors["tokens"] = torch.tensor(
-                        [len(e.tokens) for e in examples], dtype=torch.int32
-                    )
+                    tensors["tokens"] = torch.tensor([e.count for e in examples], dtype=torch.int32)
                     tensors["cut"] = torch.tensor([e.cut for e in examples], dtype=torch.int32)
                     store.write(number, tensors)
         task.close()

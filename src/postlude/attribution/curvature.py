@@ -117,6 +117,14 @@ class LayerCurvature(ABC):
         """Rows whose products with those of examples are the scores; narrower than ``matrices`` where that can be."""
         return DenseRows(self.matrices(queries, source))
 
+    def leverages(self, source: Source) -> Tensor:
+        """``vec(G_n)^T (H + lam)^-1 vec(G_n)`` of every row of the index itself, fp64 ``[N]``, 0 to 1."""
+        parts = [
+            (self.matrices(rows.double(), source) * rows.double().dense()).sum((1, 2))
+            for _, rows in source.chunks()
+        ]
+        return torch.cat(parts)
+
     def state(self) -> dict[str, Tensor]:
         """What :meth:`from_state` needs, to keep a fit; in fp32, which changes scores by about 1e-6."""
         raise NotImplementedError
@@ -354,6 +362,9 @@ class Dual(LayerCurvature):
 
     def scores(self, queries: Rows, source: Source) -> Tensor:
         return self.inverse.scores(stream_products(queries, source))
+
+    def leverages(self, source: Source) -> Tensor:
+        return self.inverse.leverages()
 
     def matrices(self, queries: Rows, source: Source) -> Tensor:
         # (H + lam)^-1 g = (g - sum_t s_t g_t) / lam with the scores s of g, by Woodbury's identity. In fp64: where

@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from postlude.attribution.engine import Attributor, Queries, Scores, kept_fits, record_rows
-from postlude.attribution.examples import Batch, Collection, Example, batches, tokenize
+from postlude.attribution.examples import Batch, Collection, Example, batches
 from postlude.attribution.explain import Factors, Parts, token_parts
 from postlude.attribution.index import Index
 from postlude.attribution.outputs import output_function, predictions
@@ -299,12 +299,9 @@ class EKFAC(Attributor):
 def _numbered(index: Index, checkpoint: Checkpoint, numbers: Sequence[int]) -> Iterator[Numbered]:
     """Batches of some training examples, in order, with the number of every row."""
     records, collection = index.records(), index.collection
-    length = collection.max_length or checkpoint.context
     for first in range(0, len(numbers), collection.shard_examples):
         some = numbers[first : first + collection.shard_examples]
-        examples = [
-            tokenize(checkpoint.tokenizer, records, n, n + 1, length, collection)[0] for n in some
-        ]
+        examples = [records.examples(checkpoint, collection, n, n + 1)[0] for n in some]
         for batch in batches(examples, collection.tokens_per_batch):
             yield batch, [some[row] for row in batch.rows]
 

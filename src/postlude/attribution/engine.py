@@ -17,7 +17,7 @@ import hashlib
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -29,7 +29,7 @@ from postlude.attribution.curvature import (
     LayerCurvature,
     Plain,
 )
-from postlude.attribution.examples import Example, Records, batches, tokenize
+from postlude.attribution.data import Data, Item, batches, open_data
 from postlude.attribution.explain import Parts, influence_parts
 from postlude.attribution.index import Index, LayerSource
 from postlude.attribution.representation import GradientRepresentation, Representation, Rows
@@ -58,7 +58,7 @@ class Queries:
     """Queries as an index's representation has them, in full precision.
 
     Attributes:
-        examples: tokenized.
+        examples: as the model was run on them.
         tensors: rows by name, ``[queries, ...]`` each.
         representation: how to read them.
         layers: of the index.
@@ -66,7 +66,7 @@ class Queries:
         weights: what the part of every layer in a score is multiplied by, by module path; None for ones.
     """
 
-    examples: list[Example]
+    examples: list[Item]
     tensors: dict[str, Tensor]
     representation: Representation
     layers: tuple[CollectedLayer, ...]
@@ -112,6 +112,28 @@ class Scores:
 class Attributor(ABC):
     """Base of the settings of every attribution method."""
 
+    # Kinds of models that it works on.
+    kinds: ClassVar[tuple[str, ...]] = ("language",)
+
+    def check_model(self, checkpoint: Checkpoint) -> None:
+        """Refuse a model of a kind that this method does not work on.
+
+        Raises:
+            SettingsError: names methods that do.
+        """
+        if checkpoint.kind in self.kinds:
+            return
+        others = [
+            info.name
+            for info in registry.available("attribute")
+            if checkpoint.kind in info.settings.kinds
+        ]
+        raise SettingsError(
+            f"{self.name} attributes {' and '.join(self.kinds)} models, and "
+            f"{checkpoint.path or 'this checkpoint'} is a {checkpoint.kind} model; "
+            + (f"methods for it: {', '.join(others)}" if others else "no method is for those")
+        )
+
     @abstractmethod
     def representation(self) -> Representation:
         """What an index for this method keeps."""
@@ -142,7 +164,7 @@ class Attributor(ABC):
         index: Index,
         queries: Queries,
         pairs: Sequence[tuple[int, int]],
-        train: Sequence[Example],
+        train: Sequence[Item],
         *,
         tokens: bool = False,
         keep: bool = False,
@@ -212,6 +234,8 @@ class Attributor(ABC):
 class InfluenceAttributor(Attributor):
     """Base of the methods that score by gradients: a curvature per layer, and the sum over layers."""
 
+    kinds: ClassVar[tuple[str, ...]] = ("language", "diffusion")
+
     def chosen_curvature(
         self, index: Index
     ) -> tuple[type[LayerCurvature], CurvatureSettings, Choice | None]:
@@ -222,6 +246,12 @@ class InfluenceAttributor(Attributor):
         """Factors ``[queries]`` and ``[examples]`` on scores, for methods that scale them; none by default."""
         return None
 
+    def layer_factors(
+        self, index: Index, layer: CollectedLayer, fitted: LayerCurvature, source: LayerSource
+    ) -> Tensor | None:
+        """Factors ``[examples]`` on the part of one layer, for methods that correct it; none by default."""
+        return None
+
     def layer_scores(
         self, index: Index, queries: Queries, *, keep: bool = False
     ) -> Iterator[tuple[str, Tensor]]:
@@ -229,6 +259,9 @@ class InfluenceAttributor(Attributor):
         weights = self.weights(index, queries)
         for layer, fitted, source in self.fits(index, keep=keep):
             scores = fitted.scores(self.query_rows(index, queries, layer), source)
+            factors = self.layer_factors(index, layer, fitted, source)
+            if factors is not None:
+                scores = scores * factors.to(scores)
             if weights is not None:
                 scores = weights[0][:, None].to(scores) * scores * weights[1].to(scores)
             yield layer.module, scores
@@ -245,7 +278,7 @@ class InfluenceAttributor(Attributor):
         index: Index,
         queries: Queries,
         pairs: Sequence[tuple[int, int]],
-        train: Sequence[Example],
+        train: Sequence[Item],
         *,
         tokens: bool = False,
         keep: bool = False,
@@ -261,7 +294,13 @@ class InfluenceAttributor(Attributor):
             train,
             pairs,
             (
-                (layer, fitted, source, self.query_rows(index, queries, layer))
+                (
+                    layer,
+                    fitted,
+                    source,
+                    self.query_rows(index, queries, layer),
+                    self.layer_factors(index, layer, fitted, source),
+                )
                 for layer, fitted, source in self.fits(index, keep=keep)
             ),
             self.weights(index, queries),
@@ -343,20 +382,23 @@ def _unit(module: str) -> str:
     return "".join(letter if letter.isalnum() or letter in "._-" else "_" for letter in module)
 
 
-def record_queries(
-    index: Index, checkpoint: Checkpoint, source: Records | Sequence[Mapping[str, Any] | str]
-) -> Queries:
+def record_queries(index: Index, checkpoint: Checkpoint, source: Any) -> Queries:
     """Run queries through the model as the training examples were, but keep them in full precision.
+
+    Args:
+        index: what they are recorded for.
+        checkpoint: the model of the index.
+        source: queries, opened or as :func:`postlude.attribution.data.open_data` takes them.
 
     Raises:
         StoreError: another model than the index was built with.
-        DataError: an empty query.
+        DataError: an empty query, or one that does not fit the model.
     """
     index.check_model(checkpoint)
-    records = source if isinstance(source, Records) else Records(source)
+    data: Data = open_data(source, checkpoint.kind)
     collection = index.collection
-    length = collection.max_length or checkpoint.context
-    examples = tokenize(checkpoint.tokenizer, records, 0, len(records), length, collection)
+    data.check(checkpoint, collection)
+    examples = data.examples(checkpoint, collection)
     full = index.representation.full_precision()
     with full.recorder(checkpoint, collection) as record:
         tensors = record_rows(record, examples, collection.tokens_per_batch)
@@ -364,7 +406,7 @@ def record_queries(
 
 
 def record_rows(
-    record: Any, examples: Sequence[Example], tokens_per_batch: int, advance: Any = None
+    record: Any, examples: Sequence[Item], tokens_per_batch: int, advance: Any = None
 ) -> dict[str, Tensor]:
     """Rows of named tensors of examples, in their order, batch by batch."""
     tensors: dict[str, Tensor] = {}

@@ -18,12 +18,14 @@ import os
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor
 
+from postlude.attribution.data import Data, batches
 from postlude.errors import DataError, SettingsError
+from postlude.runs.checkpoint import Checkpoint
 from postlude.runs.documents import encode
 
 __all__ = ["Batch", "Collection", "Example", "Records", "batches", "tokenize"]
@@ -40,7 +42,8 @@ class Collection:
         layers: shell patterns of linear layers, separated by commas; embeddings and head are never among them.
         loss: ``sum`` over the predicted tokens of an example, or their ``mean``.
         prompts: ``mask`` leaves the tokens of a prompt out of the loss, ``train`` predicts them too.
-        seed: of projections and starts.
+        timesteps, noises: of a denoising loss: how many timesteps it is averaged over, and draws of noise at each.
+        seed: of projections, starts and noise.
         tokens_per_batch: tokens in one pass, padding included; at least one example.
         shard_examples: examples of one shard, which is what a kill can cost.
     """
@@ -49,6 +52,8 @@ class Collection:
     layers: str = "*"
     loss: Literal["sum", "mean"] = "sum"
     prompts: Literal["mask", "train"] = "mask"
+    timesteps: int = 10
+    noises: int = 1
     seed: int = 0
     tokens_per_batch: int = 4096
     shard_examples: int = 1024
@@ -58,11 +63,16 @@ class Collection:
             raise SettingsError(f"loss is {self.loss!r}; expected sum or mean")
         if self.prompts not in ("mask", "train"):
             raise SettingsError(f"prompts is {self.prompts!r}; expected mask or train")
-        for name in ("tokens_per_batch", "shard_examples"):
+        for name in ("timesteps", "noises", "tokens_per_batch", "shard_examples"):
             if getattr(self, name) < 1:
                 raise SettingsError(f"{name} is {getattr(self, name)}; expected at least 1")
         if self.max_length < 0 or self.max_length == 1:
             raise SettingsError(f"max_length is {self.max_length}; expected at least 2 tokens")
+
+    @property
+    def draws(self) -> int:
+        """Noised versions of an image that a denoising loss is averaged over."""
+        return self.timesteps * self.noises
 
     @property
     def patterns(self) -> tuple[str, ...]:
@@ -88,6 +98,29 @@ class Example:
     @property
     def targets(self) -> int:
         return len(self.tokens) - self.first
+
+    @property
+    def count(self) -> int:
+        return len(self.tokens)
+
+    @staticmethod
+    def batched(items: Sequence[Example], tokens_per_batch: int) -> list[Batch]:
+        """Examples of similar length together, the longest first."""
+        order = sorted(range(len(items)), key=lambda row: -len(items[row].tokens))
+        result, start = [], 0
+        while start < len(order):
+            longest = len(items[order[start]].tokens)
+            rows = order[start : start + max(1, tokens_per_batch // longest)]
+            ids = torch.zeros(len(rows), longest, dtype=torch.int64)
+            predicts = torch.zeros(len(rows), longest, dtype=torch.bool)
+            for at, row in enumerate(rows):
+                one = items[row]
+                ids[at, : len(one.tokens)] = torch.tensor(one.tokens)
+                predicts[at, one.first : len(one.tokens)] = True
+            lengths = torch.tensor([len(items[row].tokens) for row in rows])
+            result.append(Batch(rows, ids, predicts, lengths))
+            start += len(rows)
+        return result
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,7 +148,7 @@ class Batch:
         return len(self.rows)
 
 
-class Records:
+class Records(Data):
     """The records of a file or of a list, checked.
 
     Attributes:
@@ -130,6 +163,8 @@ class Records:
         DataError: no such file, a line that is not such a record, an empty example, an id that two examples have,
             or no example at all.
     """
+
+    kind = "texts"
 
     def __init__(
         self,
@@ -179,6 +214,33 @@ class Records:
         if self._list is not None:
             return self._list[number]
         return next(self._read(number, number + 1))
+
+    @classmethod
+    def open(cls, source: Any, name: str = "example 0") -> Self:
+        return cls(source, name=name)
+
+    def check(self, checkpoint: Checkpoint, collection: Collection) -> None:
+        if collection.max_length > checkpoint.context:
+            raise SettingsError(
+                f"max_length is {collection.max_length}, but the model takes at most {checkpoint.context} tokens: "
+                "choose a shorter one"
+            )
+        if checkpoint.tokenizer is None:
+            raise DataError(
+                f"{checkpoint.path or 'this checkpoint'} has no tokenizer, so text cannot be read with it; put its "
+                "tokenizer files beside the weights"
+            )
+
+    def examples(
+        self,
+        checkpoint: Checkpoint,
+        collection: Collection,
+        start: int = 0,
+        stop: int | None = None,
+    ) -> list[Example]:
+        length = collection.max_length or checkpoint.context
+        end = len(self) if stop is None else stop
+        return tokenize(checkpoint.tokenizer, self, start, end, length, collection)
 
     def where(self, number: int) -> str:
         """A record's place, for messages."""
@@ -310,22 +372,3 @@ def tokenize(
         name = given if isinstance(given, int | str) else number
         found.append(Example(name, tokens[: len(tokens) - cut], first, cut))
     return found
-
-
-def batches(examples: Sequence[Example], tokens_per_batch: int) -> list[Batch]:
-    """Examples of similar length together, the longest first; a function of the arguments alone."""
-    order = sorted(range(len(examples)), key=lambda row: -len(examples[row].tokens))
-    result, start = [], 0
-    while start < len(order):
-        longest = len(examples[order[start]].tokens)
-        rows = order[start : start + max(1, tokens_per_batch // longest)]
-        ids = torch.zeros(len(rows), longest, dtype=torch.int64)
-        predicts = torch.zeros(len(rows), longest, dtype=torch.bool)
-        for at, row in enumerate(rows):
-            one = examples[row]
-            ids[at, : len(one.tokens)] = torch.tensor(one.tokens)
-            predicts[at, one.first : len(one.tokens)] = True
-        lengths = torch.tensor([len(examples[row].tokens) for row in rows])
-        result.append(Batch(rows, ids, predicts, lengths))
-        start += len(rows)
-    return result

@@ -62,7 +62,7 @@ def influence_parts(
     asked: Sequence[Example],
     train: Sequence[Example],
     pairs: Sequence[tuple[int, int]],
-    fits: Iterable[tuple[CollectedLayer, LayerCurvature, Source, Rows]],
+    fits: Iterable[tuple[CollectedLayer, LayerCurvature, Source, Rows, Tensor | None]],
     weights: tuple[Tensor, Tensor] | None,
     weight: Callable[[str], float],
     *,
@@ -75,7 +75,8 @@ def influence_parts(
         asked: the queries.
         train: the training examples of the pairs, one each.
         pairs: ``(query, example number)``.
-        fits: layer, curvature, rows of the index and rows of the queries times the layer's weight, layer by layer.
+        fits: layer, curvature, rows of the index, rows of the queries times the layer's weight, and factors on the
+            layer's part for every example or None, layer by layer.
         weights: factors on the scores of a query, and of an example.
         weight: of a layer.
         tokens: also by token.
@@ -86,7 +87,7 @@ def influence_parts(
     layers: list[dict[str, float]] = [{} for _ in pairs]
     of_train: list[dict[str, Factors]] = [{} for _ in pairs]
     of_query: list[dict[str, Factors]] = [{} for _ in pairs]
-    for layer, fitted, source, rows in fits:
+    for layer, fitted, source, rows, factors in fits:
         if not pairs:
             break
         wanted = sorted({q for q, _ in pairs})
@@ -94,11 +95,13 @@ def influence_parts(
         for at, (q, n) in enumerate(pairs):
             row = source.rows(n, n + 1)
             row = row.double() if matrices[q].dtype == torch.float64 else row
-            layers[at][layer.module] = scale[at] * float(row.against(matrices[q][None]))
+            factor = 1.0 if factors is None else float(factors[n])
+            part = factor * float(row.against(matrices[q][None]))
+            layers[at][layer.module] = scale[at] * part
             if tokens:
-                of_train[at][layer.module] = _onto(row, 0, matrices[q])
+                of_train[at][layer.module] = _onto(row, 0, factor * matrices[q])
                 # The model gives the gradients of the query again, without the weight of the layer.
-                matrix = weight(layer.module) * fitted.matrices(row, source)[0]
+                matrix = factor * weight(layer.module) * fitted.matrices(row, source)[0]
                 of_query[at][layer.module] = _onto(rows, q, matrix)
     if not tokens:
         return [Parts(one) for one in layers]
@@ -140,7 +143,7 @@ def token_parts(
     """
     projection = representation.projection(collection.seed)
     paths = list(dict.fromkeys(path for many in factors for one in many for path in one))
-    output = output_function(representation.output)(checkpoint, collection)
+    output = output_function(representation.output, checkpoint.kind)(checkpoint, collection)
     sums: list[list[tuple[Tensor, dict[str, float]]]] = [
         [(torch.zeros(len(example.tokens), dtype=torch.float64), {}) for _ in many]
         for example, many in zip(examples, factors, strict=True)

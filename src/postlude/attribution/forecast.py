@@ -6,8 +6,9 @@ import dataclasses
 
 import torch
 
+from postlude.attribution.data import Data
 from postlude.attribution.engine import Attributor
-from postlude.attribution.examples import Collection, Records, tokenize
+from postlude.attribution.examples import Collection
 from postlude.attribution.plan import Hardware, plan, shape_of
 from postlude.attribution.representation import FactorRepresentation, GradientRepresentation
 from postlude.runs.checkpoint import Checkpoint
@@ -46,7 +47,7 @@ class Forecast:
 
 def forecast(
     checkpoint: Checkpoint,
-    records: Records,
+    records: Data,
     method: Attributor,
     collection: Collection,
     hardware: Hardware,
@@ -56,9 +57,10 @@ def forecast(
     if not isinstance(representation, GradientRepresentation):
         return None
     step = max(1, len(records) // _SAMPLE)
-    length = collection.max_length or checkpoint.context
+    # A denoiser sees an image once for each timestep and draw of noise.
+    repeats = collection.draws if records.kind == "images" else 1
     lengths = [
-        len(tokenize(checkpoint.tokenizer, records, n, n + 1, length, collection)[0].tokens)
+        repeats * records.examples(checkpoint, collection, n, n + 1)[0].count
         for n in range(0, len(records), step)
     ]
     tokens = sum(lengths) / len(lengths)

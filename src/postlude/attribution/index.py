@@ -8,14 +8,15 @@ import hashlib
 import itertools
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from postlude.attribution.examples import Collection, Records
+from postlude.attribution.data import Data, is_path, open_data
+from postlude.attribution.examples import Collection
 from postlude.attribution.representation import GradientRepresentation, Representation, Rows
 from postlude.errors import DataError, SettingsError, StoreError
 from postlude.runs.checkpoint import Checkpoint
@@ -48,7 +49,7 @@ class Index:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.report: dict[str, Any] = {}
-        self._records: Records | None = None
+        self._records: Data | None = None
         self._cache: dict[str, Any] = {}
         self.store = TensorStore.open(path, kind=KIND)
         self.manifest = self.store.manifest
@@ -62,7 +63,13 @@ class Index:
                 "version of Postlude; build the index again"
             ) from error
 
-    def use(self, records: Records) -> None:
+    @property
+    def data_kind(self) -> str:
+        """``texts`` or ``images``."""
+        found: str = self.manifest["data"].get("kind", "texts")
+        return found
+
+    def use(self, records: Data) -> None:
         """Take the training examples from here, which are known to be those of the build."""
         self._records = records
 
@@ -136,9 +143,7 @@ class Index:
                     "the index was built with, or build an index for this one."
                 )
 
-    def records(
-        self, path: str | os.PathLike[str] | Sequence[Mapping[str, Any] | str] | None = None
-    ) -> Records:
+    def records(self, path: Any = None) -> Data:
         """The training examples, read from where they were at the build, or from ``path``; read once.
 
         Raises:
@@ -153,14 +158,14 @@ class Index:
             raise StoreError(
                 f"{self.path} was built from examples in memory, so their text is not at hand: give the data"
             )
-        if path is None and not os.path.isfile(source):
+        if path is None and not os.path.exists(source):
             raise DataError(
                 f"There is no file {source}, where the examples were when {self.path} was built: if they have moved, "
                 "say where with --data (data=)."
             )
-        records = Records(source)
+        records = open_data(source, "diffusion" if self.data_kind == "images" else "language")
         if records.hash != given["hash"]:
-            name = source if isinstance(source, str | os.PathLike) else "the list of examples"
+            name = source if is_path(source) else "the list of examples"
             raise StoreError(
                 f"{name} has changed since {self.path} was built: {len(records)} "
                 f"example{'s' * (len(records) != 1)} with hash {records.hash[:12]}..., "
@@ -174,19 +179,18 @@ class Index:
         """Rank the training examples that support a text most.
 
         Args:
-            source: a text, for which the answer is returned; or several, as a list or a ``.jsonl`` path, for which a
-                list of answers is.
+            source: a text or the path of a ``.png`` image, for which the answer is returned; or several, as a list or
+                another path, for which a list of answers is.
             settings: ``top``, ``layers``, ``tokens`` and others of :func:`postlude.attribution.query.query`.
 
         Returns:
             :class:`postlude.attribution.query.Answer`, or a list of them.
         """
         # Not at the top: asking needs the engine, which needs the index.
-        from postlude.attribution.query import query
+        from postlude.attribution.query import query, single
 
         answers = query(self, source, **settings)
-        single = isinstance(source, str) and not source.endswith(".jsonl")
-        return answers[0] if single else answers
+        return answers[0] if single(source, self.data_kind) else answers
 
     def learn_weights(
         self, source: Any, out: str | os.PathLike[str] | None = None, **settings: Any

@@ -1,19 +1,21 @@
 """What is differentiated: functions of a batch, one number per example.
 
 An output is made for a checkpoint and then called with batches. It returns the number whose gradient is collected,
-one per example or their sum, and the loss ``[examples]``. A further output is a function with ``@output("name")``.
+one per example or their sum, and the loss ``[examples]``. A further output is a function with ``@output("name")``; one
+name can stand for a function of each kind of model (:mod:`postlude.attribution.denoising` has those of denoisers).
 """
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from postlude.attribution.examples import Batch, Collection
-from postlude.errors import UnknownNameError
+from postlude.errors import SettingsError, UnknownNameError
 from postlude.numerics.likelihood import token_log_probability
 from postlude.numerics.weighted_likelihood import weighted_cross_entropy
 from postlude.runs.checkpoint import Checkpoint
@@ -22,37 +24,59 @@ from postlude.surgery.capture import device_of
 __all__ = [
     "Output",
     "Predictions",
+    "check_output",
     "output",
     "output_function",
     "predictions",
     "token_losses",
 ]
 
-Output = Callable[[Batch], tuple[Tensor, Tensor]]
+Output = Callable[[Any], tuple[Tensor, Tensor]]
 Maker = Callable[[Checkpoint, Collection], Output]
 
-_OUTPUTS: dict[str, Maker] = {}
+_OUTPUTS: dict[str, dict[str, Maker]] = {}
 
 
-def output(name: str) -> Callable[[Maker], Maker]:
-    """Register a function that makes an output."""
+def output(name: str, kind: str = "language") -> Callable[[Maker], Maker]:
+    """Register a function that makes an output for models of a kind."""
 
     def register(maker: Maker) -> Maker:
-        _OUTPUTS[name] = maker
+        _OUTPUTS.setdefault(name, {})[kind] = maker
         return maker
 
     return register
 
 
-def output_function(name: str) -> Maker:
-    """The output of that name.
+def check_output(name: str) -> None:
+    """Refuse a name that no output has.
+
+    Raises:
+        UnknownNameError: it says which there are.
+    """
+    if name not in _known():
+        raise UnknownNameError("output", name, _known())
+
+
+def output_function(name: str, kind: str = "language") -> Maker:
+    """The output of that name for models of a kind.
 
     Raises:
         UnknownNameError: there is none.
+        SettingsError: not for that kind of model.
     """
-    if name not in _OUTPUTS:
-        raise UnknownNameError("output", name, _OUTPUTS)
-    return _OUTPUTS[name]
+    check_output(name)
+    makers = _known()[name]
+    if kind not in makers:
+        raise SettingsError(
+            f"the output {name!r} is of {' and '.join(makers)} models, and this is a {kind} model: choose another "
+            "method"
+        )
+    return makers[kind]
+
+
+def _known() -> dict[str, dict[str, Maker]]:
+    importlib.import_module("postlude.attribution.denoising")
+    return _OUTPUTS
 
 
 class Predictions(NamedTuple):

@@ -329,7 +329,8 @@ def shape_of(checkpoint: Checkpoint, layers: str | Sequence[str] = "*") -> Model
         counts[features] = counts.get(features, 0) + 1
     shapes = tuple(LayerShape(i, o, count) for (i, o), count in counts.items())
     name = str(checkpoint.path or type(checkpoint.model).__name__)
-    return ModelShape(shapes, name, checkpoint.context)
+    context = checkpoint.context if checkpoint.kind == "language" else 0
+    return ModelShape(shapes, name, context)
 
 
 def assumed_shape(parameters: float) -> ModelShape:

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from postlude import registry
 from postlude.attribution.curvature import Dual
+from postlude.attribution.data import Data, Item, is_path, open_data
 from postlude.attribution.engine import Attributor, InfluenceAttributor, Queries, record_queries
-from postlude.attribution.examples import Example, Records, tokenize
 from postlude.attribution.explain import Parts
 from postlude.attribution.index import Index
 from postlude.attribution.layer_weights import LayerWeights, Learning, learn
@@ -44,7 +44,7 @@ __all__ = [
     "stream",
 ]
 
-Source = str | os.PathLike[str] | Sequence[Mapping[str, Any] | str]
+Source = str | os.PathLike[str] | Sequence[Mapping[str, Any] | str] | Data
 
 _NAME = "the text of the query"
 _SNIPPET = 200  # characters of an example's text that are shown
@@ -72,6 +72,7 @@ class Hit:
         count, truncated: its tokens that were used, and those cut off beyond the context.
         layers: part of every layer, by module path; None where not asked for or a method has none.
         tokens, query_tokens: parts of the tokens of the example, and of those of the query; likewise.
+        image: ``[channels, height, width]`` in [-1, 1], of an image that can be shown.
     """
 
     id: int | str
@@ -83,10 +84,11 @@ class Hit:
     layers: dict[str, float] | None = None
     tokens: list[Piece] | None = None
     query_tokens: list[Piece] | None = None
+    image: Tensor | None = dataclasses.field(default=None, repr=False, compare=False)
 
     def to_dict(self) -> dict[str, Any]:
         found = dataclasses.asdict(self)
-        return {key: value for key, value in found.items() if value is not None}
+        return {key: value for key, value in found.items() if value is not None and key != "image"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,6 +105,7 @@ class Answer:
         curvature: which way of inverting the curvature was taken and why; None for methods without.
         seconds: of all queries asked together, without loading the model.
         id: of the query, as given in a file, or its number.
+        image: of the query, as in :class:`Hit`.
     """
 
     text: str
@@ -116,6 +119,7 @@ class Answer:
     curvature: str | None
     seconds: float
     id: int | str = 0
+    image: Tensor | None = dataclasses.field(default=None, repr=False, compare=False)
 
     @property
     def tokens(self) -> list[Piece]:
@@ -131,7 +135,7 @@ class Answer:
             **{
                 field.name: getattr(self, field.name)
                 for field in dataclasses.fields(self)
-                if field.name != "results" and getattr(self, field.name) is not None
+                if field.name not in ("results", "image") and getattr(self, field.name) is not None
             },
             "results": [hit.to_dict() for hit in self.results],
         }
@@ -170,7 +174,8 @@ def query(
 
     Args:
         index: to ask.
-        source: a text; a list of texts or records; or a path that ends in ``.jsonl``, with a query a line.
+        source: a text; a list of texts or records; or a path that ends in ``.jsonl``, with a query a line. For a
+            denoiser images, as in :mod:`postlude.attribution.images`.
         top: results a query.
         layers: also the parts of the layers.
         tokens: also the parts of the tokens, for which the model runs on the results again.
@@ -196,7 +201,7 @@ def query(
     named = _weights(weights, index, method)
     records = index.records(data)
     checkpoint = model_of(index) if checkpoint is None else checkpoint
-    asked = Records(_as_records(source), name=_NAME)
+    asked = _opened(source, checkpoint)
     started = time.perf_counter()
     with progress or Progress(show=False) as shown:
         queries = record_queries(index, checkpoint, asked).weighted(named)
@@ -206,7 +211,9 @@ def query(
         train = [_example(index, checkpoint, records, n) for _, n in pairs]
         parts = [Parts() for _ in pairs]
         if layers or tokens:
-            parts = method.explain(index, queries, pairs, train, tokens=tokens, keep=keep)
+            # A patch of an image is no token to be read.
+            words = tokens and checkpoint.kind == "language"
+            parts = method.explain(index, queries, pairs, train, tokens=words, keep=keep)
     seconds = time.perf_counter() - started
     answers = []
     width = found.numbers.shape[1]
@@ -224,7 +231,7 @@ def query(
             Answer(
                 text=asked.text(q),
                 results=hits,
-                count=len(example.tokens),
+                count=example.count,
                 truncated=example.cut,
                 examples=len(index),
                 mean=float(found.mean[q]),
@@ -233,6 +240,7 @@ def query(
                 curvature=curvature,
                 seconds=seconds,
                 id=example.id,
+                image=asked.picture(q),
             )
         )
     return answers
@@ -253,7 +261,7 @@ def scores(
     method.check(index)
     named = _weights(weights, index, method)
     checkpoint = model_of(index) if checkpoint is None else checkpoint
-    queries = record_queries(index, checkpoint, Records(_as_records(source), name=_NAME))
+    queries = record_queries(index, checkpoint, _opened(source, checkpoint))
     return method.score(index, queries.weighted(named), keep=keep, progress=progress).total
 
 
@@ -285,7 +293,7 @@ def learn_weights(
     method.check(index)
     settings = settings or Learning()
     checkpoint = model_of(index) if checkpoint is None else checkpoint
-    records = Records(_as_records(source), name=_NAME)
+    records = _opened(source, checkpoint)
     # Before the model runs: what cannot be learned from so few is refused at once.
     settings.found(len(records), min(len(index), settings.examples))
     queries = record_queries(index, checkpoint, records)
@@ -354,10 +362,11 @@ def stream(
         if choice is not None:
             shown.log(method.taken(index, keep=keep))
         fits = shown.iterate(method.fits(index, keep=keep), "curvature", total=len(index.layers))
-        asked = {
-            layer.module: fitted.prepared(method.query_rows(index, queries, layer), source)
-            for layer, fitted, source in fits
-        }
+        asked, factors = {}, {}
+        for layer, fitted, source in fits:
+            rows = method.query_rows(index, queries, layer)
+            asked[layer.module] = fitted.prepared(rows, source)
+            factors[layer.module] = method.layer_factors(index, layer, fitted, source)
         _, settings, _ = method.chosen_curvature(index)
         double = settings.precision == torch.float64
         sources = {module: index.layer(module) for module in asked}
@@ -367,7 +376,11 @@ def stream(
                 for first, rows in sources[module].chunks(start=shard.start, stop=shard.stop):
                     rows = rows.double() if double else rows
                     place = slice(first - shard.start, first - shard.start + len(rows))
-                    scores[:, place] += one.products(rows)
+                    found = one.products(rows)
+                    scale = factors[module]
+                    if scale is not None:
+                        found = found * scale[first : first + len(rows)].to(found)
+                    scores[:, place] += found
             if weights is not None:
                 scores *= weights[0][:, None].to(scores)
                 scores *= weights[1][shard.start : shard.stop].to(scores)
@@ -408,10 +421,17 @@ def _weights(
     return found.named()
 
 
-def _as_records(source: Source) -> Source:
-    if isinstance(source, str) and not source.endswith(".jsonl"):
-        return [source]
-    return source
+def single(source: Any, kind: str = "texts") -> bool:
+    """Whether one query is asked: a text, or the file of one image."""
+    if kind == "images":
+        return is_path(source) and os.fspath(source).endswith(".png")
+    return isinstance(source, str) and not source.endswith(".jsonl")
+
+
+def _opened(source: Any, checkpoint: Checkpoint) -> Data:
+    """Queries for a model; a text becomes a list of one."""
+    text = checkpoint.kind == "language" and single(source)
+    return open_data([source] if text else source, checkpoint.kind, _NAME)
 
 
 def _curvature(method: Attributor, index: Index) -> str | None:
@@ -421,19 +441,19 @@ def _curvature(method: Attributor, index: Index) -> str | None:
     return None if choice is None else str(choice)
 
 
-def _example(index: Index, checkpoint: Checkpoint, records: Records, number: int) -> Example:
-    length = index.collection.max_length or checkpoint.context
-    return tokenize(checkpoint.tokenizer, records, number, number + 1, length, index.collection)[0]
+def _example(index: Index, checkpoint: Checkpoint, records: Data, number: int) -> Item:
+    found: Item = records.examples(checkpoint, index.collection, number, number + 1)[0]
+    return found
 
 
 def _hit(
-    records: Records,
+    records: Data,
     checkpoint: Checkpoint,
     number: int,
     score: float,
-    example: Example,
+    example: Item,
     parts: Parts,
-    asked: Example,
+    asked: Item,
 ) -> Hit:
     text = records.text(number)
     return Hit(
@@ -441,17 +461,16 @@ def _hit(
         number=number,
         score=score,
         text=text if len(text) <= _SNIPPET else text[:_SNIPPET].rstrip() + " ...",
-        count=len(example.tokens),
+        count=example.count,
         truncated=example.cut,
         layers=parts.layers,
         tokens=_pieces_of(checkpoint, example, parts.train),
         query_tokens=_pieces_of(checkpoint, asked, parts.query),
+        image=records.picture(number),
     )
 
 
-def _pieces_of(
-    checkpoint: Checkpoint, example: Example, scores: Tensor | None
-) -> list[Piece] | None:
+def _pieces_of(checkpoint: Checkpoint, example: Any, scores: Tensor | None) -> list[Piece] | None:
     if scores is None:
         return None
     found, at = [], 0

@@ -25,8 +25,8 @@ import torch
 from torch import Tensor
 
 from postlude import registry
-from postlude.attribution.examples import Batch, Collection
-from postlude.attribution.outputs import output_function
+from postlude.attribution.examples import Collection
+from postlude.attribution.outputs import check_output, output_function
 from postlude.errors import SettingsError, StoreError
 from postlude.numerics.factorize import batched_power_iteration
 from postlude.numerics.formats import Granularity, Integer, Scheme
@@ -51,7 +51,7 @@ __all__ = [
     "VectorFormat",
 ]
 
-Recorder = Callable[[Batch], dict[str, Tensor]]
+Recorder = Callable[[Any], dict[str, Tensor]]
 Read = Callable[[str], Tensor]
 
 
@@ -311,7 +311,7 @@ class GradientRepresentation(Representation):
 
     def __post_init__(self) -> None:
         _format(self.format)
-        output_function(self.output)
+        check_output(self.output)
         self.projection(0)
 
     def projection(self, seed: int) -> Projection:
@@ -329,9 +329,9 @@ class GradientRepresentation(Representation):
         collector = self._collector(checkpoint, collection)
         self.check(collector.layers)
         keep = self.keeper(collection)
-        output = output_function(self.output)(checkpoint, collection)
+        output = output_function(self.output, checkpoint.kind)(checkpoint, collection)
 
-        def record(batch: Batch) -> dict[str, Tensor]:
+        def record(batch: Any) -> dict[str, Tensor]:
             losses: list[Tensor] = []
 
             def total() -> Tensor:

@@ -5,7 +5,8 @@
     score(q, i) = phi(q)^T (Phi^T Phi + lam)^-1 phi(i)  *  (1 - p_i)
 
 ``1 - p_i``, the mean over the predicted tokens of example ``i``, is what its loss still pulls with: an example that
-is already predicted teaches nothing more. With several models trained alike, the kernels and the factors
+is already predicted teaches nothing more. Of a denoiser ``f`` is the loss, and there is no such factor. With several
+models trained alike, the kernels and the factors
 ``1 - p_i`` are averaged each, and then multiplied (:func:`ensemble`).
 
 Paper: TRAK (arXiv:2303.14186), whose code has no output function for language models; the sum over tokens is our

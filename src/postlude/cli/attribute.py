@@ -60,7 +60,8 @@ def build(
         typer.Argument(
             metavar="DATA",
             help='Training examples: a .jsonl file, a line each with "text", or "prompt" and "completion", and '
-            'an "id" if you like.',
+            'an "id" if you like. For a diffusion model images: a folder of .png files with labels.jsonl, or a '
+            ".npz or .safetensors file.",
             show_default=False,
         ),
     ],
@@ -96,6 +97,12 @@ def build(
         Literal["mask", "train"],
         typer.Option("--prompts", help="Whether the tokens of a prompt are predicted too."),
     ] = "mask",
+    timesteps: Annotated[
+        int, typer.Option("--timesteps", min=1, help="That the loss of an image is averaged over.")
+    ] = 10,
+    noises: Annotated[
+        int, typer.Option("--noises", min=1, help="Draws of noise at each timestep.")
+    ] = 1,
     tokens_per_batch: Annotated[
         int, typer.Option("--batch-tokens", min=1, help="Tokens in one pass, padding included.")
     ] = 4096,
@@ -127,6 +134,8 @@ def build(
         layers=layers,
         loss=loss,
         prompts=prompts,
+        timesteps=timesteps,
+        noises=noises,
         seed=seed,
         tokens_per_batch=tokens_per_batch,
         shard_examples=shard_examples,
@@ -154,8 +163,9 @@ def query(
     source: Annotated[
         str,
         typer.Argument(
-            metavar="TEXT|FILE",
-            help="The text to explain, or a .jsonl file with one query a line (as in the training data).",
+            metavar="TEXT|FILE|IMAGES",
+            help="The text to explain, or a .jsonl file with one query a line (as in the training data). For a "
+            "diffusion model a .png file, or images as in the training data.",
             show_default=False,
         ),
     ],
@@ -188,10 +198,10 @@ def query(
     seed: options.Seed = 0,
     json: options.Json = False,
 ) -> Result:
-    """Rank the training examples that support a text most.
+    """Rank the training examples that support a text, or an image, most.
 
-    With --json a text gives {"results": [{"id", "score", "text", ...}], ...}; a .jsonl file gives
-    {"queries": [...]} with such an object a line. Nothing here is random: --seed is taken for uniformity.
+    With --json a text or .png gives {"results": [{"id", "score", "text", ...}], ...}; several queries give
+    {"queries": [...]} with such an object each. Nothing here is random: --seed is taken for uniformity.
     """
     refuse_existing(html, overwrite=overwrite)
     from postlude import _front_door
@@ -215,7 +225,9 @@ def query(
             command=shlex.join(["postlude", *sys.argv[1:]]),
             progress=progress,
         )
-    several = source.endswith(".jsonl")
+    from postlude.attribution.query import single
+
+    several = not single(source, opened.data_kind)
     found = [answer.to_dict() for answer in answers]
     value: dict[str, Any] = {"queries": found} if several else found[0]
     value |= {"index": str(opened.path), "html": html, "weights": weights}
@@ -228,9 +240,9 @@ def learn_weights(
     source: Annotated[
         str,
         typer.Argument(
-            metavar="QUERIES",
-            help="What to learn from: a .jsonl file with one query a line. Queries that share a style or a "
-            "background teach weights for just that.",
+            metavar="QUERIES|IMAGES",
+            help="What to learn from: a .jsonl file with one query a line, or images. Queries that share a style or "
+            "a background teach weights for just that.",
             show_default=False,
         ),
     ],

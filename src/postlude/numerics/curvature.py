@@ -160,6 +160,15 @@ class GramInverse:
         solved = torch.cholesky_solve(products.double().mT, self.lower).mT
         return solved.to(products.dtype)
 
+    def leverages(self) -> Tensor:
+        """``h_t = g_t^T (H + lam I)^-1 g_t`` of the rows, fp64 ``[N]``: the diagonal of ``K (K + lam I)^-1``.
+
+        From train-train products: what a row adds to its own prediction. Leaving row ``t`` out of a least-squares fit
+        changes the prediction at ``q`` by ``S_qt r_t / (1 - h_t)``, with its residual ``r_t``.
+        """
+        inverse: Tensor = torch.cholesky_inverse(self.lower)
+        return 1 - self.damping * inverse.diagonal()
+
 
 def _cholesky(matrix: Tensor, damping: float) -> Tensor:
     lower, failed = torch.linalg.cholesky_ex(matrix)

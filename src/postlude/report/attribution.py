@@ -8,9 +8,11 @@
     index                        path, model, examples, bytes, curvature_bytes, layers, seconds (to build),
                                  keeps {name: value}
     queries                      list of: text, count (tokens), truncated (tokens cut off), examples, mean,
-                                 deviation (of the scores of all examples), tokens [{text, score}], results
+                                 deviation (of the scores of all examples), tokens [{text, score}], picture (an address
+                                 that holds the image), results
       results                    list of: id, score, text, count, truncated, tokens [{text, score}],
-                                 query_tokens [{text, score}], layers {name: score}
+                                 query_tokens [{text, score}], layers {name: score}, picture
+    weights                      of layers {name: what its part is multiplied by}
     seconds                      of the query
     command, python              how to do it again
     environment                  names and values
@@ -22,12 +24,16 @@ without colour: those that support are underlined by a solid line, those that op
 
 from __future__ import annotations
 
+import base64
 import dataclasses
+import io
 import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from postlude import registry
 from postlude.attribution.engine import Attributor
@@ -53,7 +59,13 @@ _MEANING = {
 _MINUS = "\u2212"
 
 
-def page_of(index: Index, answers: Sequence[Answer], method: Attributor, command: str = "") -> str:
+def page_of(
+    index: Index,
+    answers: Sequence[Answer],
+    method: Attributor,
+    command: str = "",
+    weights: Mapping[str, float] | None = None,
+) -> str:
     """The page of answers of an index.
 
     Args:
@@ -61,10 +73,17 @@ def page_of(index: Index, answers: Sequence[Answer], method: Attributor, command
         answers: see :func:`postlude.attribution.query.query`.
         method: the settings that it was asked with.
         command: that makes this page again.
+        weights: of layers, that it was asked with.
 
     Returns:
         A whole HTML document.
     """
+    pictures = index.data_kind == "images"
+    controls = (
+        "Compare with other methods"
+        if pictures
+        else "Compare with `--method bm25` and `repsim`, which see tokens and likeness only,"
+    )
     info = registry.info_of(method)
     model = index.manifest["model"]["path"]
     return render(
@@ -92,10 +111,19 @@ def page_of(index: Index, answers: Sequence[Answer], method: Attributor, command
                 # Of the index, which another method than the one it was built for may have been asked with.
                 "keeps": index.representation.to_dict(),
             },
+            "title": "What taught the model to draw this?" if pictures else None,
             "queries": [
-                {**answer.to_dict(), "tokens": [dataclasses.asdict(one) for one in answer.tokens]}
+                {
+                    **answer.to_dict(),
+                    "tokens": [dataclasses.asdict(one) for one in answer.tokens],
+                    "picture": _picture(answer.image),
+                    "results": [
+                        {**hit.to_dict(), "picture": _picture(hit.image)} for hit in answer.results
+                    ],
+                }
                 for answer in answers
             ],
+            "weights": weights,
             "seconds": answers[0].seconds if answers else None,
             "command": command,
             "environment": environment(),
@@ -103,8 +131,7 @@ def page_of(index: Index, answers: Sequence[Answer], method: Attributor, command
             if info.family == "control"
             else [
                 "A score is an estimate from gradients of the finished model, not a measurement: to see what an "
-                "example does, train without it. Compare with `--method bm25` and `repsim`, which see tokens and "
-                "likeness only, before believing more."
+                f"example does, train without it. {controls} before believing more."
             ],
         }
     )
@@ -138,6 +165,7 @@ def render(results: Results) -> str:
         levels=range(1, _LEVELS + 1),
         opposing=opposing,
         sign="\u00b1" if opposing else "",
+        weights=_layers(results.get("weights") or {}),
         coloured=any(
             one["tokens"] or any(hit["passage"] for hit in one["hits"]) for one in queries
         ),
@@ -152,7 +180,8 @@ def render(results: Results) -> str:
 
 def _introduction(method: Results, index: Results, queries: Sequence[Results]) -> list[str]:
     """What was asked, and what a score says, in plain words."""
-    what = "the text below" if len(queries) == 1 else f"each of {len(queries)} texts"
+    noun = "image" if any(one["picture"] for one in queries) else "text"
+    what = f"the {noun} below" if len(queries) == 1 else f"each of {len(queries)} {noun}s"
     count = f"{_count(index['examples'])} " if index.get("examples") else ""
     lines = [f"Of the {count}training examples in this index, these support {what} most."]
     if index.get("examples") == 1:
@@ -169,6 +198,7 @@ def _query(number: int, query: Results) -> dict[str, Any]:
     tokens, full = _coloured(query.get("tokens") or [])
     return {
         "number": number,
+        "picture": query.get("picture"),
         "text": query.get("text") or "",
         "tokens": tokens,
         "full": full,
@@ -207,6 +237,7 @@ def _hit(rank: int, hit: Results, query: Results, largest: float) -> dict[str, A
         above = f"{(hit['score'] - query['mean']) / query['deviation']:+.1f}".replace("-", _MINUS)
     return {
         "rank": rank,
+        "picture": hit.get("picture"),
         "id": str(hit["id"]),
         "score": _number(hit["score"]),
         "above": above,
@@ -217,7 +248,7 @@ def _hit(rank: int, hit: Results, query: Results, largest: float) -> dict[str, A
         "before": excerpt["before"],
         "after": excerpt["after"],
         "whole": tokens if excerpt["before"] or excerpt["after"] else [],
-        "count": hit.get("count") or len(hit.get("tokens") or []),
+        "count": 0 if hit.get("picture") else hit.get("count") or len(hit.get("tokens") or []),
         "full": full,
         "query_tokens": asked,
         "query_full": asked_full,
@@ -341,6 +372,19 @@ def _facts(method: Results, index: Results, results: Results) -> list[tuple[str,
     if _finite(results.get("seconds")):
         rows.append(("this query took", f"{results['seconds']:.3g} s"))
     return rows
+
+
+def _picture(image: Tensor | None) -> str | None:
+    """An address that holds a PNG of ``[channels, height, width]`` in [-1, 1]."""
+    if image is None:
+        return None
+    from PIL import Image
+
+    codes = ((image.float().clamp(-1, 1) + 1) * 127.5).round().byte().cpu()
+    array = codes[0].numpy() if len(codes) == 1 else codes.permute(1, 2, 0).contiguous().numpy()
+    file = io.BytesIO()
+    Image.fromarray(array).save(file, format="PNG")
+    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
 
 
 def _bytes(number: float) -> str:
