@@ -158,6 +158,7 @@ def test_quantize(door: Any, postlude_command: Any) -> None:
         "calibration": "c.txt",
         "samples": 8,
         "length": 64,
+        "timesteps": "uniform",
         "seed": 2,
         "out": "out",
         "overwrite": True,

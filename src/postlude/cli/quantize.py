@@ -153,8 +153,6 @@ def quantize(
         progress=Progress(show=True),
     )
     result: dict[str, object] = {"output": output, "method": method, **size_of(small)}
-    made_by = small.made_by()
-    result |= {part: made_by[part] for part in ("weight_error", "branch") if part in made_by}
     result["seed"] = seed
     reload = getattr(small, "reload", None)
     if reload is not None:

@@ -19,8 +19,10 @@ def size_of(checkpoint: Checkpoint) -> dict[str, Any]:
         ``bytes``: of its safetensors files; of its tensors, each shared one once, while it exists
         only in memory. ``bits_per_weight``: everything stored for the linears of the blocks (codes,
         scales, zero points, signs) over the number of weights they stand for; embeddings, head,
-        norms and biases are not in it. ``kept``: in a quantized checkpoint, the linears of the blocks that
-        the method left in floating point; absent otherwise.
+        norms and biases are not in it. Of a quantized checkpoint also ``kept``: the linears of the blocks that
+        the method left in floating point; ``weight_error``: ``||W - decoded W|| / ||W||`` over all rounded
+        weights, as they were after the method's rewrites; ``branch``: ranks and bytes of low-rank branches,
+        where there are any.
 
     Raises:
         ArchitectureError: a linear of the anatomy holds no weight that can be counted.
@@ -43,6 +45,7 @@ def size_of(checkpoint: Checkpoint) -> dict[str, Any]:
     made_by = checkpoint.made_by()
     if made_by:
         size["kept"] = list(made_by.get("kept", []))
+        size |= {part: made_by[part] for part in ("weight_error", "branch") if part in made_by}
     return size
 
 
