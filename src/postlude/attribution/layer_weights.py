@@ -183,6 +183,8 @@ class LayerWeights:
         target.resolve().parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(target) as temporary:
             save_file({"weights": self.values.double().contiguous()}, temporary, metadata=header)
+            # The library writes for the owner alone.
+            temporary.chmod(0o644)
         return target
 
     @classmethod

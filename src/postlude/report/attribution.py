@@ -53,7 +53,7 @@ _KEPT = ("rank", "projection_factor", "side", "format", "factor_iterations")
 _MARKED = ("passage", "whole", "query_tokens")  # parts of a result that have marks
 _MEANING = {
     "influence": "A score estimates, from gradients, how much having learned the example lowers the model's loss on "
-    "the text. The higher, the more; below zero it raised it.",
+    "the {noun}. The higher, the more; below zero it raised it.",
     "control": "These scores know nothing of how the model learned: a control to hold other methods against.",
 }
 _MINUS = "\u2212"
@@ -189,7 +189,7 @@ def _introduction(method: Results, index: Results, queries: Sequence[Results]) -
     if index.get("model"):
         lines[0] += f" The model is {index['model']}."
     meaning = _MEANING.get(method.get("family") or "")
-    return [*lines, meaning] if meaning else lines
+    return [*lines, meaning.format(noun=noun)] if meaning else lines
 
 
 def _query(number: int, query: Results) -> dict[str, Any]:
