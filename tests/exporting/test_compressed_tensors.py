@@ -236,3 +236,27 @@ def test_another_model_leaves_nothing(
     with pytest.raises(VerificationError, match=r"is another model: its outputs are .* away"):
         export(small, CompressedTensors(), tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_transformers_reads_no_transforms(make_model: Callable[..., Any], tmp_path: Path) -> None:
+    """Why rotations are refused: transformers drops what it is told of them. Once it reads them, this fails."""
+    file = tmp_path / "out" / "config.json"
+    quantized = rounded(checkpoint(make_model), Scheme(Integer(4), Granularity("group", 16)))
+    export(quantized, CompressedTensors(), tmp_path / "out", check=False)
+    without = logits(by_transformers(tmp_path / "out"))
+    config = json.loads(file.read_text())
+    # Of the input and not of the weight: it changes every logit where it is read.
+    apply = [{"targets": ["Linear"], "location": "input", "ignore": ["lm_head"]}]
+    config["quantization_config"]["transform_config"] = {
+        "config_groups": {"u": {"type": "hadamard", "apply": apply, "head_dim": 4}}
+    }
+    file.write_text(json.dumps(config))
+    model = by_transformers(tmp_path / "out")
+    assert torch.equal(logits(model), without)
+    # The library itself does read it.
+    from compressed_tensors.transform import TransformConfig, apply_transform_config
+
+    told = TransformConfig.model_validate(config["quantization_config"]["transform_config"])
+    apply_transform_config(model, told)
+    assert (logits(model) - without).abs().max() > 0.1
