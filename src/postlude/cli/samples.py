@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Any
 
 import typer
@@ -90,11 +91,15 @@ def _view(result: dict[str, Any]) -> object:
     for name in ("", "model", "reference", "real"):
         table.add_column(name, justify="right" if name else "left", no_wrap=True)
     for title, key, real, shape in _ROWS:
-        cells = (result[key + end] for end in ("", "_reference", real))
-        table.add_row(title, *("-" if one is None else shape.format(one) for one in cells))
+        numbers = (result[key + end] for end in ("", "_reference", real))
+        table.add_row(title, *("-" if one is None else shape.format(one) for one in numbers))
     if result["psnr_db"] is not None:
-        worst = f"(worst image {result['psnr_db_lowest']:.1f} dB)"
-        table.add_row("PSNR to the reference", f"{result['psnr_db']:.2f} dB", worst, "")
+        cells = (
+            ("equal", "")
+            if math.isinf(result["psnr_db"])
+            else (f"{result['psnr_db']:.2f} dB", f"(worst image {result['psnr_db_lowest']:.1f} dB)")
+        )
+        table.add_row("PSNR to the reference", *cells, "")
     by_class = result["class_accuracy_by_class"] or {}
     lines = [
         f"{result['count']} samples, {result['sampler']}, {result['steps']} steps, seed {result['seed']}"
@@ -103,8 +108,7 @@ def _view(result: dict[str, Any]) -> object:
     ]
     if result["frechet_floor"] is not None:
         lines.append(
-            "real: distances between two halves of the real digits (900 each); the classifier on digits it was not "
-            "trained on"
+            "real: what as many real images would get; the classifier on real digits it was not trained on"
         )
     if by_class:
         lines.append("right by class: " + "  ".join(f"{k}: {v:.0%}" for k, v in by_class.items()))
