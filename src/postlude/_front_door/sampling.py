@@ -16,9 +16,12 @@ from postlude.numerics.image_distance import psnr
 from postlude.runs.atomic import atomic_write
 from postlude.runs.checkpoint import Checkpoint
 from postlude.runs.progress import Progress
+from postlude.sampling.drift import DriftStatistics
 from postlude.sampling.grid import Panel, write_grid
-from postlude.sampling.sample import Samples
+from postlude.sampling.sample import Samples, check_diffusion
 from postlude.sampling.sample import sample as _sample
+from postlude.sampling.samplers import process_of, sampler_named
+from postlude.sampling.schedulers import QDrift, correct
 
 __all__ = ["sample"]
 
@@ -46,7 +49,8 @@ def sample(
     Args:
         checkpoint: loaded, or a diffusers directory.
         count: how many images.
-        sampler: a name of :data:`postlude.sampling.samplers.SAMPLERS`; None for the checkpoint's own scheduler.
+        sampler: a name of :data:`postlude.sampling.samplers.SAMPLERS`; None for the one that ``drift`` was made with,
+            else for the checkpoint's own scheduler.
         steps: of the sampler.
         labels: classes, repeated until there are ``count``; all classes in turn where not given.
         seed: of the noise; sample ``i`` starts from the same noise whatever else is drawn, and in every model.
@@ -75,12 +79,15 @@ def sample(
     files = _files(out, overwrite)
     mine = open_checkpoint(checkpoint)
     other = None if compare is None else open_checkpoint(compare)
+    statistics = _statistics(drift, mine, guidance)
+    if sampler is None and statistics is not None:
+        sampler = _same_sampler(statistics, mine)
     common: dict[str, Any] = {
         "count": count, "sampler": sampler, "steps": steps, "labels": labels, "seed": seed, "guidance": guidance,
         "conditions": conditions, "batch_size": batch_size,
     }  # fmt: skip
     with progress or Progress(False) as shown:
-        wrap = _correction(drift, drift_mode, mine, guidance)
+        wrap = _correction(statistics, drift_mode)
         drawn = _sample(mine, **common, wrap=wrap, progress=shown, title=_name(mine, checkpoint))
         second = None
         if other is not None:
@@ -108,17 +115,28 @@ def sample(
     return result
 
 
-def _correction(
-    drift: Path_ | None, mode: str, checkpoint: Checkpoint, guidance: float
-) -> Callable[[Any], Any] | None:
+def _statistics(
+    drift: Path_ | None, checkpoint: Checkpoint, guidance: float
+) -> DriftStatistics | None:
     if drift is None:
         return None
-    from postlude.sampling.drift import DriftStatistics
-    from postlude.sampling.schedulers import QDrift, correct
-
+    check_diffusion(checkpoint)
     statistics = DriftStatistics.load(drift)
     statistics.check_models(approximate=checkpoint.fingerprint())
     statistics.check_conditions(guidance=guidance)
+    return statistics
+
+
+def _same_sampler(statistics: DriftStatistics, checkpoint: Checkpoint) -> str | None:
+    own = checkpoint.scheduler
+    if type(own).__name__ == statistics.scheduler:
+        return None
+    return sampler_named(process_of(own), statistics.scheduler, statistics.config)
+
+
+def _correction(statistics: DriftStatistics | None, mode: str) -> Callable[[Any], Any] | None:
+    if statistics is None:
+        return None
     settings = QDrift(mode=mode)
     return lambda scheduler: correct(scheduler, statistics, settings)
 

@@ -96,7 +96,8 @@ Sampler = Annotated[
     typer.Option(
         "--sampler",
         metavar="NAME",
-        help="euler, euler-a, ddim, heun, fm-euler, dpm++, dpm++1 or unipc; the checkpoint's own otherwise.",
+        help="euler, euler-a, ddim, heun, fm-euler, dpm++, dpm++1 or unipc; otherwise that of --drift, else the "
+        "checkpoint's own.",
     ),
 ]
 Steps = Annotated[int, typer.Option("--steps", metavar="N", help="Steps of the sampler.")]

@@ -46,13 +46,13 @@ def calibrate(
         typer.Option("--batch", metavar="N", help="Images of a run; 1 is enough for large images."),
     ] = 16,
     sampler: Annotated[
-        str | None,
+        str,
         typer.Option(
             "--sampler",
             metavar="NAME",
-            help="As it will be sampled with: euler, fm-euler, dpm++ or dpm++1; the checkpoint's own otherwise.",
+            help="As it will be sampled with: euler, fm-euler, dpm++ or dpm++1.",
         ),
-    ] = None,
+    ] = "dpm++",
     steps: Annotated[int, typer.Option("--steps", metavar="N", help="Steps of the sampler.")] = 20,
     guidance: Annotated[
         float, typer.Option("--guidance", metavar="W", help="Classifier-free guidance; 1 is none.")

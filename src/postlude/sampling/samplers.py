@@ -20,6 +20,7 @@ __all__ = [
     "Sampler",
     "build_scheduler",
     "process_of",
+    "sampler_named",
     "sampler_of",
 ]
 
@@ -80,10 +81,14 @@ def process_of(scheduler: Any) -> str:
 
 def sampler_of(scheduler: Any) -> str | None:
     """The name of the sampler that a scheduler is; None for one that has no name here."""
-    process, found = process_of(scheduler), type(scheduler).__name__
+    return sampler_named(process_of(scheduler), type(scheduler).__name__, scheduler.config)
+
+
+def sampler_named(process: str, kind: str, config: Mapping[str, Any]) -> str | None:
+    """The name of the sampler that a scheduler of this class and configuration is; None where it has none here."""
     for name, sampler in SAMPLERS.items():
-        kind, settings = sampler.schedulers.get(process, ("", {}))
-        if kind == found and all(scheduler.config.get(key) == settings[key] for key in settings):
+        found, settings = sampler.schedulers.get(process, ("", {}))
+        if kind == found and all(config.get(key) == settings[key] for key in settings):
             return name
     return None
 
