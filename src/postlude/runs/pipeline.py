@@ -223,7 +223,18 @@ def _model(
     _fill(model, state, part, quantized=quantization is not None)
     if isinstance(dtype, torch.dtype):
         model.to(dtype)
+    else:
+        _cast_computed_buffers(model)
     return model
+
+
+def _cast_computed_buffers(model: Any) -> None:
+    """Positions that are computed, not stored, in the type of the parameters: what ``model.to(dtype)`` does."""
+    for module in model.modules():
+        for name in module._non_persistent_buffers_set:
+            buffer = module._buffers[name]
+            if buffer is not None and buffer.is_floating_point():
+                module._buffers[name] = buffer.to(model.dtype)
 
 
 def _quantization(part: Path, found: Any) -> dict[str, Any] | None:

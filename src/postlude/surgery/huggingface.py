@@ -24,6 +24,12 @@ from postlude.errors import CheckpointError
 from postlude.surgery.key_values import ATTENTION, KeyValueQuantizer, attach, register_attention
 from postlude.surgery.layers import QuantizedLinear
 from postlude.surgery.rewrite import replace_module
+from postlude.surgery.static_quantizers import (
+    OPERANDS,
+    AttentionOperands,
+    attach_operands,
+    register_operands,
+)
 
 __all__ = [
     "FORMAT_VERSION",
@@ -55,7 +61,9 @@ def describe(model: nn.Module) -> dict[str, Any]:
             spec: dict[str, Any] = {"module": "linear", **module.spec()}
         elif isinstance(module, KeyValueQuantizer):
             spec = {"module": "key_values", **module.spec()}
-        elif type(module) is nn.RMSNorm:
+        elif isinstance(module, AttentionOperands):
+            spec = {"module": "operands", **module.spec()}
+        elif type(module) is nn.RMSNorm and module.weight is None:  # one with a gain was there before
             size, eps = module.normalized_shape[0], module.eps
             spec = {"module": "rms_norm", "size": size, "eps": eps}
         else:
@@ -94,6 +102,9 @@ def _build(model: nn.Module, description: dict[str, Any], dtype: torch.dtype) ->
             cast(Any, model.get_submodule(path.rpartition(".")[0]))._is_hf_initialized = True
         elif kind == "key_values":
             attach(model, path.rpartition(".")[0], KeyValueQuantizer.from_spec(spec, "meta"))
+        elif kind == "operands":
+            operands = AttentionOperands.from_spec(spec, "meta")
+            attach_operands(model, path.rpartition(".")[0], operands)
         elif kind == "rms_norm":
             norm = nn.RMSNorm(spec["size"], eps=spec["eps"], elementwise_affine=False)
             replace_module(model, path, norm)
@@ -142,9 +153,14 @@ class PostludeConfig(QuantizationConfigMixin):
         }
 
     @property
+    def kinds(self) -> list[dict[str, Any]]:
+        """Every different description of a module."""
+        return list(self.description["kinds"])
+
+    @property
     def rotates_keys(self) -> bool:
         """Whether attention must run through the function that rotates queries."""
-        return any(kind.get("rotation") for kind in self.description["kinds"])
+        return any(kind.get("rotation") for kind in self.kinds)
 
 
 class PostludeQuantizer(HfQuantizer):
@@ -157,6 +173,9 @@ class PostludeQuantizer(HfQuantizer):
         if self.quantization_config.rotates_keys:
             register_attention()
             config._attn_implementation = ATTENTION
+        elif any(kind["module"] == "operands" for kind in self.quantization_config.kinds):
+            register_operands()
+            config._attn_implementation = OPERANDS
         return config
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
