@@ -41,6 +41,7 @@ from postlude.surgery.huggingface import mark
 from postlude.surgery.key_values import KeyValueQuantizer, attach, use_rotating_attention
 from postlude.surgery.layers import InputScale, LowRankBranch, QuantizedLinear
 from postlude.surgery.rewrite import replace_module
+from postlude.surgery.static_quantizers import switch
 
 __all__ = [
     "FLOAT",
@@ -382,6 +383,7 @@ def quantize(
             module.quantize_input = True
         elif isinstance(module, KeyValueQuantizer):
             module.quantize = True
+    switch(model, on=True)
     _cast(model, dtype)
     made_by = {
         "method": name,

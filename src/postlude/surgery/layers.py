@@ -25,6 +25,7 @@ from postlude.numerics.rotation import (
     group_sizes,
     is_hadamard_order,
 )
+from postlude.surgery.static_quantizers import StaticQuantizer
 
 __all__ = [
     "BlockHadamard",
@@ -223,6 +224,8 @@ def build_transform(spec: dict[str, Any] | None, device: Any = None) -> nn.Modul
         return InputOrder(spec["width"], device=device)
     if spec.get("kind") == "scale":
         return InputScale(spec["width"], device=device)
+    if spec.get("kind") == "static":
+        return StaticQuantizer.from_spec(spec, device)
     if spec.get("kind") != "hadamard":
         raise CheckpointError(
             f"online transform {spec.get('kind')!r} is not known to this version of Postlude; "
@@ -433,7 +436,7 @@ class QuantizedLinear(nn.Module):
             "weight": self.weight_scheme.to_dict() if self.weight_scheme else None,
             "input": self.input_scheme.to_dict() if self.input_scheme else None,
             "transform": self.transform.spec()
-            if isinstance(self.transform, BlockHadamard | InputOrder | InputScale)
+            if isinstance(self.transform, BlockHadamard | InputOrder | InputScale | StaticQuantizer)
             else None,
         }
         return spec if self.branch is None else {**spec, "branch": self.branch.spec()}

@@ -41,6 +41,7 @@ __all__ = [
     "rotate_values",
     "scale_norm_site",
     "scale_product",
+    "shift_norm_site",
     "transform_input",
     "untie_head",
 ]
@@ -298,6 +299,33 @@ def scale_norm_site(model: nn.Module, site: Site, scale: Tensor) -> Undo:
                 _put(undo, parameter, parameter.data.double() / scale.double())
     for reader in site.readers:
         _put_linear(undo, model, reader, reader.weight(model).double() * scale.double())
+    return undo
+
+
+def shift_norm_site(model: nn.Module, site: Site, shift: Tensor) -> Undo:
+    """Add ``shift`` to a norm's output per channel and take ``W shift`` from its readers' biases.
+
+    Readers without a bias are given one.
+
+    Args:
+        site: one fed by a norm with a bias of its own.
+        shift: ``[width]``.
+
+    Raises:
+        ArchitectureError: the norm has no bias to take the shift in.
+    """
+    norm = None if site.norm is None else model.get_submodule(site.norm)
+    bias = cast("nn.Parameter | None", getattr(norm, "bias", None))
+    if bias is None:
+        raise ArchitectureError(
+            f"site {site.name} is not fed by a norm with a bias, which could take a shift in"
+        )
+    undo = Undo()
+    _put(undo, bias, bias.data.double() + shift.double())
+    for reader in site.readers:
+        moved = -(reader.weight(model).double() @ shift.double())
+        old = reader.bias(model)
+        _put_linear(undo, model, reader, bias=moved if old is None else old.double() + moved)
     return undo
 
 
