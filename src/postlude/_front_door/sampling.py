@@ -173,6 +173,8 @@ def _write(files: tuple[Path, Path], panels: list[Panel], result: dict[str, Any]
     about = [drawn.sampler, f"{drawn.steps} steps", f"seed {drawn.seed}"]
     if drawn.guidance != 1.0:
         about.append(f"guidance {drawn.guidance:g}")
+    if result["drift"] is not None:
+        about.append("corrected for drift")
     if "psnr_db" in result:
         about.append(f"PSNR {result['psnr_db']:.1f} dB" if result["psnr_db"] < 200 else "equal")
     grid, tensors = files

@@ -76,7 +76,7 @@ def sample(
     from postlude import _front_door
     from postlude.runs.progress import Progress
 
-    with Progress() as progress:
+    with Progress(show=True) as progress:
         result = _front_door.sample(
             _front_door.load(checkpoint, dtype=dtype, device=device),
             count=count,

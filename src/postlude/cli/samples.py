@@ -55,7 +55,7 @@ def samples(
     from postlude.runs.progress import Progress
 
     tensors = read_tensors(real, needs="images")
-    with Progress() as progress:
+    with Progress(show=True) as progress:
         result = _front_door.evaluate_samples(
             _front_door.load(checkpoint, dtype=dtype, device=device),
             reference=None
