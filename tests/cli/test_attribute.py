@@ -242,3 +242,68 @@ def test_changed_data_are_refused_at_the_next_query(work: Path, postlude_command
     data.unlink()
     report = postlude_command("attribute", "verify", work / "new", "--json").json
     assert report["ok"] and "there is no file" in report["data"]
+
+
+def test_learned_weights_of_layers(work: Path, postlude_command: Any) -> None:
+    queries = work / "queries.jsonl"
+    lines = [{"text": " ".join(WORDS[n % 4 : n % 4 + 4 + n % 3])} for n in range(10)]
+    queries.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    weights = work / "weights.safetensors"
+    words = ("attribute", "learn-weights", work / "index", queries, "-o", weights)
+    done = postlude_command(*words, "--k", 3, "--steps", 20, "--json")
+    assert done.code == 0, done.err
+    assert (done.json["queries"], done.json["k"], len(done.json["weights"])) == (10, 3, 14)
+    assert sum(done.json["weights"].values()) == pytest.approx(14)
+    again = postlude_command(*words, "--k", 3, "--json")
+    assert again.code == 2 and "already exists" in again.json["error"]["message"]
+    asked = ("attribute", "query", work / "index", "a bird called", "--top", 2)
+    plain = postlude_command(*asked, "--json").json
+    page = work / "page.html"
+    weighted = postlude_command(*asked, "--weights", weights, "--html", page, "--json").json
+    assert weighted["results"][0]["score"] != plain["results"][0]["score"]
+    assert "What each layer counts for" in page.read_text()
+    # By default they lie in the index, which does not mind.
+    assert postlude_command(*words[:4], "--k", 3, "--steps", 0, "--json").code == 0
+    equal = postlude_command(*asked, "--weights", work / "index" / "weights.safetensors", "--json")
+    assert equal.json["results"] == plain["results"]
+    assert postlude_command("attribute", "verify", work / "index", "--json").code == 0
+    few = postlude_command(*words[:3], queries, "-o", work / "w", "--k", 11, "--json")
+    assert few.code == 2 and "fewer than k, 11" in few.json["error"]["message"]
+    other = postlude_command(*asked, "--weights", weights, "--method", "graddot", "--json")
+    assert other.code == 2 and "the method lorif, not graddot" in other.json["error"]["message"]
+    none = postlude_command(*asked, "--weights", work / "none", "--json")
+    assert none.code == 2 and "There is no file" in none.json["error"]["message"]
+
+
+def test_images_of_a_diffusion_model(tmp_path: Path, postlude_command: Any) -> None:
+    pytest.importorskip("diffusers")
+    from PIL import Image
+
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for number in range(8):
+        image = Image.effect_noise((8, 8), 60 + number)
+        image.save(folder / f"{number}.png")
+    labels = "".join(f'{{"file": "{n}.png", "label": {n}}}\n' for n in range(8))
+    (folder / "labels.jsonl").write_text(labels)
+    words = ("attribute", "build", "zoo:tiny-dit", folder, "-o", tmp_path / "index", "--json")
+    done = postlude_command(*words, "--method", "d-trak", "--timesteps", 2, "--set", "side=4")
+    assert done.code == 0, done.err
+    assert (done.json["examples"], done.json["tokens"]) == (8, 8 * 16)
+    page = tmp_path / "page.html"
+    asked = ("attribute", "query", tmp_path / "index", folder / "3.png")
+    found = postlude_command(*asked, "--top", 2, "--html", page, "--json")
+    assert found.code == 0, found.err
+    assert found.json["results"][0]["id"] == "3" and found.json["text"] == "label 3, 3.png"
+    assert page.read_text().count("data:image/png;base64,") == 1 + 2 * 2
+    several = postlude_command("attribute", "query", tmp_path / "index", folder, "--json")
+    assert len(several.json["queries"]) == 8
+    (tmp_path / "large").mkdir()
+    Image.effect_noise((16, 16), 60).save(tmp_path / "large" / "0.png")
+    large = postlude_command("attribute", "query", tmp_path / "index", tmp_path / "large", "--json")
+    assert large.code == 2
+    assert "images are 1 x 16 x 16, and the model takes 1 x 8 x 8" in large.json["error"]["message"]
+    text = postlude_command(*words[:5], tmp_path / "o", "--method", "bm25", "--json")
+    assert (
+        text.code == 2 and "is a diffusion model; methods for it" in text.json["error"]["message"]
+    )

@@ -99,6 +99,41 @@ def test_inner_products_give_the_dense_solve(count: int) -> None:
     assert relative(inverse.scores(QUERIES @ rows.T), solved(rows) @ rows.T) < 1e-12
 
 
+def test_leverages_are_the_quadratic_forms_of_a_dense_solve() -> None:
+    for rows in (ROWS, ROWS[:7]):
+        h = rows.T @ rows + LAM * torch.eye(SIZE, dtype=torch.float64)
+        expected = torch.stack([one @ torch.linalg.solve(h, one) for one in rows])
+        found = GramInverse.of(rows @ rows.T, LAM).leverages()
+        assert relative(found, expected) < 1e-13
+        assert float(found.min()) > 0 and float(found.max()) < 1
+
+
+def test_leverage_makes_the_score_exact_leave_one_out() -> None:
+    """Least squares with the signed residual: each prediction without one example, against fitting again without it."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(200, 10, generator=generator, dtype=torch.float64)
+    y = x @ torch.randn(10, generator=generator, dtype=torch.float64)
+    y = y + torch.randn(200, generator=generator, dtype=torch.float64)
+    asked = torch.randn(5, 10, generator=generator, dtype=torch.float64)
+    theta = torch.linalg.lstsq(x, y[:, None]).solution[:, 0]
+    residuals = y - x @ theta
+    # Next to no damping: the Gram matrix of more rows than dimensions has no inverse without.
+    tiny = 1e-9
+    kernel = DenseInverse.of(x.T @ x, tiny).apply(asked) @ x.T
+    leverages = (DenseInverse.of(x.T @ x, tiny).apply(x) * x).sum(1)
+    changes = residuals * kernel / (1 - leverages)
+    exact = torch.empty_like(changes)
+    for left in range(200):
+        others = torch.arange(200) != left
+        without = torch.linalg.lstsq(x[others], y[others, None]).solution[:, 0]
+        exact[:, left] = asked @ (theta - without)
+    assert float((changes - exact).abs().max()) < 1e-9
+    # Without the leverage it is only an approximation.
+    assert float((residuals * kernel - exact).abs().max()) > 1e-3
+    gram = GramInverse.of(x @ x.T, 1e-6)
+    assert float((gram.leverages() - leverages).abs().max()) < 1e-6
+
+
 def test_refusals() -> None:
     assert trace_damping(10.0, 4, 0.5) == 1.25
     with pytest.raises(DataError, match="all gradients of a layer zero"):

@@ -248,3 +248,28 @@ def test_the_page_in_a_browser(chromium: str, tmp_path: Path) -> None:
         assert measured["outside"] == 0
         assert measured["tallest"] > 20
     assert phone["narrowest"] > 4
+
+
+PICTURE = "data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGNgAAAAAgABSK+kcQAAAABJRU5ErkJggg=="
+
+
+def test_a_page_of_images_shows_them_and_the_weights_of_layers() -> None:
+    given = answer()
+    for query in given["queries"]:
+        query |= {"picture": PICTURE, "tokens": [], "text": "label 3, three.png"}
+        for hit in query["results"]:
+            hit |= {"picture": PICTURE, "tokens": None, "query_tokens": None, "text": "label 3"}
+    given["method"]["family"] = "influence"
+    given["weights"] = dict(zip(given["queries"][0]["results"][0]["layers"], range(9), strict=True))
+    page = render(given)
+    reader = Reader(page)
+    hits = sum(len(query["results"]) for query in given["queries"])
+    # The image that was asked about, and every training image twice: in the overview, and beside its layers.
+    assert page.count(PICTURE) == len(given["queries"]) + 2 * hits
+    assert not reader.open and "15 tokens" not in reader.text
+    assert "What each layer counts for" in reader.text and "The image" in reader.text
+    assert "loss on the image" in reader.text
+    for anchor in re.findall('href="#(hit-[0-9-]+)"', page):
+        assert f'id="{anchor}"' in page
+    plain = render(answer())
+    assert PICTURE not in plain and "What each layer counts for" not in plain

@@ -63,7 +63,7 @@ class StepRepresentation(DenseRepresentation):
                 errors.append(made.errors().detach())
                 return made.predicted.flatten(2).mean(2).sum()
 
-            found = collector.collect(total, len(batch) * draws)
+            found: dict[str, Tensor] = collector.collect(total, len(batch) * draws)
             squares = torch.stack([one.square().sum((1, 2)) for one in found.values()])
             length = squares.sum(0).sqrt()
             unit = torch.where(length > 0, 1 / length.clamp(min=1e-30), 0.0)[:, None, None]

@@ -29,7 +29,7 @@ from postlude.attribution.curvature import (
     LayerCurvature,
     Plain,
 )
-from postlude.attribution.data import Data, Item, batches, open_data
+from postlude.attribution.data import Data, batches, open_data
 from postlude.attribution.explain import Parts, influence_parts
 from postlude.attribution.index import Index, LayerSource
 from postlude.attribution.representation import GradientRepresentation, Representation, Rows
@@ -66,7 +66,7 @@ class Queries:
         weights: what the part of every layer in a score is multiplied by, by module path; None for ones.
     """
 
-    examples: list[Item]
+    examples: list[Any]
     tensors: dict[str, Tensor]
     representation: Representation
     layers: tuple[CollectedLayer, ...]
@@ -126,7 +126,7 @@ class Attributor(ABC):
         others = [
             info.name
             for info in registry.available("attribute")
-            if checkpoint.kind in info.settings.kinds
+            if checkpoint.kind in info.settings().kinds
         ]
         raise SettingsError(
             f"{self.name} attributes {' and '.join(self.kinds)} models, and "
@@ -164,7 +164,7 @@ class Attributor(ABC):
         index: Index,
         queries: Queries,
         pairs: Sequence[tuple[int, int]],
-        train: Sequence[Item],
+        train: Sequence[Any],
         *,
         tokens: bool = False,
         keep: bool = False,
@@ -278,7 +278,7 @@ class InfluenceAttributor(Attributor):
         index: Index,
         queries: Queries,
         pairs: Sequence[tuple[int, int]],
-        train: Sequence[Item],
+        train: Sequence[Any],
         *,
         tokens: bool = False,
         keep: bool = False,
@@ -406,7 +406,7 @@ def record_queries(index: Index, checkpoint: Checkpoint, source: Any) -> Queries
 
 
 def record_rows(
-    record: Any, examples: Sequence[Item], tokens_per_batch: int, advance: Any = None
+    record: Any, examples: Sequence[Any], tokens_per_batch: int, advance: Any = None
 ) -> dict[str, Tensor]:
     """Rows of named tensors of examples, in their order, batch by batch."""
     tensors: dict[str, Tensor] = {}
