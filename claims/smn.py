@@ -31,13 +31,13 @@ from postlude.signals.training import Training
 from postlude.zoo.smn.networks import build, settings_for, width_for
 from postlude.zoo.smn.radiance import Field, cameras
 
-PARTS = ("learning-rates", "pictures", "oscillators", "field")
+PARTS = ("learning-rates", "pictures", "oscillators", "field", "larger", "longer")
 # Of three, the second is for the search alone.
 KODAK = ("kodak_01", "kodak_05", "kodak_23")
 BUNDLED = ("astronaut", "coffee", "chelsea")
 # Of SMN; with them every network has 0.67 numbers a pixel, as 264,195 have on 768 x 512.
 WIDTHS = {128: 52, 256: 104}
-BATCH, STEPS, LONGER = 2048, 1000, 4000
+BATCH, STEPS, LARGER, LONGER = 2048, 1000, 500, 3000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,11 +84,10 @@ OSCILLATORS = {
     "2 oscillators (8, 40)": {"frequencies": (8.0, 40.0)},
 }
 SMN = "SMN (code)"
-FIELD_WIDTH, FIELD_SIZE, FIELD_SAMPLES, FIELD_BATCH, FIELD_STEPS = 48, 32, 32, 8192, 600
+FIELD_WIDTH, FIELD_SIZE, FIELD_SAMPLES, FIELD_BATCH, FIELD_STEPS = 48, 32, 32, 8192, 800
 FIELDS = {
-    "PE + SMN (field class)": Network("smn", _tried(5e-4, 2e-3), {"variant": "field"}),
-    "PE + SMN (code)": Network("smn", _tried(5e-3, 2e-2), {"variant": "code"}),
-    "PE + SIREN": Network("siren", (*_tried(2e-4, 5e-4, omega=30.0), *_tried(5e-4, omega=5.0))),
+    "PE + SMN": Network("smn", _tried(5e-4, 2e-3), {"variant": "field"}),
+    "PE + SIREN": Network("siren", _tried(5e-4, 2e-3, omega=30.0)),
 }
 
 
@@ -284,22 +283,34 @@ def beats(found: Fits, first: str, second: str) -> str:
     return f"{first} is ahead of {second} in {share(pairs)} fits"
 
 
-def pictures(claim: Claim) -> None:
-    """Every network at equal numbers and steps; the two that the paper's claim is about for longer."""
+def compared(
+    claim: Claim, labels: Sequence[str], side: int, chosen: Sequence[str], count: int, title: str
+) -> None:
+    """Networks at the rates that were found for them, at equal numbers and steps."""
     rows: dict[str, tuple[str, float, Mapping[str, Any]]] = {
-        label: (network.name, *best(claim, label, network)) for label, network in NETWORKS.items()
+        label: (NETWORKS[label].name, *best(claim, label, NETWORKS[label])) for label in labels
     }
-    count, title = steps(claim), "Networks with equally many real numbers"
-    first, last = names()[0], names()[2]
-    for side, chosen in ((128, (first, last)), (256, (last,)))[: 1 if claim.quick else 2]:
-        found = fitted(claim, rows, side, chosen, count)
-        show_pictures(claim, found, side, title, count)
-        others = [label for label in found if label != SMN]
-        claim.say("; ".join(beats(found, SMN, other) for other in others) + ".")
-    pair = {label: rows[label] for label in (SMN, "SIREN")}
-    longer = 2 * count if claim.quick else LONGER
-    found = fitted(claim, pair, 128, (last,), longer)
-    show_pictures(claim, found, 128, "Longer", longer)
+    found = fitted(claim, rows, side, chosen, count)
+    show_pictures(claim, found, side, title, count)
+    claim.say("; ".join(beats(found, SMN, other) for other in labels if other != SMN) + ".")
+
+
+def pictures(claim: Claim) -> None:
+    """Every network on two pictures."""
+    title = "Networks with equally many real numbers"
+    compared(claim, list(NETWORKS), 128, (names()[0], names()[2]), steps(claim), title)
+
+
+def larger(claim: Claim) -> None:
+    """Every network on one picture of four times as many pixels."""
+    count = 2 if claim.quick else LARGER
+    compared(claim, list(NETWORKS), 256, names()[2:], count, "A larger picture")
+
+
+def longer(claim: Claim) -> None:
+    """Whether the order changes with time."""
+    count = 2 * steps(claim) if claim.quick else LONGER
+    compared(claim, [SMN, "SIREN"], 128, names()[2:], count, "More steps")
 
 
 def oscillators(claim: Claim) -> None:
@@ -341,7 +352,9 @@ def _plain(rows: Rows) -> dict[str, Any]:
     return {label: [name, rate, dict(values)] for label, (name, rate, values) in rows.items()}
 
 
-MEASURES = dict(zip(PARTS, (show_searches, pictures, oscillators, field), strict=True))
+MEASURES = dict(
+    zip(PARTS, (show_searches, pictures, oscillators, field, larger, longer), strict=True)
+)
 
 
 def main() -> None:

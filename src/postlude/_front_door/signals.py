@@ -120,8 +120,7 @@ def fit(
 
     def check(across: int, down: int, channels: int) -> None:
         nonlocal memory
-        network = build(_for_channels(settings, channels), seed)
-        memory = check_memory(network, across, down, channels, training.batch)
+        memory = check_memory(_for_channels(settings, channels), across, down, training.batch)
         shown.log(f"{across} x {down} pixels, about {memory / 2**20:.0f} MiB of memory")
 
     if isinstance(picture, Picture):

@@ -28,6 +28,7 @@ CODINGS: dict[str, tuple[Coding, ...]] = {
 }
 # Pillow's names, and what is passed beside the quality.
 PEERS: dict[str, dict[str, object]] = {"JPEG": {"optimize": True}, "WEBP": {"method": 6}}
+_QUALITIES = (*range(1, 100, 3), 100)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +83,7 @@ def curve(
 
 
 def peers_at(picture: Picture, sizes: Sequence[int]) -> list[Point]:
-    """JPEG and WebP at the highest quality that is no larger; where none is, there is no point.
+    """JPEG and WebP at the best of every third quality that is no larger; where none is, there is no point.
 
     A picture with opacity has no JPEG.
     """
@@ -90,7 +91,7 @@ def peers_at(picture: Picture, sizes: Sequence[int]) -> list[Point]:
     for name in PEERS:
         if name == "JPEG" and picture.channels in (2, 4):
             continue
-        files = [(quality, *_written(picture, name, quality)) for quality in range(1, 101)]
+        files = [(quality, *_written(picture, name, quality)) for quality in _QUALITIES]
         for size in sizes:
             fitting = [(psnr, quality, count) for quality, count, psnr in files if count <= size]
             if fitting:

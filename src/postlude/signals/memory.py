@@ -2,43 +2,48 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from postlude.errors import SettingsError
 from postlude.signals.picture import POINTS
+from postlude.zoo.smn.networks import build
+from postlude.zoo.smn.settings import NetworkSettings
 
 __all__ = ["available_memory", "check_memory", "predicted_memory"]
 
-_PROBE = 32
+# What a step keeps is read off a small network and grows with the width.
+_PROBE_WIDTH, _PROBE_POINTS = 32, 32
 # The file as it is decoded, in the right mode, and as a tensor.
 _COPIES = 3
 
 
-def predicted_memory(network: nn.Module, width: int, height: int, channels: int, batch: int) -> int:
+def predicted_memory(settings: NetworkSettings, width: int, height: int, batch: int) -> int:
     """Bytes that a fit takes beyond the program itself, at its peak.
 
-    What a step keeps for its gradient is read off the network on a few points; gradients on the way back take up to
-    half as much again. A picture that is rendered afterwards, by blocks of pixels, takes less than a step of as many.
+    What a step keeps for its gradient is read off a narrow network of the kind on a few points; gradients on the way
+    back take up to half as much again. A picture that is rendered afterwards takes less than a step of as many pixels.
 
     Args:
-        network: to be fitted.
-        width, height, channels: of the picture.
+        settings: of the network, whose values are the channels of the picture.
+        width, height: of the picture.
         batch: points of a step.
     """
-    pixels = width * height * channels
-    numbers = sum(p.numel() * p.element_size() for p in network.parameters())
-    kept = _kept_for_gradient(network) / _PROBE
+    pixels = width * height * settings.out_features
+    narrow = dataclasses.replace(settings, width=_PROBE_WIDTH)
+    kept = _kept_for_gradient(narrow) / _PROBE_POINTS * max(1, settings.width / _PROBE_WIDTH)
     points = max(min(batch, width * height), min(POINTS, width * height) // 2)
-    # Parameters, their gradients, two moments, and the state before and after a chunk.
-    return round(_COPIES * pixels + 1.5 * kept * points + 10 * numbers)
+    # Parameters, their gradients, two moments, and the state before and after a chunk: fp32.
+    return round(_COPIES * pixels + 1.5 * kept * points + 10 * 4 * settings.numbers)
 
 
-def _kept_for_gradient(network: nn.Module) -> int:
-    """Bytes that a forward pass of ``_PROBE`` points keeps, weights not counted."""
+def _kept_for_gradient(settings: NetworkSettings) -> int:
+    """Bytes that a forward pass of some points keeps, weights not counted."""
+    network = build(settings, 0)
     weights = {p.untyped_storage().data_ptr() for p in network.parameters()}
     kept: dict[int, int] = {}
 
@@ -48,11 +53,8 @@ def _kept_for_gradient(network: nn.Module) -> int:
             kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    first = next(network.parameters())
-    inputs = network.settings.in_features  # type: ignore[union-attr]
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        x = torch.zeros(_PROBE, int(inputs), device=first.device)  # type: ignore[arg-type]
-        out = network(x)
+        out = network(torch.zeros(_PROBE_POINTS, settings.in_features))
     del out
     return sum(kept.values())
 
@@ -73,12 +75,12 @@ def check_memory(network: nn.Module, width: int, height: int, channels: int, bat
     Raises:
         SettingsError: it is more than there is; says which size would do.
     """
-    wanted = predicted_memory(network, width, height, channels, batch)
+    wanted = predicted_memory(settings, width, height, batch)
     free = available_memory()
     if wanted > free:
         raise SettingsError(
-            f"fitting {width} x {height} pixels of {channels} channels, {batch} a step, takes about "
-            f"{wanted / 2**30:.1f} GiB and {free / 2**30:.1f} GiB are free: take a smaller picture, or fewer pixels "
-            "a step (--batch)."
+            f"fitting {width} x {height} pixels of {settings.out_features} channels, {batch} a step, takes about "
+            f"{wanted / 2**30:.1f} GiB and {free / 2**30:.1f} GiB are free: take a smaller picture or "
+            "network, or fewer pixels a step (--batch)."
         )
     return wanted

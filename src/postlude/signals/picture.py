@@ -235,4 +235,4 @@ def _values(network: nn.Module, width: int, height: int) -> Iterator[tuple[slice
     for first in range(0, width * height, POINTS):
         place = slice(first, min(first + POINTS, width * height))
         chosen = torch.arange(place.start, place.stop)
-        yield place, network(points(chosen, width, height).to(device)).cpu()
+        yield place, network(points(chosen, width, height).to(device)).detach().cpu()

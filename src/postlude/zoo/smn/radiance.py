@@ -3,11 +3,12 @@
 The scene is drawn exactly: three balls on a disc under one lamp, white behind (:func:`photograph`). A field is a
 network from an encoded place and an encoded direction to density and colour (NeRF, arXiv:2003.08934), and a ray sees::
 
-    alpha_i = 1 - exp(-relu(density_i) delta_i)          w_i = alpha_i prod_{j<i} (1 - alpha_j)
+    alpha_i = 1 - exp(-softplus(density_i) delta_i)      w_i = alpha_i prod_{j<i} (1 - alpha_j)
     colour  = sum_i w_i sigmoid(rgb_i) + (1 - sum_i w_i) white
 
 Both codes go into one network together, as in arXiv:2602.16337, whose encodings have 10 and 4 octaves; the scene here
-is smaller and so are the defaults. Depths are drawn once a ray, one in each of equal bins: there is no finer pass.
+is smaller and so are the defaults. Depths are drawn once a ray, one in each of equal bins: there is no finer pass. The
+density has a softplus (arXiv:2103.13415) and not a ReLU, under which a field that starts empty stays so.
 """
 
 from __future__ import annotations
@@ -17,12 +18,14 @@ import math
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from postlude.zoo.smn.layers import PositionEncoding
 
 __all__ = ["Camera", "Field", "cameras", "composite", "photograph", "rays", "see"]
 
-_NEAR, _FAR = 1.2, 4.8
+# The scene lies within 1.1 of the point that cameras look at.
+_NEAR, _FAR = 1.9, 4.1
 _DISTANCE = 3.0
 # Centre, radius, colour.
 _BALLS = (
@@ -79,7 +82,7 @@ def rays(camera: Camera) -> tuple[Tensor, Tensor]:
     across = ((torch.arange(camera.size) + 0.5) / camera.size * 2 - 1) * edge
     down, over = torch.meshgrid(across, across, indexing="ij")
     directions = over[..., None] * right - down[..., None] * up - back
-    directions = torch.nn.functional.normalize(directions, dim=-1).reshape(-1, 3)
+    directions = functional.normalize(directions, dim=-1).reshape(-1, 3)
     return (middle + _DISTANCE * back).expand_as(directions), directions
 
 
@@ -141,7 +144,7 @@ class Field(nn.Module):
         """Density ``[...]`` and colour ``[..., 3]`` at ``[..., 3]`` places seen along unit directions."""
         codes = torch.cat([self.place(places), self.direction(directions)], dim=-1)
         out = self.network(codes)
-        return torch.relu(out[..., 3]), torch.sigmoid(out[..., :3])
+        return functional.softplus(out[..., 3]), torch.sigmoid(out[..., :3])
 
 
 def composite(densities: Tensor, colours: Tensor, depths: Tensor) -> Tensor:
