@@ -69,7 +69,7 @@ def available_memory() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def check_memory(network: nn.Module, width: int, height: int, channels: int, batch: int) -> int:
+def check_memory(settings: NetworkSettings, width: int, height: int, batch: int) -> int:
     """The prediction of :func:`predicted_memory`.
 
     Raises:

@@ -59,9 +59,10 @@ def fit_field(
 def view(field: Field, camera: Camera, samples: int = 64) -> Tensor:
     """What a camera sees of a field, ``[size, size, 3]`` on the CPU."""
     device = next(field.parameters()).device
+    origins, directions = rays(camera)
     parts = [
-        see(field, *(part.to(device) for part in pair), samples).cpu()
-        for pair in zip(*(one.split(_RAYS) for one in rays(camera)), strict=True)
+        see(field, some.to(device), ways.to(device), samples).cpu()
+        for some, ways in zip(origins.split(_RAYS), directions.split(_RAYS), strict=True)
     ]
     return torch.cat(parts).reshape(camera.size, camera.size, 3)
 
