@@ -102,6 +102,13 @@ def test_sample_writes_a_grid_and_tensors(postlude_command: Any, tmp_path: Path)
     assert torch.equal(load_file(done["tensors"])["images"], tensors["images"])
 
 
+def test_tensors_alone(postlude_command: Any, tmp_path: Path) -> None:
+    out = tmp_path / "digits.safetensors"
+    done = postlude_command("sample", "zoo:tiny-dit", *FEW, "-o", out, "--json").json
+    assert done["grid"] is None and done["tensors"] == str(out)
+    assert [file.name for file in tmp_path.iterdir()] == ["digits.safetensors"]
+
+
 def test_equal_models(postlude_command: Any) -> None:
     done = postlude_command(
         "sample", "zoo:tiny-dit", "--compare", "zoo:tiny-dit", *FEW, "--json"

@@ -17,8 +17,8 @@ from postlude.runs.atomic import atomic_write
 from postlude.runs.checkpoint import Checkpoint
 from postlude.runs.progress import Progress
 from postlude.sampling.drift import DriftStatistics
-from postlude.sampling.grid import Panel, write_grid
-from postlude.sampling.sample import Samples, check_diffusion
+from postlude.sampling.grid import Panel, check_colours, write_grid
+from postlude.sampling.sample import Samples, check_diffusion, image_shape
 from postlude.sampling.sample import sample as _sample
 from postlude.sampling.samplers import process_of, sampler_named
 from postlude.sampling.schedulers import QDrift, correct
@@ -61,7 +61,7 @@ def sample(
             ``compare``.
         drift_mode: ``corrected``, or ``paper`` for the rule as published.
         batch_size: images at a time; changes nothing but speed and memory.
-        out: a .png file for the grid; the tensors are written beside it as .safetensors.
+        out: a .png file for the grid, with the tensors beside it; or a .safetensors file for the tensors alone.
         overwrite: replace them.
         progress: where to show it.
 
@@ -79,6 +79,11 @@ def sample(
     files = _files(out, overwrite)
     mine = open_checkpoint(checkpoint)
     other = None if compare is None else open_checkpoint(compare)
+    for model in (mine, other):
+        if model is not None:
+            check_diffusion(model)
+            if files is not None and files[0] is not None:
+                check_colours(image_shape(model.model)[0])
     statistics = _statistics(drift, mine, guidance)
     if sampler is None and statistics is not None:
         sampler = _same_sampler(statistics, mine)
@@ -120,7 +125,6 @@ def _statistics(
 ) -> DriftStatistics | None:
     if drift is None:
         return None
-    check_diffusion(checkpoint)
     statistics = DriftStatistics.load(drift)
     statistics.check_models(approximate=checkpoint.fingerprint())
     statistics.check_conditions(guidance=guidance)
@@ -149,24 +153,27 @@ def _name(checkpoint: Checkpoint | None, given: object) -> str:
     return "model" if path is None else path.name
 
 
-def _files(out: Path_ | None, overwrite: bool) -> tuple[Path, Path] | None:
+def _files(out: Path_ | None, overwrite: bool) -> tuple[Path | None, Path] | None:
+    """The picture, if one is asked for, and the tensors."""
     if out is None:
         return None
-    grid = Path(out)
-    if grid.suffix.lower() != ".png":
+    file = Path(out)
+    if file.suffix.lower() not in (".png", ".safetensors"):
         raise SettingsError(
-            f"the output is {grid}; expected a file that ends in .png: the grid. The tensors are written beside it."
+            f"the output is {file}; expected a file that ends in .png, a picture with the tensors beside it, or in "
+            ".safetensors, the tensors alone"
         )
-    tensors = grid.with_suffix(".safetensors")
-    for file in (grid, tensors):
-        if file.is_dir() or (file.exists() and not overwrite):
+    tensors = file.with_suffix(".safetensors")
+    grid = None if file == tensors else file
+    for one in (grid, tensors):
+        if one is not None and (one.is_dir() or (one.exists() and not overwrite)):
             raise OutputExistsError(
-                f"{file} already exists. Choose another output, or pass --overwrite (overwrite=True) to replace it."
+                f"{one} already exists. Choose another output, or pass --overwrite (overwrite=True) to replace it."
             )
     return grid, tensors
 
 
-def _write(files: tuple[Path, Path], panels: list[Panel], result: dict[str, Any]) -> None:
+def _write(files: tuple[Path | None, Path], panels: list[Panel], result: dict[str, Any]) -> None:
     from safetensors.torch import save_file
 
     drawn: Samples = result["samples"]
@@ -178,7 +185,7 @@ def _write(files: tuple[Path, Path], panels: list[Panel], result: dict[str, Any]
     if "psnr_db" in result:
         about.append(f"PSNR {result['psnr_db']:.1f} dB" if result["psnr_db"] < 200 else "equal")
     grid, tensors = files
-    grid.resolve().parent.mkdir(parents=True, exist_ok=True)
+    tensors.resolve().parent.mkdir(parents=True, exist_ok=True)
     found = {"images": drawn.images}
     if drawn.labels is not None:
         found["labels"] = drawn.labels
@@ -188,5 +195,7 @@ def _write(files: tuple[Path, Path], panels: list[Panel], result: dict[str, Any]
     with atomic_write(tensors) as temporary:
         save_file(found, temporary, metadata={"sample": json.dumps(settings)})
         temporary.chmod(0o644)
+    if grid is None:
+        return
     with atomic_write(grid) as temporary:
         write_grid(temporary, panels, drawn.labels, ", ".join(about))

@@ -27,8 +27,8 @@ def sample(
         typer.Option(
             "--output",
             "-o",
-            metavar="FILE.png",
-            help="The grid; the tensors are written beside it, as .safetensors.",
+            metavar="FILE",
+            help="A .png with the tensors beside it as .safetensors, or a .safetensors alone.",
         ),
     ] = None,
     sampler: options.Sampler = None,

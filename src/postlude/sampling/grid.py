@@ -13,7 +13,7 @@ from torch import Tensor
 
 from postlude.errors import DataError
 
-__all__ = ["Panel", "draw_grid", "write_grid"]
+__all__ = ["Panel", "check_colours", "draw_grid", "write_grid"]
 
 _CELL = 48  # pixels that an image is enlarged to, if it is smaller
 _GAP, _TEXT, _PAPER, _INK = 4, 14, 255, 30
@@ -49,11 +49,7 @@ def draw_grid(panels: Sequence[Panel], labels: Tensor | None = None, caption: st
     count, channels, height, width = next(iter(shapes))
     if len(shapes) > 1:
         raise DataError(f"images of different shapes cannot stand side by side: {sorted(shapes)}")
-    if channels not in (1, 3):
-        raise DataError(
-            f"images have {channels} channels; expected 1 (grey) or 3 (red, green, blue). These are latents of an "
-            "autoencoder: decode the tensors with it."
-        )
+    check_colours(channels)
     rows = _rows(labels, count)
     factor = max(1, _CELL // max(height, width))
     cell_y, cell_x = height * factor + _GAP, width * factor + _GAP
@@ -85,6 +81,19 @@ def draw_grid(panels: Sequence[Panel], labels: Tensor | None = None, caption: st
     if caption:
         pen.text((left, size[1] - _TEXT - 2 * _GAP), caption, fill=(_INK,) * 3, font=font)
     return picture
+
+
+def check_colours(channels: int) -> None:
+    """Refuse images that no picture can show.
+
+    Raises:
+        DataError: neither grey nor red, green and blue.
+    """
+    if channels not in (1, 3):
+        raise DataError(
+            f"images have {channels} channels; expected 1 (grey) or 3 (red, green, blue). These are latents of an "
+            "autoencoder: write the tensors alone (a .safetensors output) and decode them with it."
+        )
 
 
 def write_grid(
