@@ -248,6 +248,9 @@ def fast_hadamard(x: Tensor, order: int, normalize: bool = False) -> Tensor:
     _core_order(order)
     if normalize:
         x = x * order**-0.5
+    if torch.is_inference_mode_enabled():
+        # What autograd keeps for a function of its own takes longer than transforming one row.
+        return _FastHadamard.forward(x, order, False)
     return _transform(x, order, False)
 
 

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from postlude.surgery.kernels.kernel import Kernel, integer_format, rounding_cost
+from postlude.surgery.kernels.kernel import Kernel, integer_format, rounded_input, rounding_cost
 from postlude.surgery.kernels.layouts import Int4Pack, Layout, group_of, int4pack_block
 from postlude.surgery.layers import QuantizedLinear
 
@@ -85,7 +85,7 @@ class Int4PackMatmul(Kernel):
         if not isinstance(weight, Int4Pack) or layer.weight_scheme is None:
             raise TypeError("int4pack reads the layout int4pack")
         size, width = group_of(layer)
-        x = layer.quantized_input(x)
+        x = rounded_input(layer, x)
         padded = pad(x, (0, width - layer.in_features)) if width > layer.in_features else x
         grouped = layer.weight_scheme.granularity.kind == "group"
         if len(x) < _MANY:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from postlude.surgery.kernels.kernel import Kernel, integer_format, rounding_cost
+from postlude.surgery.kernels.kernel import Kernel, integer_format, rounded_input, rounding_cost
 from postlude.surgery.kernels.layouts import Int8, Layout
 from postlude.surgery.layers import QuantizedLinear
 
@@ -54,7 +54,7 @@ class Int8PackMatmul(Kernel):
     ) -> Tensor:
         if not isinstance(weight, Int8):
             raise TypeError("int8pack reads the layout int8")
-        x = layer.quantized_input(x)
+        x = rounded_input(layer, x)
         out: Tensor = torch.ops.aten._weight_int8pack_mm(
             x.contiguous(), weight.weight, extras["ones"]
         )

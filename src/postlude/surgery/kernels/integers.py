@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from postlude.numerics.formats import Integer
-from postlude.surgery.kernels.kernel import integer_format
+from postlude.surgery.kernels.kernel import integer_format, pieces
 from postlude.surgery.kernels.layouts import Layout
 from postlude.surgery.layers import QuantizedLinear
 
@@ -72,17 +72,22 @@ def input_codes(layer: QuantizedLinear, x: Tensor) -> tuple[Tensor, Tensor, Tens
     scheme = layer.input_scheme
     if scheme is None or not isinstance(scheme.format, Integer):
         raise ValueError("the input is not quantized to integers")
-    scale, zero = scheme.parameters(x)
-    codes = scheme.encode(x, (scale, zero)).codes
-    bits = scheme.format.bits
+    bits, parts, found = scheme.format.bits, pieces(layer, x), []
+    codes = torch.empty(x.shape, dtype=torch.uint8, device=x.device)
+    for part in parts:
+        found.append(scheme.parameters(x[part]))
+        codes[part] = scheme.encode(x[part], found[-1]).codes
+    scale = torch.cat([one for one, _ in found]) if len(parts) > 1 else found[0][0]
+    zeros = [one for _, one in found if one is not None]
+    zero = None if not zeros else torch.cat(zeros) if len(parts) > 1 else zeros[0]
     if scale.ndim == 1:
         scale = scale.expand(len(x), 1)
         zero = None if zero is None else zero.expand(len(x), 1)
-    if zero is None or bits == 8:
-        # Of 8 bits, codes above 127 wrap around to negative numbers, and the subtraction wraps them back.
-        codes = codes.view(torch.int8) + (-128 if bits == 8 else -(2 ** (bits - 1)))
-        return codes, scale, None if zero is None else zero - 128
-    return codes.view(torch.int8), scale, zero
+    if bits == 8:
+        # Codes above 127 wrap around to negative numbers, and the subtraction wraps them back.
+        return codes.view(torch.int8).add_(-128), scale, None if zero is None else zero - 128
+    signed = codes.view(torch.int8)
+    return (signed.add_(-(2 ** (bits - 1))) if zero is None else signed), scale, zero
 
 
 def weight_sums(layer: QuantizedLinear, weight: Layout) -> dict[str, Tensor]:
@@ -90,13 +95,13 @@ def weight_sums(layer: QuantizedLinear, weight: Layout) -> dict[str, Tensor]:
     scheme = layer.input_scheme
     if scheme is None or not scheme.format.zero_point_bits:
         return {}
-    pieces = runs(layer)
+    every = runs(layer)
     scale, zero = weight_parameters(layer)
-    sums = scale.new_empty(layer.out_features, len(pieces))
+    sums = scale.new_empty(layer.out_features, len(every))
     for start in range(0, layer.out_features, _TILE):
         stop = min(start + _TILE, layer.out_features)
         codes = weight.unsigned(layer, start, stop)
-        for index, (first, last, _, group) in enumerate(pieces):
+        for index, (first, last, _, group) in enumerate(every):
             total = codes[:, first:last].sum(-1, dtype=torch.int32).float()
             total -= (last - first) * zero[start:stop, group]
             sums[start:stop, index] = total * scale[start:stop, group]
@@ -108,13 +113,20 @@ def add_input_zero(
     layer: QuantizedLinear,
     input_scale: Tensor,
     input_zero: Tensor | None,
-    extras: dict[str, Tensor],
+    sums: Tensor | None,
 ) -> None:
-    """Subtract ``(a z) [s sum (v - w)]`` of every run from ``out [rows, out_features]``, in place."""
-    if input_zero is None:
+    """Subtract ``(a z) [s sum (v - w)]`` of every run from ``out [rows, channels]``, in place.
+
+    Args:
+        out: of some channels or all.
+        layer: its runs.
+        input_scale, input_zero: from :func:`input_codes`.
+        sums: :func:`weight_sums` of those channels.
+    """
+    if input_zero is None or sums is None:
         return
     index = torch.tensor([piece[2] for piece in runs(layer)], device=out.device)
-    out -= (input_scale * input_zero)[:, index] @ extras["weight_sums"].T
+    out.addmm_((input_scale * input_zero)[:, index], sums.T, alpha=-1)
 
 
 def refuse(layer: QuantizedLinear, dtype: torch.dtype) -> str | None:

@@ -14,7 +14,10 @@ from postlude.numerics.formats import Integer
 from postlude.surgery.kernels.layouts import Layout
 from postlude.surgery.layers import QuantizedLinear
 
-__all__ = ["Kernel", "integer_format", "no_triton", "rounding_cost"]
+__all__ = ["Kernel", "integer_format", "no_triton", "pieces", "rounded_input", "rounding_cost"]
+
+# Entries of an input that are rounded at once on a CPU: fp32 copies of them stay in the cache.
+_CACHED = 1 << 17
 
 
 class Kernel(ABC):
@@ -58,6 +61,30 @@ def integer_format(layer: QuantizedLinear) -> Integer | None:
 def rounding_cost(layer: QuantizedLinear, rows: int) -> float:
     """Estimated nanoseconds for quantizing the input."""
     return 50_000 + 4 * rows * layer.in_features if layer.input_scheme is not None else 0
+
+
+def pieces(layer: QuantizedLinear, x: Tensor) -> list[slice]:
+    """Rows of ``x [rows, in_features]`` to round at a time; more than one piece only where rows do not share a scale.
+
+    Rounding makes half a dozen fp32 copies. Of a whole prompt, fetching memory for them takes longer than the
+    arithmetic, and longer than the product that follows.
+    """
+    scheme, step = layer.input_scheme, max(_CACHED // max(x.shape[1], 1), 1)
+    shared = scheme is None or scheme.granularity.kind == "tensor" or x.device.type != "cpu"
+    if shared or step >= len(x):
+        return [slice(0, len(x))]
+    return [slice(start, start + step) for start in range(0, len(x), step)]
+
+
+def rounded_input(layer: QuantizedLinear, x: Tensor) -> Tensor:
+    """``layer.quantized_input(x)`` of ``x [rows, in_features]``, a piece at a time."""
+    parts = pieces(layer, x)
+    if len(parts) == 1:
+        return layer.quantized_input(x)
+    out = torch.empty_like(x)
+    for part in parts:
+        out[part] = layer.quantized_input(x[part])
+    return out
 
 
 def no_triton(device: torch.device) -> str | None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from postlude.surgery.kernels.kernel import Kernel, integer_format, rounding_cost
+from postlude.surgery.kernels.kernel import Kernel, integer_format, rounded_input, rounding_cost
 from postlude.surgery.kernels.layouts import LAYOUTS, Layout
 from postlude.surgery.layers import QuantizedLinear
 
@@ -38,7 +38,7 @@ class Tiled(Kernel):
     def run(
         self, layer: QuantizedLinear, x: Tensor, weight: Layout, extras: dict[str, Tensor]
     ) -> Tensor:
-        x = layer.quantized_input(x)
+        x = rounded_input(layer, x)
         out = x.new_empty(len(x), layer.out_features)
         float_tile = torch.empty(_TILE, layer.in_features, device=x.device)
         tile = (

@@ -91,7 +91,7 @@ class TritonInteger(Kernel):
             BLOCK_N=wide,
             BLOCK_J=deep,
         )
-        add_input_zero(out, layer, input_scale, input_zero, extras)
+        add_input_zero(out, layer, input_scale, input_zero, extras.get("weight_sums"))
         if layer.bias is not None:
             out += layer.bias
         return out.to(x.dtype)

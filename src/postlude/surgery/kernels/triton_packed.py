@@ -13,7 +13,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from postlude.surgery.kernels.kernel import Kernel, integer_format, no_triton, rounding_cost
+from postlude.surgery.kernels.kernel import (
+    Kernel,
+    integer_format,
+    no_triton,
+    rounded_input,
+    rounding_cost,
+)
 from postlude.surgery.kernels.layouts import Layout
 from postlude.surgery.layers import QuantizedLinear
 
@@ -50,7 +56,7 @@ class TritonPacked(Kernel):
         scheme, format_ = layer.weight_scheme, integer_format(layer)
         if scheme is None or format_ is None:
             raise TypeError("triton_packed reads integer weights")
-        x = layer.quantized_input(x).contiguous()
+        x = rounded_input(layer, x).contiguous()
         rows, channels = len(x), layer.out_features
         out = x.new_empty(rows, channels)
         per = 8 // format_.bits
