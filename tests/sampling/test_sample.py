@@ -138,6 +138,33 @@ def test_conditions_are_cut_into_batches_and_learned_variance_is_left_out() -> N
     assert found[:, 0, 0, 0].tolist() == [10.0, 18.0]
 
 
+def test_a_model_of_encoded_text() -> None:
+    torch.manual_seed(0)
+    transformer = diffusers.PixArtTransformer2DModel(
+        num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=8, num_layers=1, sample_size=4,
+        cross_attention_dim=16, caption_channels=6, norm_num_groups=1,
+    )  # fmt: skip
+    checkpoint: Any = SimpleNamespace(
+        model=transformer.eval(),
+        scheduler=diffusers.DPMSolverMultistepScheduler(),
+        kind="diffusion",
+    )
+    told = torch.randn(3, 5, 6)
+    given = {"encoder_hidden_states": told, "negative_encoder_hidden_states": torch.zeros(1, 5, 6)}
+    drawn = sample(checkpoint, count=3, steps=2, conditions=given, guidance=2.0)
+    assert drawn.images.shape == (3, 4, 4, 4) and drawn.labels is None and drawn.sampler == "dpm++"
+    parts = sample(checkpoint, count=3, steps=2, conditions=given, guidance=2.0, batch_size=2)
+    assert torch.allclose(drawn.images, parts.images, rtol=1e-3, atol=1e-3)
+    with pytest.raises(
+        SettingsError, match="encoder_hidden_states has 3 rows for 2 samples; expected one for each"
+    ):
+        sample(checkpoint, count=2, conditions=given)
+    with pytest.raises(
+        SettingsError, match="labels are given, and PixArtTransformer2DModel knows no classes"
+    ):
+        sample(checkpoint, count=3, conditions=given, labels=[1])
+
+
 def test_a_wrapped_scheduler_is_used(model: Any) -> None:
     seen = []
 

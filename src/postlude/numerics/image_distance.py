@@ -1,6 +1,6 @@
 """Distances between sets of images, or of their features: the Frechet distance, and the peak signal-to-noise ratio.
 
-    FD^2-like  d = |m_a - m_b|^2 + tr(S_a + S_b - 2 (S_a^1/2 S_b S_a^1/2)^1/2)
+    d = |m_a - m_b|^2 + tr(S_a + S_b - 2 (S_a^1/2 S_b S_a^1/2)^1/2)
 
 is the squared 2-Wasserstein distance of two Gaussians (Dowson and Landau 1982), the one behind FID (arXiv:1706.08500).
 """
@@ -72,4 +72,5 @@ def psnr(images: Tensor, reference: Tensor, peak: float = 2.0) -> Tensor:
 
 def _root(matrix: Tensor) -> Tensor:
     values, vectors = torch.linalg.eigh((matrix + matrix.T) / 2.0)
-    return (vectors * values.clamp(min=0.0).sqrt()) @ vectors.T
+    root: Tensor = (vectors * values.clamp(min=0.0).sqrt()) @ vectors.T
+    return root

@@ -31,6 +31,7 @@ __all__ = [
     "generators",
     "image_shape",
     "labels_of",
+    "rows_of",
     "sample",
 ]
 
@@ -207,7 +208,7 @@ def sample(
         labels: classes, repeated until there are ``count``; all classes in turn where not given.
         seed: of the noise.
         guidance: classifier-free guidance; 1 is none.
-        conditions: what a model without classes is conditioned on, see :class:`GuidedDenoiser`.
+        conditions: what a model without classes is conditioned on, see :class:`GuidedDenoiser`; one row serves all.
         batch_size: images at a time; the images are the same for any, up to rounding.
         wrap: makes of the scheduler the one to use, for example one that corrects it.
         progress: where to show it.
@@ -223,6 +224,7 @@ def sample(
     check_diffusion(checkpoint)
     shape = image_shape(checkpoint.model)
     classes = labels_of(checkpoint.model, labels, count)
+    conditions = rows_of(conditions, count)
     denoiser = GuidedDenoiser(checkpoint, labels=classes, conditions=conditions, guidance=guidance)
     scheduler = build_scheduler(checkpoint.scheduler, sampler)
     name = sampler_of(scheduler) or type(scheduler).__name__
@@ -313,6 +315,23 @@ def _no_class(model: Any) -> int:
             "Expected guidance 1"
         )
     return classes
+
+
+def rows_of(conditions: Mapping[str, Tensor] | None, count: int) -> dict[str, Tensor]:
+    """Conditions with a row for each of ``count`` samples; a single row is repeated.
+
+    Raises:
+        SettingsError: another number of rows.
+    """
+    found = {}
+    for name, value in (conditions or {}).items():
+        rows = len(value) if value.ndim else 0
+        if rows not in (1, count):
+            raise SettingsError(
+                f"the condition {name} has {rows} rows for {count} samples; expected one for each, or one for all"
+            )
+        found[name] = value.expand(count, *value.shape[1:])
+    return found
 
 
 def check_diffusion(checkpoint: Checkpoint) -> None:

@@ -170,7 +170,7 @@ def _judge(file: Path) -> Judge:
     model.load_state_dict(
         {key: value for key, value in tensors.items() if not key.startswith("real.")}
     )
-    real = {
+    real: dict[str, Any] = {
         name: (tensors[f"real.{name}.mean"], tensors[f"real.{name}.covariance"])
         for name in ("features", "pixels")
     }
