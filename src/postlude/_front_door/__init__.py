@@ -14,6 +14,7 @@ if TYPE_CHECKING:
         attribution_learn_weights,
         attribution_plan,
         attribution_query,
+        attribution_select,
         attribution_verify,
     )
     from postlude._front_door.calibrating import sample_calibrate
@@ -37,6 +38,7 @@ __all__ = [
     "attribution_learn_weights",
     "attribution_plan",
     "attribution_query",
+    "attribution_select",
     "attribution_verify",
     "built_in_text",
     "calibration_tokens",
@@ -69,6 +71,7 @@ _FILES = {
     "attribution_learn_weights": "attributing",
     "attribution_plan": "attributing",
     "attribution_query": "attributing",
+    "attribution_select": "attributing",
     "attribution_verify": "attributing",
     "built_in_text": "text",
     "calibration_tokens": "text",

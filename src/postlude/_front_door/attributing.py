@@ -20,6 +20,8 @@ from postlude.attribution.index import Index
 from postlude.attribution.layer_weights import LayerWeights, Learning
 from postlude.attribution.query import Answer, learn_weights, method_of, model_of
 from postlude.attribution.query import query as _query
+from postlude.attribution.select import Selection
+from postlude.attribution.select import select as _select
 from postlude.errors import InputError, SettingsError, UnknownNameError
 from postlude.runs.atomic import atomic_write
 from postlude.runs.checkpoint import Checkpoint
@@ -31,6 +33,7 @@ __all__ = [
     "attribution_learn_weights",
     "attribution_plan",
     "attribution_query",
+    "attribution_select",
     "attribution_verify",
 ]
 
@@ -214,6 +217,50 @@ def attribution_learn_weights(
     )
     found.save(opened.path / "weights.safetensors" if out is None else out, overwrite=overwrite)
     return found
+
+
+def attribution_select(
+    index: Path_ | Index,
+    source: Examples,
+    out: Path_,
+    *,
+    top: int,
+    drop: bool = False,
+    method: str | Attributor | None = None,
+    changes: Mapping[str, Any] | None = None,
+    checkpoint: Path_ | Checkpoint | None = None,
+    keep: bool = True,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> Selection:
+    """Write the training examples that queries point at most, or with ``drop`` all but those.
+
+    Args:
+        index: opened, or a path.
+        source: queries, as for :func:`attribution_query`.
+        out: a ``.jsonl`` file.
+        top: how many are chosen.
+        drop: write the others.
+        method, changes, checkpoint, keep: as for :func:`attribution_query`.
+        overwrite: replace the file.
+        progress: where to show it.
+
+    Raises:
+        SettingsError, DataError, StoreError, OutputExistsError: see :func:`postlude.attribution.select.select`.
+    """
+    opened = index if isinstance(index, Index) else Index(index)
+    return _select(
+        opened,
+        source,
+        out,
+        top=top,
+        drop=drop,
+        method=_asked(opened, method, changes),
+        checkpoint=model_of(opened) if checkpoint is None else open_checkpoint(checkpoint),
+        keep=keep,
+        overwrite=overwrite,
+        progress=progress,
+    )
 
 
 def attribution_verify(index: Path_ | Index) -> dict[str, Any]:

@@ -29,6 +29,7 @@ from postlude.cli import (
     recipe,
     report,
     sample,
+    selection,
     signals,
     tune,
 )
@@ -70,6 +71,7 @@ app.add_typer(inspect.app, name="inspect")
 app.add_typer(tune.app, name="tune")
 app.command("quantize")(quantize.quantize)
 app.add_typer(sample.app, name="sample")
+attribute.app.command("select")(selection.select)
 app.add_typer(attribute.app, name="attribute")
 app.add_typer(evaluate.app, name="evaluate")
 app.command("generate")(generate.generate)

@@ -22,6 +22,8 @@ _METHODS = {
     "quantize": ("method", "quantize"),
     "attribute build": ("method", "attribute"),
     "attribute query": ("method", "attribute"),
+    "attribute learn-weights": ("method", "attribute"),
+    "attribute select": ("method", "attribute"),
     "export": ("to", "export"),
 }
 _EXPORTED = {"gguf": "model.gguf"}
@@ -30,6 +32,8 @@ _FILES = {
     "sample": "samples.png",
     "sample calibrate": "drift.safetensors",
     "attribute learn-weights": "weights.safetensors",
+    "attribute select": "examples.jsonl",
+    "fit": "picture.inr",
     "render": "picture.png",
 }
 

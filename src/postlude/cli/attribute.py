@@ -16,7 +16,20 @@ from postlude.cli._output import Result, refuse_existing
 if TYPE_CHECKING:
     from postlude.attribution.query import Answer
 
-__all__ = ["app", "build", "learn_weights", "plan", "query", "verify"]
+__all__ = [
+    "Index",
+    "Keep",
+    "Method",
+    "Moved",
+    "Set",
+    "app",
+    "build",
+    "learn_weights",
+    "opened_index",
+    "plan",
+    "query",
+    "verify",
+]
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -207,7 +220,7 @@ def query(
     from postlude import _front_door
     from postlude.runs.progress import Progress
 
-    opened, asked, changes, loaded = _opened(index, method, set_, checkpoint, dtype, device)
+    opened, asked, changes, loaded = opened_index(index, method, set_, checkpoint, dtype, device)
     with Progress(show=True) as progress:
         answers = _front_door.attribution_query(
             opened,
@@ -281,7 +294,7 @@ def learn_weights(
     from postlude.runs.progress import Progress
 
     learning = Learning(k=k, regularizer=regularizer, steps=steps, center=center, seed=seed)
-    opened, asked, changes, loaded = _opened(index, method, set_, checkpoint, dtype, device)
+    opened, asked, changes, loaded = opened_index(index, method, set_, checkpoint, dtype, device)
     with Progress(show=True) as progress:
         found = _front_door.attribution_learn_weights(
             opened,
@@ -300,7 +313,7 @@ def learn_weights(
     return Result(value)
 
 
-def _opened(
+def opened_index(
     index: str,
     method: str | None,
     set_: list[str] | None,
