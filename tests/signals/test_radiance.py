@@ -18,5 +18,5 @@ def test_a_field_is_fitted(name: str) -> None:
     training = Training(steps=25, learning_rate=3e-3, batch=512)
     losses = fit_field(field, views, training, samples=8)
     assert len(losses) == 25
-    assert evaluate_field(field, views, samples=8) > before + 0.5
+    assert evaluate_field(field, views, samples=8) > before + 0.2
     assert view(field, views[0], samples=8).shape == (8, 8, 3)

@@ -51,6 +51,8 @@ FLOATS = {16: torch.float16, 32: torch.float32}
 WIDTHS = (2, 3, 4, 5, 6, 7, 8, 16, 32)
 # Pixels that sensitivities are measured on; more do not change which matrix is the more important one.
 _PIXELS = 16_384
+# Pixels of a step of learned rounding.
+_BATCH = 4096
 
 
 @dataclasses.dataclass(frozen=True)
@@ -347,7 +349,7 @@ def _learn_rounding(
     entries = sum(rounding.variables.numel() for rounding in roundings.values())
 
     def loss(step: int, draw: torch.Generator) -> Tensor:
-        chosen = torch.randint(len(flat), (min(len(flat), 8192),), generator=draw)
+        chosen = torch.randint(len(flat), (min(len(flat), _BATCH),), generator=draw)
         soft = {name: r.soft().reshape(state[name].shape) for name, r in roundings.items()}
         found = functional_call(
             network, {**kept, **soft}, (points(chosen, *picture.size).to(device),)
@@ -355,10 +357,10 @@ def _learn_rounding(
         error = functional.mse_loss(found, (flat[chosen] / 255).to(device))
         power = annealed_power(step / coding.steps)
         penalty = sum((r.penalty(power) for r in roundings.values()), torch.zeros(()))
-        # The decision term as large as the error of a picture of 37 dB when nothing is decided: our choice.
-        return error + 2e-4 * penalty / entries
+        # Adam sees ratios only: with this weight entries decide in the second half of the steps. Our choice.
+        return error + penalty / entries
 
-    training = Training(steps=coding.steps, learning_rate=1e-2, batch=8192)
+    training = Training(steps=coding.steps, learning_rate=0.1, batch=_BATCH)
     optimise(
         _Learning(roundings),
         loss,
