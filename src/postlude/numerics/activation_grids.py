@@ -187,7 +187,9 @@ class LogSqrt2(ActivationGrid):
 def log_table(bits: int) -> Tensor:
     """``T[j]``, ``2^(-j/37)`` rounded to multiples of ``1 / (2^(bits+1) - 2)``, fp64 ``[37]``."""
     unit = 2 ** (bits + 1) - 2
-    return torch.round(torch.exp2(-torch.arange(STEPS, dtype=torch.float64) / STEPS) * unit) / unit
+    powers = torch.exp2(-torch.arange(STEPS, dtype=torch.float64) / STEPS)
+    table: Tensor = torch.round(powers * unit) / unit
+    return table
 
 
 @dataclasses.dataclass(frozen=True)

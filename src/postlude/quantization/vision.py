@@ -51,6 +51,8 @@ __all__ = ["PICTURES", "ROWS", "Seen", "VisionQuantizer", "reparameterise"]
 
 ROWS = 2048
 PICTURES = 8
+# Rows that a search over the parameters of a grid looks at.
+SEARCHED = 512
 
 # A channel that hardly moves would be stretched without bound; its scale is kept above this share of the mean.
 _NARROWEST = 1e-3
@@ -158,6 +160,7 @@ class VisionQuantizer(Quantizer):
                 scale, zero = self.channel_range(rows)
                 fitted[site.name] = {"scale": scale, "zero_point": zero}
             elif site.name == "down_in":
+                rows = rows[:: max(1, len(rows) // SEARCHED)]
                 score = self._after_linears(model, site, rows) if self.output_error else None
                 fitted[site.name] = self.post_gelu().fit(rows, score)
             else:
@@ -209,10 +212,9 @@ class VisionQuantizer(Quantizer):
                     grid = self.post_gelu()
                 _put_in_front(model, site, grid, parameters)
             uniform = Uniform(self.activations)
-            operands = AttentionOperands(
-                *(_quantizer(uniform, known(name)) for name in _OPERANDS),
-                _quantizer(self.post_softmax(), known("probabilities")),
-            )
+            query, key, value = (_quantizer(uniform, known(name)) for name in _OPERANDS)
+            probabilities = _quantizer(self.post_softmax(), known("probabilities"))
+            operands = AttentionOperands(query, key, value, probabilities)
             attach_operands(model, _attention(block), operands.to(model.device))
 
 
@@ -258,7 +260,7 @@ def _put_in_front(
         old = model.get_submodule(path)
         transform = _quantizer(grid, parameters).to(site.readers[0].weight(model).device)
         layer = QuantizedLinear.like(old, transform=transform)
-        layer.weight.data.copy_(old.weight.data)  # type: ignore[union-attr, arg-type]
+        layer.weight.data.copy_(old.weight.data)  # type: ignore[arg-type]
         replace_module(model, path, layer)
 
 
@@ -322,12 +324,13 @@ def _look(checkpoint: Checkpoint, block: Block, calibration: Calibration) -> See
     finally:
         for handle in handles:
             handle.remove()
-    operands = [
+    query, key, value = (
         torch.cat(kept[name])[:PICTURES].unflatten(-1, (-1, heads.size)).transpose(1, 2)
         for name in _OPERANDS
-    ]
+    )
     scaling = getattr(model.get_submodule(_attention(block)), "scaling", heads.size**-0.5)
-    return Seen({name: found.value() for name, found in rows.items()}, *operands, scaling)
+    sites = {name: found.value() for name, found in rows.items()}
+    return Seen(sites, query, key, value, scaling)
 
 
 def _after_values(probabilities: Tensor, value: Tensor) -> Score:
