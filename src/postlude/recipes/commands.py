@@ -50,7 +50,7 @@ class Parameter:
                 pydantic.Field(ge=self.low, le=self.high),
             ],
         }
-        kind = kinds[self.kind]
+        kind: Any = kinds[self.kind]
         return kind | list[kind] if self.many else kind
 
     def words(self, value: Any) -> list[str]:

@@ -28,7 +28,6 @@ from postlude.errors import PostludeError
 from postlude.recipes.recipe import Recipe, Stage
 from postlude.recipes.run import command_line, pending
 from postlude.runs.loading import resolve
-from postlude.runs.weights import weight_files
 
 __all__ = ["Forecast", "Forecasts", "forecast"]
 
@@ -143,9 +142,11 @@ def _model(text: Any, models: _Models) -> _Model:
     if "${" in str(text):
         raise _Unknown(f"nothing is known of {text}")
     try:
-        files = weight_files(_weights(resolve(text)))
+        files = sorted(_weights(resolve(text)).glob("*.safetensors"))
     except PostludeError as error:
         raise _Unknown(f"{text} is not there yet") from error
+    if not files:
+        raise _Unknown(f"{text} has no safetensors files")
     return _Model(
         float(sum(_numbers(file) for file in files)),
         float(sum(file.stat().st_size for file in files)),
