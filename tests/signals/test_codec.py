@@ -109,7 +109,7 @@ def test_learned_rounding_is_better(fitted: tuple[nn.Module, Picture]) -> None:
     learned = stored_psnr(
         encode(network, picture, Coding(3, rounding="learned", steps=150)), picture
     )
-    assert learned > plain + 1
+    assert learned > plain + 0.5
 
 
 @pytest.mark.parametrize(

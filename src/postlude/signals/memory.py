@@ -25,8 +25,9 @@ _COPIES = 3
 def predicted_memory(settings: NetworkSettings, width: int, height: int, batch: int) -> int:
     """Bytes that a fit takes beyond the program itself, at its peak.
 
-    What a step keeps for its gradient is read off a narrow network of the kind on a few points; gradients on the way
-    back, and what the allocator does not hand back at once, take up to twice as much again (``benchmarks/signals.py``). A picture that is rendered afterwards takes less than a step of as many pixels.
+    What a step keeps for its gradient is read off a narrow network of the kind on a few points. Gradients on the way
+    back, and what the allocator does not hand back at once, take up to twice as much again (``benchmarks/signals.py``).
+    A picture that is rendered afterwards takes less than a step of as many pixels.
 
     Args:
         settings: of the network, whose values are the channels of the picture.
