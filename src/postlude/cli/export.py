@@ -20,7 +20,7 @@ def export(
             "--output",
             "-o",
             metavar="PATH",
-            help="Where to write: a directory, or for gguf a file.",
+            help="Where to write: a directory, or for gguf, and onnx of a vision model, a file.",
             show_default=False,
         ),
     ],

@@ -29,6 +29,10 @@ class Exporter(ABC):
 
     marker: ClassVar[str | None] = None
 
+    def for_model(self, checkpoint: Checkpoint) -> Exporter:
+        """What writes this checkpoint: itself, unless a format has another shape for another kind of model."""
+        return self
+
     @abstractmethod
     def write(self, checkpoint: Checkpoint, out: Path) -> dict[str, Any]:
         """Write to a path that nobody sees yet; returns what is worth reporting.
@@ -72,11 +76,12 @@ def export(
         OutputExistsError: ``out`` exists.
         VerificationError: the output, read again, is another model; nothing is left of it.
     """
-    _refuse_existing(settings, Path(os.path.realpath(out)), overwrite)
-    with _place(settings, out, overwrite) as temporary:
-        report = settings.write(checkpoint, temporary)
+    writer = settings.for_model(checkpoint)
+    _refuse_existing(writer, Path(os.path.realpath(out)), overwrite)
+    with _place(writer, out, overwrite) as temporary:
+        report = writer.write(checkpoint, temporary)
         if check:
-            report |= settings.check(checkpoint, temporary)
+            report |= writer.check(checkpoint, temporary)
     return {
         "output": os.fspath(out),
         "to": registry.info_of(settings).name,

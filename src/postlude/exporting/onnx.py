@@ -12,7 +12,8 @@ multiplied as integers (``MatMulInteger``), everything else is fp32. What Postlu
 Hadamard transforms, rotated and rounded keys and values, activations rounded per token. So rotated checkpoints
 (QuaRot, OffQ) run here, where formats without a graph have no place for them. The cache holds rounded values in fp32.
 
-The directory has ``model.onnx``, its weights in ``model.onnx.data``, the configuration and the tokenizer.
+Vision transformers become one file, see :mod:`postlude.exporting.onnx_vision`. Of a language model, the directory has
+``model.onnx``, its weights in ``model.onnx.data``, the configuration and the tokenizer.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from torch import Tensor
 from postlude.errors import ArchitectureError, MissingDependencyError
 from postlude.exporting.engine import Exporter
 from postlude.exporting.onnx_graph import Graph, layer_reason
+from postlude.exporting.onnx_vision import VisionONNX
 from postlude.exporting.plain import Plain, plain, refuse
 from postlude.registry import method
 from postlude.runs.checkpoint import Checkpoint
@@ -62,6 +64,9 @@ class ONNX(Exporter):
     """A directory with a graph for ONNX Runtime, with packed weights and a KV cache."""
 
     marker: ClassVar[str | None] = _FILE
+
+    def for_model(self, checkpoint: Checkpoint) -> Exporter:
+        return VisionONNX(library=_library()) if checkpoint.kind == "vision" else self
 
     def write(self, checkpoint: Checkpoint, out: Path) -> dict[str, Any]:
         kind = checkpoint.model.config.model_type

@@ -15,10 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from postlude.errors import SettingsError
+from postlude.exporting.onnx_static import static_round_trip
 from postlude.numerics.formats import MAX_ZERO_POINT, Granularity, Integer, Scheme
 from postlude.numerics.packing import pack, unpack
 from postlude.surgery.key_values import HeadRotation
 from postlude.surgery.layers import BlockHadamard, InputOrder, QuantizedLinear
+from postlude.surgery.static_quantizers import StaticQuantizer
 
 __all__ = ["Graph", "layer_reason"]
 
@@ -115,7 +117,7 @@ class Graph:
 
     def linear(self, x: str, name: str, weight: Tensor, bias: Tensor | None) -> str:
         """A layer in floating point; ``weight [out, in]``."""
-        self._count("float")
+        self.count("float")
         product = self.op("MatMul", x, self.tensor(f"{name}.weight", weight.float().T.contiguous()))
         return self._bias(product, name, bias)
 
@@ -137,11 +139,12 @@ class Graph:
             x if bias is None else str(self.op("Add", x, self.tensor(f"{name}.bias", bias.float())))
         )
 
-    def _count(self, kind: str) -> None:
+    def count(self, kind: str) -> None:
+        """Note one more layer or rounding of a kind, for the report."""
         self.kinds[kind] = self.kinds.get(kind, 0) + 1
 
     def _matmul_nbits(self, x: str, name: str, layer: QuantizedLinear, scheme: Scheme) -> str:
-        self._count("MatMulNBits")
+        self.count("MatMulNBits")
         out, width = layer.out_features, layer.in_features
         bits = 4 if scheme.format.code_bits <= 4 else 8
         block = _block(scheme, width)
@@ -176,7 +179,7 @@ class Graph:
     def _matmul_integer(
         self, x: str, name: str, layer: QuantizedLinear, scheme: Scheme, inputs: Scheme
     ) -> str:
-        self._count("MatMulInteger")
+        self.count("MatMulInteger")
         codes, scale = self._symmetric_codes(x, inputs)
         weight = (unpack(layer.codes, 8, layer.in_features).to(torch.int16) - 128).to(torch.int8)
         product = self.op(
@@ -195,6 +198,8 @@ class Graph:
         """An online transform of ``[batch, length, width]``."""
         if transform is None:
             return x
+        if isinstance(transform, StaticQuantizer):
+            return static_round_trip(self, x, name, transform)
         if isinstance(transform, InputOrder):
             return str(
                 self.op("Gather", x, self.tensor(f"{name}.order", transform.order.long()), axis=-1)
