@@ -52,6 +52,16 @@ def test_the_sampler_is_that_of_the_statistics(coarse: Any, drift: Path, tmp_pat
     assert judged["sampler"] == "dpm++1" and judged["drift"] == drift
 
 
+def test_a_quantized_model_beside_the_float_one(exact: Any) -> None:
+    from postlude.quantization import RTN
+
+    small = pl.quantize(pl.load("zoo:tiny-dit", device="cpu"), RTN(weights=8, activations=8))
+    drawn = pl.sample(small, compare=exact, count=8, steps=5)
+    assert 25 < drawn["psnr_db"] < 80
+    again = pl.sample(exact, count=8, steps=5)
+    assert torch.equal(drawn["compared"].images, again["samples"].images)
+
+
 def test_statistics_of_something_else_are_refused(exact: Any, coarse: Any, drift: Path) -> None:
     few = {"count": 2, "drift": drift}
     with pytest.raises(

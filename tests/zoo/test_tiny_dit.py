@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from postlude.errors import DataError, SettingsError, UnknownNameError
+from postlude.errors import DataError, MissingDependencyError, SettingsError, UnknownNameError
 from postlude.zoo import checkpoint_path, digits_classifier, tiny_dit
+from postlude.zoo import digits as digits_module
 from postlude.zoo.noising import NOISINGS, denoising_loss, noising_of
 
 diffusers = pytest.importorskip("diffusers")
@@ -216,6 +218,16 @@ def test_the_classifier_learns() -> None:
     assert len(first) == 1437 and not set(first.tolist()) & set(rest.tolist())
     model = digits_classifier.train(images[first], labels[first], epochs=4)
     assert float((model(images[rest]).argmax(1) == labels[rest]).float().mean()) > 0.5
+
+
+@pytest.mark.parametrize(
+    ("module", "call"),
+    [("sklearn.datasets", lambda: digits_module.digits()), ("diffusers", lambda: tiny_dit.build(width=8))],
+)  # fmt: skip
+def test_missing_libraries(module: str, call: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(MissingDependencyError, match=r"pip install 'postlude\[diffusion\]'"):
+        call()
 
 
 def test_bad_input(pictures: tuple[Tensor, Tensor]) -> None:
