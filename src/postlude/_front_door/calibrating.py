@@ -19,6 +19,8 @@ from postlude.sampling.schedulers import correct
 
 __all__ = ["sample_calibrate"]
 
+_NOTHING = 1e-3
+
 
 def sample_calibrate(
     checkpoint: Path_ | Checkpoint,
@@ -26,7 +28,7 @@ def sample_calibrate(
     *,
     runs: int = 5,
     batch: int = 16,
-    sampler: str | None = None,
+    sampler: str | None = "dpm++",
     steps: int = 20,
     labels: Sequence[int] | Tensor | None = None,
     guidance: float = 1.0,
@@ -51,7 +53,8 @@ def sample_calibrate(
     Returns:
         ``statistics`` (:class:`postlude.sampling.drift.DriftStatistics`), ``scheduler`` (its class), ``sampler``,
         ``steps``, ``runs``, ``samples``, ``guidance``, ``error_variance`` (of each step, mean over channels),
-        ``coefficients`` (how much longer each step becomes), ``largest_coefficient``, ``output`` and ``seconds``.
+        ``coefficients`` (how much longer each step becomes), ``largest_coefficient``, ``output``, ``seconds``, and
+        ``notes`` where the correction will do next to nothing.
 
     Raises:
         OutputExistsError: a file that may not be replaced.
@@ -80,7 +83,8 @@ def sample_calibrate(
     corrected = correct(build_scheduler(model.scheduler, sampler), statistics)
     corrected.set_timesteps(steps)
     coefficients = corrected.coefficients().mean(-1)
-    return {
+    largest = float(coefficients.max())
+    result = {
         "statistics": statistics,
         "scheduler": statistics.scheduler,
         "sampler": sampler,
@@ -90,7 +94,13 @@ def sample_calibrate(
         "guidance": guidance,
         "error_variance": statistics.variance().mean(-1).tolist(),
         "coefficients": coefficients.tolist(),
-        "largest_coefficient": float(coefficients.max()),
+        "largest_coefficient": largest,
         "output": None if out is None else statistics.save(out, overwrite=overwrite),
         "seconds": time.perf_counter() - started,
     }
+    if largest < _NOTHING:
+        result["notes"] = [
+            f"no step becomes longer by more than {100 * largest:.2g} %: the error is so small that correcting the "
+            "sampler changes next to nothing"
+        ]
+    return result

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -112,4 +112,29 @@ def calibrate(
             overwrite=overwrite,
             progress=progress,
         )
-    return Result({key: value for key, value in result.items() if key != "statistics"})
+    shown = {key: value for key, value in result.items() if key != "statistics"}
+    return Result(shown, None if json else _view(shown, checkpoint))
+
+
+def _view(result: dict[str, Any], checkpoint: str) -> object:
+    """What was measured, how much it changes, and the next command."""
+    from rich.console import Group
+    from rich.text import Text
+
+    longer = result["coefficients"]
+    lines = [
+        f"{result['runs']} paired runs, {result['samples']} images, {result['steps']} steps of {result['scheduler']}",
+        f"variance of the error: {min(result['error_variance']):.2g} to {max(result['error_variance']):.2g}",
+        f"steps become longer by {100 * min(longer):.2g} to {100 * max(longer):.2g} %, the last one by "
+        f"{100 * longer[-1]:.2g} %",
+        f"{result['output']} written in {result['seconds']:.3g} s",
+    ]
+    words = [f"postlude sample {checkpoint}"]
+    if result["sampler"] is not None:
+        words.append(f"--sampler {result['sampler']}")
+    words.append(f"--steps {result['steps']}")
+    if result["guidance"] != 1.0:
+        words.append(f"--guidance {result['guidance']:g}")
+    words.append(f"--drift {result['output']} -o grid.png")
+    notes = [Text(f"note: {one}", style="bold") for one in result.get("notes", [])]
+    return Group(*map(Text, lines), *notes, "", Text(" ".join(words), no_wrap=True))

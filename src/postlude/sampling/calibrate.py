@@ -33,7 +33,7 @@ def calibrate(
     *,
     runs: int = 5,
     batch: int = 16,
-    sampler: str | None = None,
+    sampler: str | None = "dpm++",
     steps: int = 20,
     labels: Sequence[int] | Tensor | None = None,
     guidance: float = 1.0,
@@ -49,7 +49,8 @@ def calibrate(
         reference: the exact model.
         runs: paired runs (arXiv:2603.18095: five are enough).
         batch: samples of a run. A sample of few pixels needs more of them.
-        sampler, steps, labels, guidance, conditions: as they will be sampled with, see
+        sampler, steps, labels, guidance, conditions: as they will be sampled with; a sampler None is the checkpoint's
+            own, and the others see
             :func:`postlude.sampling.sample.sample`; ``conditions`` have ``runs * batch`` rows.
         channelwise: a statistic for each channel, instead of one for all.
         seed: of the noise, which is none that samples start from.
