@@ -93,7 +93,7 @@ def test_sample_writes_a_grid_and_tensors(postlude_command: Any, tmp_path: Path)
     with safe_open(done["tensors"], framework="pt") as store:
         assert '"steps": 3' in store.metadata()["sample"]
     with Image.open(out) as picture:
-        assert picture.width > 2 * 100 and picture.height > 10 * 48
+        assert picture.width > 3 * 100 and picture.height > 10 * 48
     again = postlude_command(*words)
     assert again.code == 2
     assert "grid.png already exists. Choose another output, or pass --overwrite" in again.err

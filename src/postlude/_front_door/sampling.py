@@ -25,6 +25,8 @@ from postlude.sampling.schedulers import QDrift, correct
 
 __all__ = ["sample"]
 
+_MAGNIFIED = 4
+
 
 def sample(
     checkpoint: Path_ | Checkpoint,
@@ -113,7 +115,9 @@ def sample(
         each = psnr(drawn.images, second.images)
         whole = psnr(drawn.images.reshape(1, -1), second.images.reshape(1, -1))
         result |= {"compared": second, "psnr_db": float(whole), "psnr_db_lowest": float(each.min())}
+        difference = _MAGNIFIED * (drawn.images - second.images)
         panels.append(Panel(_name(other, compare), second.images))
+        panels.append(Panel(f"difference x {_MAGNIFIED}, grey: none", difference))
     if files is not None:
         _write(files, panels, result)
         result |= {"grid": files[0], "tensors": files[1]}
