@@ -90,8 +90,9 @@ class CompressedTensors(Exporter):
             raise SettingsError(f"dtype is {self.dtype!r}; expected auto, {', '.join(_DTYPES)}")
 
     def write(self, checkpoint: Checkpoint, out: Path) -> dict[str, Any]:
+        family = checkpoint.language.family
         parts = plain(checkpoint, _NAME, instead=_INSTEAD)
-        if checkpoint.language.family == "gpt2":
+        if family == "gpt2":
             refuse(_NAME, ["the layers of GPT-2 are Conv1D, which its readers do not look for."])
         groups = _groups(parts)
         dtype = self._dtype(checkpoint.model.dtype, parts)

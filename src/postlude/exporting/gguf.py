@@ -91,6 +91,7 @@ class GGUF(Exporter):
             )
 
     def write(self, checkpoint: Checkpoint, out: Path) -> dict[str, Any]:
+        _ = checkpoint.language  # others are refused by what they are
         library = _library()
         config = checkpoint.model.config
         architecture, interleaved = _architecture(config)

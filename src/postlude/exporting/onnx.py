@@ -69,6 +69,7 @@ class ONNX(Exporter):
         return VisionONNX(library=_library()) if checkpoint.kind == "vision" else self
 
     def write(self, checkpoint: Checkpoint, out: Path) -> dict[str, Any]:
+        _ = checkpoint.language  # others are refused by what they are
         kind = checkpoint.model.config.model_type
         if kind not in ARCHITECTURES:
             raise ArchitectureError(
