@@ -9,6 +9,7 @@ interrupted; an unexpected exception keeps its traceback and ends with 1.
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import sys
 from collections.abc import Sequence
@@ -96,6 +97,12 @@ def main() -> None:
     sys.exit(code)
 
 
+@functools.cache
+def _command() -> Any:
+    """What reads a command line; made once, since a signature a command is looked at for it."""
+    return typer.main.get_command(app)
+
+
 def run(arguments: Sequence[str]) -> int:
     """Run one command line and return its exit code."""
     as_json = "--json" in arguments
@@ -104,9 +111,7 @@ def run(arguments: Sequence[str]) -> int:
     quiet = contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext()
     try:
         with quiet:
-            outcome = typer.main.get_command(app)(
-                list(arguments), prog_name="postlude", standalone_mode=False
-            )
+            outcome = _command()(list(arguments), prog_name="postlude", standalone_mode=False)
     except PostludeError as error:
         return _fail(type(error).__name__, str(error), error.exit_code, as_json)
     except typer.TyperException as error:
@@ -140,9 +145,7 @@ def invoke(arguments: Sequence[str]) -> Any:
     """
     try:
         with contextlib.redirect_stdout(sys.stderr):
-            outcome = typer.main.get_command(app)(
-                list(arguments), prog_name="postlude", standalone_mode=False
-            )
+            outcome = _command()(list(arguments), prog_name="postlude", standalone_mode=False)
     except typer.TyperException as error:
         raise SettingsError(f"postlude {' '.join(arguments)}: {error.format_message()}") from error
     except typer.Abort as error:
