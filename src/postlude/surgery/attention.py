@@ -51,7 +51,7 @@ def product_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float)
     """
     batch, heads, count, size = query.shape
     shared = key.shape[1]
-    query = (query * scaling).view(batch * shared, heads // shared, count, size)
+    query = (query * scaling).reshape(batch * shared, heads // shared, count, size)
     keys = key.flatten(0, 1).transpose(1, 2)
     values = value.flatten(0, 1)
     out = query.new_empty(batch, count, heads, value.shape[-1])
