@@ -63,7 +63,8 @@ def describe(model: nn.Module) -> dict[str, Any]:
             spec = {"module": "key_values", **module.spec()}
         elif isinstance(module, AttentionOperands):
             spec = {"module": "operands", **module.spec()}
-        elif type(module) is nn.RMSNorm and module.weight is None:  # one with a gain was there before
+        elif type(module) is nn.RMSNorm and not module.elementwise_affine:
+            # One with a gain is the architecture's own.
             size, eps = module.normalized_shape[0], module.eps
             spec = {"module": "rms_norm", "size": size, "eps": eps}
         else:
