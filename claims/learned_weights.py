@@ -84,6 +84,9 @@ METHODS: dict[str, Attributor] = {
 }
 
 
+NAMED = ("trak", "d-trak", "lorif")
+
+
 def denoiser(model: Any) -> Checkpoint:
     """A model with the scheduler it was trained for."""
     return Checkpoint(model, None, anatomy_of(model), scheduler=noising_of("epsilon").scheduler())
@@ -262,6 +265,53 @@ def gains(pairs: Sequence[tuple[float, float]]) -> list[str]:
     ]
 
 
+def fitted_weights(parts: Tensor, masks: Tensor, losses: Tensor, steps: int = 200) -> Tensor:
+    """Weights that raise the correlation of predictions with the losses of retrained models, ``[layers]``.
+
+    Nobody has these losses; how far such weights get on other queries is what weights of layers could gain at all.
+
+    Args:
+        parts: ``[layers, queries, examples]``.
+        masks: ``bool [subsets, examples]``.
+        losses: ``[subsets, queries]``.
+        steps: of Adam, as in learning.
+    """
+    predicted = torch.einsum("mn,lqn->lmq", masks.double(), parts.double())
+    predicted = predicted - predicted.mean(1, keepdim=True)
+    wanted = losses.mean(0) - losses
+    free = torch.zeros(len(parts), dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.Adam([free], lr=0.05)
+    for _ in range(steps):
+        share_of = free.softmax(0)
+        sums = (share_of[:, None, None] * predicted).sum(0)
+        cosine = (sums * wanted).sum(0) / (sums.norm(dim=0) * wanted.norm(dim=0))
+        optimizer.zero_grad()
+        (USUAL * share_of.square().sum() - cosine.mean()).backward()
+        optimizer.step()
+    return (len(parts) * free.softmax(0)).detach()
+
+
+def crossed(
+    parts: Tensor, masks: Tensor, losses: Tensor, seed: int, teach: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """LDS of every query under weights that the other half of the queries taught, ``[queries]``.
+
+    Args:
+        parts: ``[layers, queries, examples]``.
+        masks, losses: of the bank.
+        seed: of the halves.
+        teach: makes weights from the numbers of queries.
+    """
+    count = parts.shape[1]
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+    scores = torch.zeros(count, parts.shape[2], dtype=torch.float64)
+    for half in (order[: count // 2], order[count // 2 :]):
+        others = torch.ones(count, dtype=torch.bool)
+        others[half] = False
+        scores[half] = combined(parts[:, half], teach(others.nonzero()[:, 0]))
+    return lds(scores, masks, losses).per_query
+
+
 GAINS = ("equal weights", "learned weights", "difference", "gain in seeds")
 
 
@@ -308,6 +358,47 @@ def on_digits(claim: Claim) -> None:
 
         results[name].append(claim.measured(bank.kept, f"{name}-seed-{seed}", measure))
     report_digits(claim, bank, losses, results)
+    headroom(claim, bank, losses)
+    timing(claim, bank, losses, results)
+
+
+def headroom(claim: Claim, bank: Digits, losses: Tensor) -> None:
+    """Print what layers are worth one by one, and what weights fitted to the losses gain on other queries."""
+    names = [name for name in NAMED if name in METHODS]
+    table = []
+    for name in names:
+        found = []
+        for seed in claim.progress.iterate(claim.seeds, f"{name}, headroom"):
+
+            def measure(name: str = name, seed: int = seed) -> dict[str, Tensor | float]:
+                parts = parts_of(
+                    METHODS[name], bank.explained, (bank.images, bank.labels), bank.judged, seed
+                )
+                whole = parts.by_damping[parts.own]
+
+                def teach(some: Tensor) -> Tensor:
+                    return fitted_weights(whole[:, some], bank.masks, losses[:, some])
+
+                each = [lds(one, bank.masks, losses).value for one in whole]
+                return {
+                    "equal": lds(whole.sum(0), bank.masks, losses).value,
+                    "fitted": crossed(whole, bank.masks, losses, seed, teach).mean(),
+                    "lowest": min(each),
+                    "highest": max(each),
+                }
+
+            found.append(claim.measured(bank.kept, f"headroom-{name}-seed-{seed}", measure))
+        cells = [
+            spread([float(one[key]) for one in found])
+            for key in ("lowest", "highest", "equal", "fitted")
+        ]
+        table.append([name, *cells])
+    claim.table(
+        "LDS of single layers, of all with equal weights, and with weights fitted to the losses of the other half of "
+        "the queries",
+        ["", "lowest layer", "highest layer", "all, equal weights", "all, fitted weights"],
+        table,
+    )
 
 
 def report_digits(
@@ -376,7 +467,7 @@ def report_digits(
             for name, found in results.items()
         ],
     )
-    shown = [name for name in ("trak", "d-trak", "lorif") if name in results]
+    shown = [name for name in NAMED if name in results]
     layers = list(dict.fromkeys(bank.explained.anatomy.linears()))
     claim.table(
         "Learned weights; 1 is the mean",
@@ -392,16 +483,18 @@ def report_digits(
             for at, layer in enumerate(layers)
         ],
     )
+
+
+def timing(
+    claim: Claim, bank: Digits, losses: Tensor, results: Mapping[str, list[dict[str, Tensor]]]
+) -> None:
+    """Print what learning and a weighted query take, and how noisy the judge is: halves split in two."""
     seconds = [float(one["seconds"]) for found in results.values() for one in found]
+    layers = len(list(bank.explained.anatomy.linears()))
     claim.say(
         f"Learning took {spread(seconds)} CPU seconds ({2 * TAUGHT} queries, {len(bank.images)} examples, "
-        f"{len(layers)} layers). {query_time(bank)}"
+        f"{layers} layers). {query_time(bank)}"
     )
-    several(claim, bank, losses)
-
-
-def several(claim: Claim, bank: Digits, losses: Tensor) -> None:
-    """Print how noisy the judge is: halves split in two."""
     middle = bank.subsets // 2
     found = []
     for some in (slice(0, middle), slice(middle, None)):
@@ -457,8 +550,8 @@ CHANCE = {"subject": 0.1, "style": 1 / len(STYLES), "background": 1 / len(BACKGR
 
 def on_attributes(claim: Claim) -> None:
     """Measure the part ``attributes``."""
-    kept = claim.directory({"training": TRAINING, "examples": PLAIN})
-    names = ["d-trak"] if claim.quick else ["trak", "d-trak", "lorif"]
+    kept = claim.directory({"training": TRAINING, "examples": PLAIN, "styles": list(STYLES)})
+    names = ["d-trak"] if claim.quick else list(NAMED)
     claim.say(
         f"{PLAIN} digits on one of {len(BACKGROUNDS)} backgrounds in one of {len(STYLES)} styles of stroke, drawn "
         "independently; a model a seed, conditioned on the digit. Of the first ten training images of 60 whole, unseen "
@@ -478,6 +571,10 @@ def on_attributes(claim: Claim) -> None:
             queries.append(blank(images[some], labels[some], attribute, seed=2000 + seed))
         some = rest[180:240]
         queries.append(attributed(images[some], labels[some], seed=3000 + seed))
+        # Others of the same kinds, to judge by.
+        for number, attribute in enumerate(ATTRIBUTES, 4):
+            some = rest[60 * number : 60 * (number + 1)]
+            queries.append(blank(images[some], labels[some], attribute, seed=4000 + seed))
 
         def trained(known: AttributedDigits = known, seed: int = seed) -> Any:
             return train_model(known.images, known.subject, seed=seed, **TRAINING)
@@ -500,16 +597,25 @@ def on_attributes(claim: Claim) -> None:
                 whole = parts.by_damping[parts.own]
                 pieces = whole.split([len(one) for one in queries], 1)
                 choices = {"equal": torch.ones(len(whole))}
-                for key, piece in zip((*ATTRIBUTES, "whole"), pieces[1:], strict=True):
+                for key, piece in zip((*ATTRIBUTES, "whole"), pieces[1:5], strict=True):
                     choices[key] = weights_of(piece)[0]
                 found: dict[str, Tensor | float] = {}
+
+                def recall(piece: int, weights: Tensor, attribute: str) -> float:
+                    first = combined(pieces[piece], weights).topk(10, dim=1).indices
+                    same = known.attribute(attribute)[first]
+                    right = same == queries[piece].attribute(attribute)[:, None]
+                    return float(right.double().mean())
+
+                for piece, attribute in enumerate(ATTRIBUTES, 5):
+                    for key in ("equal", attribute):
+                        found[f"alone {attribute} {key == attribute}"] = recall(
+                            piece, choices[key], attribute
+                        )
                 for key, weights in choices.items():
-                    first = combined(pieces[0], weights).topk(10, dim=1).indices
                     found[f"weights {key}"] = weights
                     for attribute in ATTRIBUTES:
-                        same = known.attribute(attribute)[first]
-                        right = same == queries[0].attribute(attribute)[:, None]
-                        found[f"{key} {attribute}"] = float(right.double().mean())
+                        found[f"{key} {attribute}"] = recall(0, weights, attribute)
                 return found
 
             results[name].append(claim.measured(kept, f"{name}-seed-{seed}", measure))
@@ -532,6 +638,24 @@ def on_attributes(claim: Claim) -> None:
             ["", *ATTRIBUTES, "own attribute above equal weights"],
             table,
         )
+    rows = [
+        [
+            f"{name}, {attribute}",
+            *gains(
+                [
+                    (float(one[f"alone {attribute} False"]), float(one[f"alone {attribute} True"]))
+                    for one in found
+                ]
+            ),
+        ]
+        for name, found in results.items()
+        for attribute in ATTRIBUTES
+    ]
+    claim.table(
+        "Queries that show one attribute alone, others than those that taught: share of the first ten that has it",
+        ["", *GAINS],
+        rows,
+    )
     blocks = [
         [
             f"{name}, learned for {key}",
@@ -596,26 +720,27 @@ def on_tiny_lm(claim: Claim) -> None:
             parts = parts_of(
                 LANGUAGE[name], bench.explained, list(bench.train), list(bench.queries), seed
             )
-            order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
             found: dict[str, Tensor | float] = {"own": parts.own}
             for damping, whole in parts.by_damping.items():
                 found[f"lds {damping:g} equal"] = lds(whole.sum(0), bench.masks, losses).per_query
-                regularizers = REGULARIZERS if damping == parts.own else (USUAL,)
-                for one in regularizers:
-                    scores = torch.zeros(count, len(bench.train), dtype=torch.float64)
-                    for half in (order[: count // 2], order[count // 2 :]):
-                        others = torch.ones(count, dtype=torch.bool)
-                        others[half] = False
-                        weights, seconds = weights_of(whole[:, others], one)
-                        scores[half] = combined(whole[:, half], weights)
+                for one in REGULARIZERS if damping == parts.own else (USUAL,):
+                    spent = [0.0]
+
+                    def teach(
+                        some: Tensor,
+                        whole: Tensor = whole,
+                        one: float = one,
+                        spent: list[float] = spent,
+                    ) -> Tensor:
+                        weights, spent[0] = weights_of(whole[:, some], one)
+                        return weights
+
+                    judged = crossed(whole, bench.masks, losses, seed, teach)
+                    found[f"lds {damping:g} reg-{one:g}"] = judged
                     if one == USUAL:
-                        found |= {"seconds": seconds, "weights": weights}
-                        found[f"lds {damping:g} learned"] = lds(
-                            scores, bench.masks, losses
-                        ).per_query
-                    found[f"lds {damping:g} reg-{one:g}"] = lds(
-                        scores, bench.masks, losses
-                    ).per_query
+                        found["seconds"] = spent[0]
+                        found[f"lds {damping:g} learned"] = judged
+            found["layers"] = float(len(parts.layers))
             return found
 
         rows[name].append(claim.measured(kept, f"{name}-seed-{seed}", measure))
@@ -654,7 +779,7 @@ def on_tiny_lm(claim: Claim) -> None:
     seconds = [float(one["seconds"]) for found in rows.values() for one in found]
     claim.say(
         f"Learning took {spread(seconds)} CPU seconds ({count // 2} queries, {len(bench.train)} examples, "
-        f"{len(rows['lorif'][0]['weights'])} layers)."
+        f"{float(rows['lorif'][0]['layers']):.0f} layers)."
     )
 
 

@@ -39,10 +39,12 @@ BACKGROUNDS = {
     "yellow": (0.4, 0.3, -0.8),
     "violet": (0.2, -0.8, 0.4),
 }
-"""Colours in [-1, 1]."""
+"""Colours in [-1, 1], of which a part is mixed into grey."""
 
-STYLES = ("white", "black", "striped", "bold")
+STYLES = ("solid", "striped", "barred", "bold")
 _GREY = (-0.2, -0.2, -0.2)
+_COLOUR = 0.35  # share of the colour in a background
+_GRAIN = 0.15  # deviation of the noise in every pixel
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,8 +101,7 @@ def attributed(images: Tensor, labels: Tensor, *, seed: int = 0) -> AttributedDi
     generator = torch.Generator().manual_seed(seed)
     style = torch.randint(len(STYLES), (len(images),), generator=generator)
     background = torch.randint(len(BACKGROUNDS), (len(images),), generator=generator)
-    colours = torch.tensor(list(BACKGROUNDS.values()))[background]
-    drawn = _drawn(images, style, colours)
+    drawn = _drawn(images, style, _colours()[background])
     return AttributedDigits(_grain(drawn, generator), labels, style, background)
 
 
@@ -124,8 +125,7 @@ def blank(images: Tensor, labels: Tensor, attribute: str, *, seed: int = 0) -> A
     none = torch.full((count,), -1)
     grey = torch.tensor(_GREY).expand(count, 3)
     if attribute == "background":
-        colours = torch.tensor(list(BACKGROUNDS.values()))[background]
-        plain = colours[:, :, None, None].expand(count, 3, *images.shape[2:])
+        plain = _colours()[background][:, :, None, None].expand(count, 3, *images.shape[2:])
         return AttributedDigits(_grain(plain, generator), none, none, background)
     if attribute == "style":
         flat = images.flatten(1)
@@ -139,20 +139,24 @@ def blank(images: Tensor, labels: Tensor, attribute: str, *, seed: int = 0) -> A
     return AttributedDigits(_grain(strokes, generator), labels, none, none)
 
 
+def _colours() -> Tensor:
+    """``[backgrounds, 3]`` as they are drawn: pale, so that a background is not all that there is to see."""
+    return _COLOUR * torch.tensor(list(BACKGROUNDS.values())) + (1 - _COLOUR) * torch.tensor(_GREY)
+
+
 def _drawn(images: Tensor, style: Tensor, colours: Tensor) -> Tensor:
     """``[n, 3, height, width]`` of ink in a style on colours ``[n, 3]``."""
     ink = 0.5 * (images + 1)
-    stripes = torch.ones_like(ink)
+    stripes, bars = torch.ones_like(ink), torch.ones_like(ink)
     stripes[:, :, 1::2] = 0.0
+    bars[:, :, :, 1::2] = 0.0
     bold = torch.nn.functional.max_pool2d(ink, 3, stride=1, padding=1)
-    # Rows in the order of STYLES: how much ink, and how bright it is.
-    amounts = torch.stack([ink, ink, ink * stripes, bold])
-    bright = torch.tensor([1.0, -1.0, 1.0, 1.0])
-    rows = torch.arange(len(images))
-    amount, level = amounts[style, rows], bright[style].view(-1, 1, 1, 1)
-    return colours[:, :, None, None] * (1 - amount) + level * amount
+    # Rows in the order of STYLES: how much ink there is of the same brightness.
+    amounts = torch.stack([ink, ink * stripes, ink * bars, bold])
+    amount = amounts[style, torch.arange(len(images))]
+    return colours[:, :, None, None] * (1 - amount) + amount
 
 
 def _grain(images: Tensor, generator: torch.Generator) -> Tensor:
-    """A little noise, so that no two flat areas are the same numbers."""
-    return (images + 0.03 * torch.randn(images.shape, generator=generator)).clamp(-1, 1)
+    """Noise, so that no two images are alike and no attribute can be read off a pixel."""
+    return (images + _GRAIN * torch.randn(images.shape, generator=generator)).clamp(-1, 1)
