@@ -28,7 +28,7 @@ from postlude.attribution.build import build
 from postlude.attribution.engine import Attributor, Queries, record_rows
 from postlude.attribution.examples import Collection, Example, Records, tokenize
 from postlude.attribution.index import Index
-from postlude.errors import DataError, SettingsError
+from postlude.errors import ArchitectureError, DataError, SettingsError
 from postlude.evaluation.lds import (
     Retraining,
     above,
@@ -70,6 +70,7 @@ def judge_by_retraining(
 ) -> dict[str, Any]:
     """Linear datamodeling score of attribution methods; see the front door."""
     started = time.perf_counter()
+    _refuse_others(checkpoint)
     chosen = methods_of(methods)
     settings = training or Retraining()
     collection = collection or Collection()
@@ -137,6 +138,15 @@ def judge_by_retraining(
     }
 
 
+def _refuse_others(checkpoint: Checkpoint) -> None:
+    """Refuse what is no language model: both judges train on text."""
+    if checkpoint.kind != "language":
+        raise ArchitectureError(
+            f"{checkpoint.path or 'this checkpoint'} is a {checkpoint.kind} model, and attribution is judged here by "
+            "training language models on text; claims/learned_weights.py shows how to judge it for images"
+        )
+
+
 def judge_by_retrieval(
     checkpoint: Checkpoint,
     data: Data,
@@ -152,6 +162,7 @@ def judge_by_retrieval(
 ) -> dict[str, Any]:
     """Self-retrieval and planted sources of attribution methods; see the front door."""
     started = time.perf_counter()
+    _refuse_others(checkpoint)
     chosen = methods_of(methods)
     settings = training or Retraining()
     collection = collection or Collection()

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from postlude._front_door import evaluate_lds, evaluate_retrieval
 from postlude.attribution import BM25, DAS, DTRAK, EKFAC, TRAK, GradDot, JourneyTRAK, LoGRA
 from postlude.attribution.build import build
 from postlude.attribution.das import StepRepresentation, residuals
@@ -20,7 +21,7 @@ from postlude.attribution.examples import Collection
 from postlude.attribution.images import Images
 from postlude.attribution.index import Index
 from postlude.attribution.representation import DenseRepresentation
-from postlude.errors import CheckpointError, SettingsError
+from postlude.errors import ArchitectureError, CheckpointError, SettingsError
 from postlude.runs.checkpoint import Checkpoint
 from postlude.zoo.noising import noising_of
 
@@ -221,6 +222,14 @@ def test_methods_of_the_other_kind_are_refused(given: Checkpoint, tmp_path: Path
     recorder = DenseRepresentation(output="output-norm").recorder(checkpoint(), SETTINGS)
     with pytest.raises(SettingsError, match="the output 'output-norm' is of diffusion models"):
         recorder.__enter__()
+
+
+def test_judges_that_train_on_text_refuse_a_denoiser(given: Checkpoint) -> None:
+    for judge in (evaluate_lds, evaluate_retrieval):
+        with pytest.raises(
+            ArchitectureError, match="is a diffusion model, and attribution is judged"
+        ):
+            judge(given, ["a bird", "a boat"], ["lorif"])
 
 
 def test_an_image_with_copies_is_found_by_both(given: Checkpoint, tmp_path: Path) -> None:
