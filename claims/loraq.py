@@ -6,9 +6,9 @@ with branches of W8A8, W6A6 and W4A8. Here tiny-dit and tiny-lm are quantized to
 of 64 weights and 64 activations. The branch of SVDQuant has rank 8 on tiny-dit, whose matrices are 64 wide, and 32 on
 tiny-lm (256); every other branch has the largest rank whose bytes, scales and ragged groups counted, are no more.
 
-Between the two methods lie three differences, so three more rows: SVDQuant without one lower factor for Q, K and V (tiny-dit
-only); LoRaQ with a 16-bit branch of the same rank (only the fit differs); the low-bit branch without descent, by one
-SVD.
+Between the two methods lie three differences, so three more rows: SVDQuant without one lower factor for Q, K and V
+(tiny-dit only); LoRaQ with a 16-bit branch of the same rank (only the fit differs); the low-bit branch without descent,
+by one SVD.
 
 A seed draws the calibration data of SVDQuant, on tiny-dit also the noise of the samples; LoRaQ has neither data nor
 anything random. The output error is that of all rounded linears, each given the float model's inputs on held-out data:
