@@ -97,9 +97,10 @@ def worse(pipeline: Any, scheduler: Any = None, scale: float = 0.2) -> Any:
         for parameter in transformer.parameters():
             noise = torch.randn(parameter.shape, generator=source)
             parameter.mul_(1 + scale * noise)
-    parts = {**pipeline.components, "transformer": transformer}
-    parts["scheduler"] = scheduler or parts["scheduler"]
-    return quiet(type(pipeline)(**parts))
+    other = quiet(type(pipeline).from_pipe(pipeline, transformer=transformer))
+    if scheduler is not None:
+        other.scheduler = scheduler
+    return other
 
 
 def draw(pipeline: Any, **settings: Any) -> Tensor:
