@@ -140,18 +140,26 @@ class Digits:
         pictures, labels = self.train
         epochs, batch = (1 if self._claim.quick else 8), 64
         steps = epochs * len(pictures) // batch
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.05)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)
+        inner = [p for n, p in model.named_parameters() if p.ndim == 2 and ".layer" in n]
+        known = {id(p) for p in inner}
+        outer = [p for p in model.parameters() if id(p) not in known]
+        optimizers = [torch.optim.Muon(inner, lr=0.02), torch.optim.AdamW(outer, lr=2e-3)]
+        schedules = [
+            torch.optim.lr_scheduler.OneCycleLR(
+                one, one.param_groups[0]["lr"], total_steps=steps, cycle_momentum=False
+            )
+            for one in optimizers
+        ]
         generator = torch.Generator().manual_seed(0)
         for step in range(steps):
             part = torch.randint(0, len(pictures), (batch,), generator=generator)
-            shift = torch.randint(-2, 3, (2,), generator=generator).tolist()
+            shift = torch.randint(-1, 2, (2,), generator=generator).tolist()
             logits = model(pixel_values=pictures[part].roll(shift, (2, 3))).logits
             loss = functional.cross_entropy(logits, labels[part])
-            optimizer.zero_grad(set_to_none=True)
+            model.zero_grad(set_to_none=True)
             loss.backward()
-            optimizer.step()
-            schedule.step()
+            for one in (*optimizers, *schedules):
+                one.step()
             if step % 200 == 0:
                 self._claim.progress.log(f"digits: step {step} of {steps}, loss {loss.item():.3f}")
         return dict(model.state_dict())
@@ -226,6 +234,7 @@ def main() -> None:
         else Digits(claim, kept).bench(claim.part == "loud")
     )
     exact = bench.judge(bench.checkpoint.model)
+    claim.progress.log(f"float: {exact}")
     found: dict[tuple[str, int], list[dict[str, float]]] = {}
     for seed, bits, name in itertools.product(claim.seeds, BITS, METHODS):
         quantizer = METHODS[name](weights=bits, activations=bits)

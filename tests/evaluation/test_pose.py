@@ -79,3 +79,28 @@ def test_models_that_see_no_poses_are_refused(
     ResNetForImageClassification(ResNetConfig(**sizes)).save_pretrained(tmp_path / "resnet")
     with pytest.raises(ArchitectureError, match=r"no anatomy describes models of type 'resnet'"):
         pl.evaluate_pose(tmp_path / "resnet", folder / "test")
+
+
+def test_quantizing_a_pose_network_calibrates_on_crops(folder: Path) -> None:
+    import torch
+
+    from postlude.zoo.fastpose_vit.augmentation import turned_crops
+    from postlude.zoo.fastpose_vit.training import calibration_crops
+
+    model = pl.load(folder / "pose").model
+    crops = calibration_crops(model, folder / "test", 5, 3)
+    every = turned_crops(sets.load(folder / "test"), 16).pixels
+    rows = [int((every - one).abs().flatten(1).amax(1).argmin()) for one in crops]
+    assert rows == sorted(set(rows)) and torch.allclose(every[rows], crops, atol=1e-4)
+    small = pl.quantize(folder / "pose", "repq-vit", calibration=folder / "test", samples=5)
+    same = pl.quantize(
+        folder / "pose",
+        "repq-vit",
+        calibration=[{"pixel_values": calibration_crops(model, folder / "test", 5, 0)}],
+    )
+    for a, b in zip(
+        small.model.state_dict().values(), same.model.state_dict().values(), strict=True
+    ):
+        assert torch.equal(a, b)
+    with pytest.raises(DataError, match="has 9 pictures, and 12 are asked for"):
+        pl.quantize(folder / "pose", "repq-vit", calibration=folder / "test", samples=12)

@@ -114,6 +114,14 @@ class Calibrating:
         return in_batches(tensors, _BATCH)
 
     def _images(self, path: Path) -> list[Batch]:
+        if isinstance(getattr(self.checkpoint.model.config, "pose", None), dict):
+            from postlude.zoo.fastpose_vit.data import holds_poses
+            from postlude.zoo.fastpose_vit.training import calibration_crops
+
+            # A pose network sees crops, which a set with labels has.
+            if holds_poses(path):
+                crops = calibration_crops(self.checkpoint.model, path, self.samples, self.seed)
+                return in_batches({"pixel_values": crops}, _BATCH)
         files = image_files(path, self.samples, self.seed)
         return in_batches({"pixel_values": pixel_values(self.checkpoint, files)}, _BATCH)
 

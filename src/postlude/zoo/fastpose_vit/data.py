@@ -35,7 +35,16 @@ from postlude.zoo.fastpose_vit.rotation import (
 )
 from postlude.zoo.fastpose_vit.spacecraft import find_tango, read_keypoints
 
-__all__ = ["LABELS", "PoseData", "load", "whole", "window_of", "write"]
+__all__ = [
+    "LABELS",
+    "PoseData",
+    "count",
+    "holds_poses",
+    "load",
+    "whole",
+    "window_of",
+    "write",
+]
 
 LABELS = "labels.json"
 _MARGIN = 1.3  # of the window around the box, so that a shaken or turned box stays inside
@@ -139,13 +148,26 @@ def write(data: PoseData, out: Path, name: str = "") -> None:
 # ------------------------------------------------------------------------------------------------- reading
 
 
-def load(path: str | os.PathLike[str], *, size: int = 96, limit: int | None = None) -> PoseData:
+def holds_poses(path: str | os.PathLike[str]) -> bool:
+    """Whether a folder or file looks like a set: a list of labels beside images."""
+    folder = Path(path)
+    return (folder / LABELS).is_file() or folder.suffix == ".json" or bool(_lists(folder))
+
+
+def load(
+    path: str | os.PathLike[str],
+    *,
+    size: int = 96,
+    limit: int | None = None,
+    drawn: Sequence[int] | None = None,
+) -> PoseData:
     """Read a set.
 
     Args:
         path: a list of labels, or a folder that holds one (``labels.json``, or a single other ``.json`` list).
         size: pixels of a side of the windows that are kept of every image.
         limit: read this many, from the first one.
+        drawn: read the images of these labels only; by default of all.
 
     Raises:
         DataError: no labels, a label that lacks a field or whose quaternion has not length 1 (by its index), an image
@@ -162,20 +184,27 @@ def load(path: str | os.PathLike[str], *, size: int = 96, limit: int | None = No
     points = _keypoints(file.parent)
     boxes = _boxes(labels, rotations, translations, points, camera, file)
     images, windows = [], []
-    for index, label in enumerate(labels):
-        picture, window = _picture(label, boxes[index], camera, file, index, size)
+    chosen = range(len(labels)) if drawn is None else drawn
+    for index in chosen:
+        picture, window = _picture(labels[index], boxes[index], camera, file, index, size)
         images.append(picture)
         windows.append(window)
     return PoseData(
         torch.from_numpy(np.stack(images)),
         torch.stack(windows),
-        boxes,
-        rotations,
-        translations,
+        boxes[list(chosen)],
+        rotations[list(chosen)],
+        translations[list(chosen)],
         points,
         camera,
-        tuple(str(label["filename"]) for label in labels),
+        tuple(str(labels[index]["filename"]) for index in chosen),
     )
+
+
+def count(path: str | os.PathLike[str]) -> int:
+    """How many labels a set has."""
+    labels = _read_json(_labels_file(Path(path)))
+    return len(labels) if isinstance(labels, list) else 0
 
 
 def _labels_file(path: Path) -> Path:
@@ -185,7 +214,7 @@ def _labels_file(path: Path) -> Path:
         raise DataError(f"there is no folder or file {path}; expected a data set with {LABELS}")
     if (path / LABELS).is_file():
         return path / LABELS
-    lists = [f for f in sorted(path.glob("*.json")) if f.stem not in ("camera", "keypoints")]
+    lists = _lists(path)
     if len(lists) == 1:
         return lists[0]
     if lists:
@@ -194,6 +223,11 @@ def _labels_file(path: Path) -> Path:
     inner = [f.parent.name for f in sorted(path.glob(f"*/{LABELS}"))]
     advice = f"; it has data sets below it: {', '.join(inner)}" if inner else ""
     raise DataError(f"{path} holds no {LABELS}{advice}")
+
+
+def _lists(folder: Path) -> list[Path]:
+    found = [f for f in sorted(folder.glob("*.json")) if f.stem not in ("camera", "keypoints")]
+    return found if (folder / "images").is_dir() else []
 
 
 def _read_json(file: Path) -> Any:

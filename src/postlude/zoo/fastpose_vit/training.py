@@ -18,16 +18,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from postlude.errors import OutputExistsError, SettingsError
+from postlude.errors import DataError, OutputExistsError, SettingsError
 from postlude.zoo.fastpose_vit.augmentation import MEAN, STD, Augmentation, Crops, turned_crops
 from postlude.zoo.fastpose_vit.camera import encode_translation
-from postlude.zoo.fastpose_vit.data import PoseData
+from postlude.zoo.fastpose_vit.data import PoseData, count, load
 from postlude.zoo.fastpose_vit.losses import pose_loss
 from postlude.zoo.fastpose_vit.metrics import PoseErrors, pose_errors
 from postlude.zoo.fastpose_vit.network import PoseModel, image_size, pose_of
 from postlude.zoo.fastpose_vit.rotation import apparent_rotation, first_columns
 
-__all__ = ["Training", "fit", "measure", "predict", "save", "targets"]
+__all__ = ["Training", "calibration_crops", "fit", "measure", "predict", "save", "targets"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,6 +144,22 @@ def predict(model: Any, data: PoseData, batch: int = 256) -> tuple[Tensor, Tenso
         pixels = turned_crops(data.take(part), size).pixels.to(parameter.device, parameter.dtype)
         outputs.append(model(pixel_values=pixels).logits.double().cpu())
     return pose.decode(torch.cat(outputs), data.boxes)
+
+
+def calibration_crops(model: Any, path: Path, samples: int, seed: int) -> Tensor:
+    """Crops ``float32 [samples, 3, size, size]`` of pictures that the seed draws from a set.
+
+    Raises:
+        DataError: the set has fewer pictures, or labels or images that cannot be used.
+    """
+    there = count(path)
+    if there < samples:
+        raise DataError(
+            f"{path} has {there} pictures, and {samples} are asked for; give more, or ask for fewer (--samples)"
+        )
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.randperm(there, generator=generator)[:samples].sort().values.tolist()
+    return turned_crops(load(path, drawn=drawn), image_size(model)).pixels
 
 
 def measure(model: Any, data: PoseData) -> PoseErrors:
