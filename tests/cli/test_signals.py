@@ -9,7 +9,7 @@ import torch
 
 import postlude as pl
 from postlude.errors import SettingsError
-from postlude.signals.codec import open_inr
+from postlude.signals.inr import open_inr
 from postlude.signals.picture import Picture, read_picture, write_picture
 from postlude.signals.training import Training
 

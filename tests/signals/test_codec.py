@@ -11,8 +11,9 @@ from torch import nn
 from postlude.errors import CheckpointError, OutputExistsError, SettingsError, UnknownNameError
 from postlude.numerics.formats import Integer, Scheme
 from postlude.numerics.rounding import nearest
-from postlude.signals.codec import WIDTHS, Coding, Stored, encode, open_inr
+from postlude.signals.codec import Coding, encode
 from postlude.signals.curve import curve, peers_at, stored_psnr
+from postlude.signals.inr import WIDTHS, Stored, open_inr
 from postlude.signals.picture import Picture, evaluate, fit, render
 from postlude.signals.training import Training
 from postlude.zoo.smn.networks import NETWORKS, build, settings_for

@@ -18,8 +18,9 @@ from postlude.errors import InputError, SettingsError
 from postlude.runs.atomic import atomic_write, check_replaceable, discard
 from postlude.runs.directory import RunDirectory
 from postlude.runs.progress import Progress
-from postlude.signals.codec import CONFIG, Coding, Stored, encode, open_inr
+from postlude.signals.codec import Coding, encode
 from postlude.signals.curve import Point, curve, stored_psnr
+from postlude.signals.inr import CONFIG, Stored, open_inr
 from postlude.signals.memory import check_memory
 from postlude.signals.picture import Picture, evaluate, read_picture, to_image, write_picture
 from postlude.signals.picture import fit as _fit

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from postlude.errors import SettingsError
 from postlude.runs.progress import Progress
-from postlude.signals.codec import Coding, Stored, encode
+from postlude.signals.codec import Coding, encode
+from postlude.signals.inr import Stored
 from postlude.signals.picture import Picture, render, to_image
 
 __all__ = ["CODINGS", "Point", "curve", "peers_at", "stored_psnr"]
