@@ -65,17 +65,17 @@ NETWORKS = {
     "SIREN": Network("siren", _tried(5e-4, 1e-3, 2e-3)),
     "WIRE": Network(
         "wire",
-        (*_tried(5e-4, 1e-3, 3e-3), *_tried(1e-3, 3e-3, omega=10.0, scale=5.0)),
+        (*_tried(5e-4, 1e-3, 3e-3), *_tried(1e-3, 3e-3, 6e-3, omega=10.0, scale=5.0)),
     ),
     "Gauss": Network(
         "gauss",
         (
             *_tried(3e-4, 1e-3, scale=30.0),
-            *_tried(1e-3, 3e-3, scale=10.0),
+            *_tried(1e-3, 3e-3, 6e-3, scale=10.0),
             *_tried(1e-3, 3e-3, scale=5.0),
         ),
     ),
-    "ReLU + PE": Network("relu-pe", _tried(3e-3, 6e-3, 1e-2)),
+    "ReLU + PE": Network("relu-pe", _tried(3e-3, 6e-3, 1e-2, 2e-2)),
 }
 OSCILLATORS = {
     "sum": {"combine": "sum"},
@@ -128,6 +128,11 @@ def steps(claim: Claim) -> int:
     return 20 if claim.quick else STEPS
 
 
+def field_steps(claim: Claim) -> int:
+    """Of a whole measurement of a field."""
+    return 20 if claim.quick else FIELD_STEPS
+
+
 def measure(
     network: str,
     values: Mapping[str, Any],
@@ -167,23 +172,24 @@ def measure_field(
     }
 
 
-def searches(claim: Claim) -> RunDirectory:
+def searches(claim: Claim, label: str) -> RunDirectory:
     """Where the search keeps what it found; every part reads it and makes what is missing."""
+    if label in FIELDS:
+        settings = {"steps": field_steps(claim) // 2, "batch": FIELD_BATCH, "ends": "softplus"}
+        return claim.directory(settings, "smn-search-field")
     settings = {"steps": steps(claim) // 2, "batch": BATCH, "picture": names()[1]}
     return claim.directory(settings, "smn-search")
 
 
 def searched(claim: Claim, label: str, network: Network) -> dict[tuple[float, str], float]:
     """PSNR of every rate and setting that was tried, at half the steps, with a seed that is not measured."""
-    kept, half = searches(claim), steps(claim) // 2
+    kept, half = searches(claim, label), steps(claim) // 2
     found: dict[tuple[float, str], float] = {}
 
     def attempt(rate: float, values: Mapping[str, Any]) -> Mapping[str, Tensor | float]:
         both = {**network.fixed, **values}
         if label in FIELDS:
-            return measure_field(
-                network.name, both, rate, 1000, 10 if claim.quick else FIELD_STEPS // 2
-            )
+            return measure_field(network.name, both, rate, 1000, field_steps(claim) // 2)
         return measure(network.name, both, rate, names()[1], 128, 1000, half)
 
     for rate, values in network.tried:
@@ -326,7 +332,7 @@ def oscillators(claim: Claim) -> None:
 def field(claim: Claim) -> None:
     """Views that were not learned from."""
     rows = {label: (n.name, *best(claim, label, n)) for label, n in FIELDS.items()}
-    count = 20 if claim.quick else FIELD_STEPS
+    count = field_steps(claim)
     kept = claim.directory({"steps": count, "batch": FIELD_BATCH, "rows": _plain(rows)})
     table = []
     for label, (network, rate, values) in rows.items():

@@ -146,7 +146,7 @@ class ReLUSettings(_Plain):
     frequencies: int = 10
 
     name = "relu-pe"
-    learning_rate = 5e-3
+    learning_rate = 1e-2
 
     @property
     def _inputs(self) -> int:
@@ -193,7 +193,7 @@ class WireSettings(_Plain):
     scale: float = 10.0
 
     name = "wire"
-    learning_rate = 5e-3
+    learning_rate = 3e-3
 
     @property
     def numbers(self) -> int:
