@@ -233,6 +233,14 @@ def test_bad_input(models: dict[str, Any], model: Any) -> None:
     for name in ("steps", "count", "batch_size"):
         with pytest.raises(SettingsError, match=f"{name} is 0; expected 1 or more"):
             draw(model, **{name: 0})
+    with pytest.raises(
+        SettingsError,
+        match="steps is 1001; expected at most 1000, the timesteps that the model knows",
+    ):
+        draw(model, steps=1001)
+    shifting = diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+    with pytest.raises(SettingsError, match="shifts its noise levels by the size of the image"):
+        draw(replace(models[FLOW], scheduler=shifting))
     with pytest.raises(SettingsError, match=r"labels are \[3, 10\]; expected classes from 0 to 9"):
         draw(model, labels=[3, 10])
     with pytest.raises(SettingsError, match=r"labels are \[\]"):

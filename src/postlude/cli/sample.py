@@ -57,7 +57,7 @@ def sample(
             "--conditions",
             metavar="FILE",
             help="Tensors that a model without classes is conditioned on (encoder_hidden_states, ...), one row an "
-            "image: .safetensors.",
+            "image or one for all: .safetensors.",
         ),
     ] = None,
     batch_size: Annotated[

@@ -20,7 +20,7 @@ from torch import Tensor
 from postlude.errors import ArchitectureError, CheckpointError, DataError, SettingsError
 from postlude.runs.checkpoint import Checkpoint
 from postlude.runs.progress import Progress
-from postlude.sampling.samplers import build_scheduler, sampler_of
+from postlude.sampling.samplers import build_scheduler, check_steps, sampler_of
 
 __all__ = [
     "GuidedDenoiser",
@@ -220,13 +220,14 @@ def sample(
         SettingsError, UnknownNameError: a sampler or a number that cannot be.
         DataError: images that are not finite.
     """
-    _check_numbers(count=count, steps=steps, batch_size=batch_size)
+    _check_numbers(count=count, batch_size=batch_size)
     check_diffusion(checkpoint)
     shape = image_shape(checkpoint.model)
     classes = labels_of(checkpoint.model, labels, count)
     conditions = rows_of(conditions, count)
     denoiser = GuidedDenoiser(checkpoint, labels=classes, conditions=conditions, guidance=guidance)
     scheduler = build_scheduler(checkpoint.scheduler, sampler)
+    check_steps(scheduler, steps)
     name = sampler_of(scheduler) or type(scheduler).__name__
     if wrap is not None:
         scheduler = wrap(scheduler)

@@ -19,6 +19,7 @@ __all__ = [
     "SAMPLERS",
     "Sampler",
     "build_scheduler",
+    "check_steps",
     "process_of",
     "sampler_named",
     "sampler_of",
@@ -131,6 +132,25 @@ def build_scheduler(base: Any, sampler: str | None = None) -> Any:
     shift = base.config.get("shift", base.config.get("flow_shift", 1.0))
     kept |= {key: shift for key in _SHIFT if process == FLOW and key in known}
     return scheduler(**(kept | dict(settings)))
+
+
+def check_steps(scheduler: Any, steps: int) -> None:
+    """Refuse what a scheduler cannot be set to.
+
+    Raises:
+        SettingsError: no steps, more than the model has timesteps, or a schedule that depends on the image's size.
+    """
+    timesteps = scheduler.config.get("num_train_timesteps", steps)
+    if not 1 <= steps <= timesteps:
+        limit = (
+            "1 or more" if steps < 1 else f"at most {timesteps}, the timesteps that the model knows"
+        )
+        raise SettingsError(f"steps is {steps}; expected {limit}")
+    if scheduler.config.get("use_dynamic_shifting"):
+        raise SettingsError(
+            f"The {type(scheduler).__name__} of this checkpoint shifts its noise levels by the size of the image "
+            "(use_dynamic_shifting), which its own pipeline knows: put the model in place of `transformer` there."
+        )
 
 
 _SCHEDULE = (
