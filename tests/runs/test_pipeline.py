@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import shutil
 from collections.abc import Callable
@@ -21,7 +22,6 @@ from postlude.errors import (
     NonFiniteError,
     OutputExistsError,
 )
-from postlude.runs import pipeline
 from postlude.runs.loading import load
 
 from ..surgery.other_models import DENOISERS, VISION_MODELS, build_other
@@ -255,13 +255,19 @@ def test_weights_that_cannot_be_used(copy: Path) -> None:
         load(copy)
 
 
-def test_without_diffusers(whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def absent(name: str) -> Any:
-        raise ImportError(name)
+@pytest.mark.parametrize("library", ["diffusers", "accelerate"])
+def test_without_a_library(library: str, whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    present = importlib.import_module
 
-    monkeypatch.setattr(pipeline.importlib, "import_module", absent)
-    with pytest.raises(MissingDependencyError, match=r"pip install 'postlude\[diffusion\]'"):
-        pipeline._diffusers("this")
+    def absent(name: str, package: str | None = None) -> Any:
+        if name == library:
+            raise ImportError(name)
+        return present(name, package)
+
+    monkeypatch.setattr(importlib, "import_module", absent)
+    said = rf"needs {library}, .* pip install 'postlude\[diffusion\]'"
+    with pytest.raises(MissingDependencyError, match=said):
+        load(whole)
 
 
 def test_vision_models_of_other_classes(tmp_path: Path) -> None:

@@ -20,10 +20,11 @@ def load(
     dtype: str | torch.dtype = "auto",
     device: str | torch.device | None = None,
 ) -> Checkpoint:
-    """Load a language model from a Hugging Face directory; never from the network.
+    """Load a language model, a vision transformer or a denoiser from its directory; never from the network.
 
     Args:
-        path: the directory, or ``zoo:NAME`` for a model that comes with Postlude. An adapter of peft is merged into the
+        path: a Hugging Face directory, one in the layout of diffusers (a pipeline, or its transformer alone), or
+            ``zoo:NAME`` for a model that comes with Postlude. An adapter of peft is merged into the
             model that its configuration names, in fp32 where ``dtype`` is ``"auto"``.
         dtype: ``"auto"`` for the checkpoint's own, or float64, float32, float16, bfloat16.
         device: where to put the model; None for the accelerator if there is one (under torchrun that of the rank),

@@ -133,12 +133,12 @@ def _write_model(model: Any, directory: Path) -> None:
         shutil.copymode(directory / "config.json", file)
 
 
-def _diffusers(what: str) -> Any:
+def _library(name: str, what: str) -> Any:
     try:
-        return importlib.import_module("diffusers")
+        return importlib.import_module(name)
     except ImportError as error:
         raise MissingDependencyError(
-            f"{what} needs diffusers, which is not installed: pip install 'postlude[diffusion]'"
+            f"{what} needs {name}, which is not installed: pip install 'postlude[diffusion]'"
         ) from error
 
 
@@ -172,7 +172,7 @@ def _scheduler(directory: Path, index: dict[str, Any]) -> Any:
     if not (isinstance(found, list) and len(found) == 2 and all(found)):
         return None
     library, name = found
-    diffusers = _diffusers(f"{directory}")
+    diffusers = _library("diffusers", f"{directory}")
     built: Any = getattr(diffusers, str(name), None) if library == "diffusers" else None
     if not (isinstance(built, type) and issubclass(built, diffusers.SchedulerMixin)):
         raise CheckpointError(
@@ -200,8 +200,8 @@ def _model(
     files: list[Path],
     dtype: torch.dtype | str,
 ) -> Any:
-    diffusers = _diffusers(f"{part}")
-    accelerate = importlib.import_module("accelerate")
+    diffusers = _library("diffusers", f"{part}")
+    accelerate = _library("accelerate", f"{part}")
     settings = dict(config)
     quantization = _quantization(part, settings.pop("quantization_config", None))
     with quiet_diffusers():
