@@ -77,7 +77,7 @@ def int8(file: Path, out: Path) -> None:
     quantize_dynamic(str(file), str(out), weight_type=QuantType.QInt8)
 
 
-def networks(checkpoint: Checkpoint, folder: Path) -> dict[str, Path]:
+def networks(checkpoint: Checkpoint, methods: str, folder: Path) -> dict[str, Path]:
     """Files by name."""
     model = checkpoint.model
     files = {"float32": folder / "float32.onnx"}
@@ -87,7 +87,8 @@ def networks(checkpoint: Checkpoint, folder: Path) -> dict[str, Path]:
         convert(files["float32"], files[name])
     size = model.config.image_size
     pictures = torch.randn(16, 3, size, size, generator=torch.Generator().manual_seed(1))
-    for method, (weights, activations) in METHODS.items():
+    for method in filter(None, methods.split(",")):
+        weights, activations = METHODS[method]
         settings = pl.registry.find("quantize", method).settings(
             weights=weights, activations=activations
         )
@@ -150,6 +151,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("--size", choices=SIZES, default="tiny")
     parser.add_argument("--checkpoint", help="directory of a trained network")
+    parser.add_argument("--methods", default="rtn,adalog", help="comma-separated")
     parser.add_argument("--repeat", type=int, default=30)
     parser.add_argument("--frames", type=int, default=60)
     options = parser.parse_args()
@@ -163,7 +165,7 @@ def main() -> None:
     model: Any = checkpoint.model
     size = model.config.image_size
     with tempfile.TemporaryDirectory() as name:
-        files = networks(checkpoint, Path(name))
+        files = networks(checkpoint, options.methods, Path(name))
         whole = PoseModel(model)
         pictures = torch.randn(32, 3, size, size, generator=torch.Generator().manual_seed(2))
         one = pictures[:1].numpy()

@@ -6,8 +6,7 @@ range, by moving the rest into the norm and the next weights, see :mod:`postlude
 Paper: "RepQ-ViT: Scale Reparameterization for Post-Training Quantization of Vision Transformers" (arXiv:2212.08254).
 What differs: the zero point of the whole tensor, which is a mean, is added before rounding. The authors' quantizer
 adds it after; then codes are not whole, and up to a step away from those of the channel's own range. Ranges of weights
-are searched rather than taken from percentiles. Needs calibration images (32 in the paper). Cost: a pass for every
-block.
+are searched rather than taken from percentiles. Needs calibration images (32 in the paper). Cost: one pass.
 """
 
 from __future__ import annotations

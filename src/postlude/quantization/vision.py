@@ -25,7 +25,7 @@ floating point, where the papers round them to 8 bits (our choice, that of all q
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -143,9 +143,7 @@ class VisionQuantizer(Quantizer):
         if self.activations == FLOAT:
             return {}
         found: dict[str, Tensor] = {}
-        for block in checkpoint.anatomy.blocks:
-            # One block's activations at a time; what came before it is computed again.
-            seen = _look(checkpoint, block, calibration)
+        for block, seen in _look(checkpoint, calibration):
             for name, parameters in self._fit(checkpoint.model, block, seen).items():
                 found |= {f"{block.index}.{name}.{key}": value for key, value in parameters.items()}
         return found
@@ -295,42 +293,52 @@ class _Rows:
         return torch.cat(self._parts)
 
 
-def _look(checkpoint: Checkpoint, block: Block, calibration: Calibration) -> Seen:
-    """Run the model and keep what one block reads."""
+def _look(checkpoint: Checkpoint, calibration: Calibration) -> Iterator[tuple[Block, Seen]]:
+    """Run the model once and keep a part of what every block reads."""
     model: Any = checkpoint.model
     batches = list(forward_batches(calibration))
-    rows = {site.name: _Rows(max(1, ROWS // len(batches))) for site in block.sites}
-    kept: dict[str, list[Tensor]] = {name: [] for name in _OPERANDS}
-    heads = _heads(block)
-
-    def keep(name: str) -> Callable[..., None]:
-        def hook(_: nn.Module, __: Any, output: Tensor) -> None:
-            if sum(map(len, kept[name])) < PICTURES:
-                kept[name].append(output.detach().float().clone())
-
-        return hook
-
-    handles = [
-        model.get_submodule(_reader(block, name)).register_forward_hook(keep(name))
+    rows = {
+        (block.index, site.name): _Rows(max(1, ROWS // len(batches)))
+        for block, site in checkpoint.anatomy.sites()
+    }
+    kept = {
+        (block.index, name): _Pictures()
+        for block in checkpoint.anatomy.blocks
         for name in _OPERANDS
+    }
+    handles = [
+        model.get_submodule(_reader(checkpoint.anatomy.blocks[index], name)).register_forward_hook(
+            pictures.hook
+        )
+        for (index, name), pictures in kept.items()
     ]
     try:
-        observe(
-            model,
-            checkpoint.anatomy,
-            batches,
-            {(block.index, name): found.update for name, found in rows.items()},
-        )
+        observe(model, checkpoint.anatomy, batches, {key: one.update for key, one in rows.items()})
     finally:
         for handle in handles:
             handle.remove()
-    query, key, value = (
-        torch.cat(kept[name])[:PICTURES].unflatten(-1, (-1, heads.size)).transpose(1, 2)
-        for name in _OPERANDS
-    )
-    scaling = getattr(model.get_submodule(_attention(block)), "scaling", heads.size**-0.5)
-    sites = {name: found.value() for name, found in rows.items()}
-    return Seen(sites, query, key, value, scaling)
+    for block in checkpoint.anatomy.blocks:
+        size = _heads(block).size
+        scaling = getattr(model.get_submodule(_attention(block)), "scaling", size**-0.5)
+        query, key, value = (kept[block.index, name].value(size) for name in _OPERANDS)
+        sites = {site.name: rows[block.index, site.name].value() for site in block.sites}
+        yield block, Seen(sites, query, key, value, scaling)
+
+
+class _Pictures:
+    """What a projection gives for the first pictures."""
+
+    def __init__(self) -> None:
+        self._parts: list[Tensor] = []
+
+    def hook(self, _: nn.Module, __: Any, output: Tensor) -> None:
+        missing = PICTURES - sum(map(len, self._parts))
+        if missing > 0:
+            self._parts.append(output[:missing].detach().float().clone())
+
+    def value(self, size: int) -> Tensor:
+        """``[pictures, heads, tokens, size]``."""
+        return torch.cat(self._parts).unflatten(-1, (-1, size)).transpose(1, 2)
 
 
 def _after_values(probabilities: Tensor, value: Tensor) -> Score:
