@@ -37,7 +37,7 @@ KODAK = ("kodak_01", "kodak_05", "kodak_23")
 BUNDLED = ("astronaut", "coffee", "chelsea")
 # Of SMN; with them every network has 0.67 numbers a pixel, as 264,195 have on 768 x 512.
 WIDTHS = {128: 52, 256: 104}
-BATCH, STEPS, LARGER, LONGER = 2048, 1000, 500, 3000
+BATCH, STEPS, LARGER, LONGER = 2048, 1000, 400, 2000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +84,7 @@ OSCILLATORS = {
     "2 oscillators (8, 40)": {"frequencies": (8.0, 40.0)},
 }
 SMN = "SMN (code)"
-FIELD_WIDTH, FIELD_SIZE, FIELD_SAMPLES, FIELD_BATCH, FIELD_STEPS = 48, 32, 32, 8192, 800
+FIELD_WIDTH, FIELD_SIZE, FIELD_SAMPLES, FIELD_BATCH, FIELD_STEPS = 48, 32, 32, 4096, 500
 FIELDS = {
     "PE + SMN": Network("smn", _tried(5e-4, 2e-3), {"variant": "field"}),
     "PE + SIREN": Network("siren", _tried(5e-4, 2e-3, omega=30.0)),
