@@ -170,6 +170,18 @@ def test_options() -> None:
     torch.testing.assert_close(capped, 2 * plain.clamp(max=0.1))
     last = coefficients(skip_last=True)
     assert torch.equal(last[:-1], plain[:-1]) and not bool(last[-1].any())
+    # Nor is a bias subtracted there.
+    statistics = with_correlation(set_to(EULER()))
+    x, u = outputs(2)
+    moved = []
+    for scheduler in (
+        EULER(),
+        correct(EULER(), statistics, QDrift(bias_scale=1.0, skip_last=True)),
+    ):
+        set_to(scheduler).set_begin_index(5)
+        scheduler.scale_model_input(x, scheduler.timesteps[5])
+        moved.append(scheduler.step(u, scheduler.timesteps[5], x).prev_sample)
+    assert torch.equal(*moved)
 
 
 def with_correlation(scheduler: Any) -> DriftStatistics:

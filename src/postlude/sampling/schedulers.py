@@ -267,6 +267,8 @@ class DriftCorrectedScheduler(SchedulerProxy):
             (settings.bias_scale * part).float() for part in regression(here.mean, covariance)
         )
         biased = ((intercept != 0) | (slope != 0)).any(-1)
+        if settings.skip_last:
+            biased[-1] = False
         coefficients: dict[int, Tensor] = {}
         factors: dict[int, Tensor] = {}
         acts: dict[int, list[bool]] = {}
