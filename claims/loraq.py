@@ -8,16 +8,15 @@ tiny-lm (256); every other branch has the largest rank whose bytes, scales and r
 
 Between the two methods lie three differences, so three more rows: SVDQuant without one lower factor for Q, K and V
 (tiny-dit only); LoRaQ with a 16-bit branch of the same rank (only the fit differs); the low-bit branch without descent,
-by one SVD.
+by one SVD. And one, at W4A4 on tiny-dit, that is data-free no more: LoRaQ after the smoothing of SVDQuant.
 
-A seed draws the calibration data of SVDQuant, on tiny-dit also the noise of the samples; LoRaQ has neither data nor
-anything random. The output error is that of all rounded linears, each given the float model's inputs on held-out data:
+A seed draws the calibration data of SVDQuant and of that row, on tiny-dit also the noise of the samples; LoRaQ has otherwise
+neither data nor anything random. The output error is that of all rounded linears, each given the float model's inputs on held-out data:
 ``sqrt(sum ||y - y_q||^2 / sum ||y||^2)``.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
@@ -42,6 +41,7 @@ from postlude.zoo.noising import NOISINGS
 Numbers = dict[str, Tensor]
 OURS = ("loraq, W8A8 branch", "loraq, W6A6 branch", "loraq, W4A8 branch")
 PEER = "svdquant"
+SMOOTH = "loraq, W8A8 branch, smoothed"
 
 
 def methods(bits: int, rank: int, steps: int) -> dict[str, Quantizer]:
@@ -58,6 +58,7 @@ def methods(bits: int, rank: int, steps: int) -> dict[str, Quantizer]:
         "loraq, 16-bit branch": loraq("16"),
         "W8A8 branch by one SVD": loraq("w8a8", 0),
         **{name: loraq(name.split()[1].lower()) for name in OURS},
+        SMOOTH: LoRaQ(**equal, branch="w8a8", iterations=steps, smooth=True),
     }
 
 
@@ -178,7 +179,7 @@ class Language(Bench):
     """tiny-lm on text it was not trained on."""
 
     name, rank, bits = "tiny-lm", 32, (4,)
-    without = ("svdquant, no factor shared",)
+    without = ("svdquant, no factor shared", SMOOTH)
     columns: ClassVar = {
         "perplexity": ("perplexity", False),
         "kl": ("KL to the float model", False),
@@ -237,6 +238,8 @@ def measure(claim: Claim, bench: Bench, bits: int, kept: RunDirectory) -> dict[s
     rows = methods(bits, bench.rank, 20 if claim.quick else 300)
     for name in bench.without:
         del rows[name]
+    if bits < 4:
+        rows.pop(SMOOTH, None)
     runs = [
         (name, seed)
         for name, method in rows.items()
@@ -301,15 +304,7 @@ def main() -> None:
     """Measure one model."""
     claim = Claim("loraq", __doc__ or "", parts=tuple(BENCHES))
     bench = BENCHES[claim.part](claim.quick)
-    kept = claim.directory(
-        {
-            "rank": bench.rank,
-            "methods": {
-                name: dataclasses.asdict(method)
-                for name, method in methods(4, bench.rank, 0).items()
-            },
-        }
-    )
+    kept = claim.directory({"rank": bench.rank, "group": 64, "steps": 20 if claim.quick else 300})
     for bits in bench.bits:
         report(claim, bench, bits, measure(claim, bench, bits, kept))
     claim.finish()

@@ -24,7 +24,8 @@ from postlude.quantization.lorc import LoRC
 from postlude.quantization.qera_approx import QERAApprox
 from postlude.quantization.qera_exact import QERAExact
 from postlude.quantization.rtn import RTN
-from postlude.quantization.svdquant import SVDQuant, smoothing_candidates
+from postlude.quantization.smoothing import smoothing_candidates
+from postlude.quantization.svdquant import SVDQuant
 from postlude.runs.checkpoint import Checkpoint
 from postlude.surgery.layers import InputScale, QuantizedLinear
 
@@ -311,6 +312,22 @@ def test_a_rotated_bottleneck_starts_elsewhere() -> None:
     u, s, vh = torch.linalg.svd(weight)
     best = (u[:, :6] * s[:6]) @ vh[:6]
     assert (products[1] - best).norm() < (products[0] - best).norm()
+
+
+def test_loraq_may_smooth_as_svdquant_does(
+    llama: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("postlude.quantization.loraq._GRID", 4)
+    options: dict[str, Any] = {"rank": 3, "branch": "16", "iterations": 1}
+    smooth = make(llama, LoRaQ(**options, smooth=True))
+    peer = make(llama, SVDQuant(**options, share=False, grid=4))
+    factors = [layer(one, PATH).transform for one in (smooth, peer)]
+    assert isinstance(factors[0], InputScale) and isinstance(factors[1], InputScale)
+    torch.testing.assert_close(factors[0].factor, factors[1].factor)
+    assert layer(make(llama, LoRaQ(**options)), PATH).transform is None
+    x = site_inputs(llama)[INPUT]
+    exact = llama.model.get_submodule(PATH)(x).detach()
+    assert (layer(smooth, PATH)(x) - exact).norm() < 0.2 * exact.norm()
 
 
 # A denoiser

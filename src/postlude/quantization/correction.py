@@ -27,7 +27,7 @@ from postlude.runs.checkpoint import Checkpoint
 from postlude.surgery.anatomy import LinearRef, Site
 from postlude.surgery.layers import quantized_linears
 
-__all__ = ["Correction", "Metric"]
+__all__ = ["Correction", "Metric", "rounded"]
 
 Metric = Literal["identity", "diagonal", "full"]
 

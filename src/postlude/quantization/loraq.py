@@ -9,9 +9,10 @@ where groups are ragged). The gradient holds codes fixed within a step and lets 
 
 Paper: "LoRaQ" (arXiv:2604.18117), of which the abstract is public knowledge here and the loss is not: that the branch
 is fitted by gradient descent on the error of the weight, without data, and is itself quantized (W8A8, W6A6 and W4A8
-beside W4). Objective, gradient, optimiser, groups and formats are our choice. So are two settings that are off:
-``rotation`` (an orthogonal basis of the bottleneck in which factors round better) and ``weighted`` (the error weighted
-by the mean square of each input channel, which needs calibration data).
+beside W4). Objective, gradient, optimiser, groups and formats are our choice. So are three settings that are off:
+``rotation`` (an orthogonal basis of the bottleneck in which factors round better), and two that need calibration data:
+``weighted`` (the error weighted by the mean square of each input channel) and ``smooth`` (SVDQuant's smoothing before
+the fit, for activations that are hard to round).
 
 Cost: ``iterations`` products and roundings of every weight, no data. Bytes: see ``bytes_as``.
 """
@@ -20,16 +21,23 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 
 from torch import Tensor
 
 from postlude.errors import SettingsError
 from postlude.numerics.formats import Scheme
 from postlude.numerics.low_rank import Corrected, Round, descend
-from postlude.quantization.correction import Correction, Metric
+from postlude.quantization.correction import Correction, Metric, rounded
+from postlude.quantization.engine import Rounded, Seen
+from postlude.quantization.smoothing import Inputs, smoothing
 from postlude.registry import method
+from postlude.surgery.anatomy import Site
 
 __all__ = ["LoRaQ"]
+
+# Steps of the exponents of smoothing, as SVDQuant has them.
+_GRID = 20
 
 
 @method("quantize", "loraq", family="low-rank correction", paper="arXiv:2604.18117")
@@ -44,6 +52,7 @@ class LoRaQ(Correction):
     learning_rate: float = 0.03
     rotation: bool = False
     weighted: bool = False
+    smooth: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -57,6 +66,32 @@ class LoRaQ(Correction):
     @property
     def metric(self) -> Metric:
         return "diagonal" if self.weighted else "identity"
+
+    @property
+    def reads_inputs(self) -> bool:
+        return super().reads_inputs or self.smooth
+
+    def observes(self, site: Site) -> Seen:
+        moment = self.weighted or self.rounding == "gptq"
+        return Inputs(site.width, moment) if self.smooth else super().observes(site)
+
+    def round_site(
+        self, site: Site, weights: Sequence[Tensor], seen: Seen | None, scheme: Scheme
+    ) -> list[Rounded]:
+        if not isinstance(seen, Inputs):
+            return super().round_site(site, weights, seen, scheme)
+        ranks = [self.rank_of(*weight.shape) for weight in weights]
+        nearest = dataclasses.replace(self, rounding="nearest").rounder(scheme, None)
+        d = smoothing(
+            seen, weights, ranks, self.input_scheme(site), self.branch_format, nearest, _GRID
+        )
+        moment = seen.smoothed_moment(d)
+        rounding = self.rounder(scheme, moment)
+        metric = moment.diagonal() if self.weighted and moment is not None else None
+        return [
+            rounded(self.fit(weight * d.to(weight), rank, scheme, rounding, metric), d)
+            for weight, rank in zip(weights, ranks, strict=True)
+        ]
 
     def fit(
         self, weight: Tensor, rank: int, scheme: Scheme, rounding: Round, metric: Tensor | None

@@ -24,8 +24,7 @@ to ``iterations`` exact ones. Bytes: ``16 * rank * (in + out)`` bits a layer, an
 from __future__ import annotations
 
 import dataclasses
-import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -33,60 +32,16 @@ from torch import Tensor
 from postlude.errors import SettingsError
 from postlude.numerics.formats import Encoded, Scheme
 from postlude.numerics.low_rank import (
-    BranchFormat,
     Corrected,
     alternating,
-    one_shot,
 )
-from postlude.numerics.moments import AbsMax, RowSample, SecondMoment
 from postlude.quantization.correction import Correction, rounded
-from postlude.quantization.engine import Quantizer, Rounded, Seen
+from postlude.quantization.engine import Rounded, Seen
+from postlude.quantization.smoothing import Inputs, output_error, smoothing
 from postlude.registry import method
 from postlude.surgery.anatomy import Site
 
-__all__ = ["Inputs", "SVDQuant", "smoothing_candidates"]
-
-
-class Inputs:
-    """What one site's inputs are like: maxima, a sample of tokens, and the second moment where GPTQ wants it."""
-
-    def __init__(self, width: int, moment: bool) -> None:
-        self.maximum, self.sample = AbsMax(width), RowSample(width)
-        self.moment = SecondMoment(width) if moment else None
-
-    def update(self, x: Tensor) -> None:
-        """Take in ``x [..., width]``."""
-        for part in (self.maximum, self.sample, self.moment):
-            if part is not None:
-                part.update(x)
-
-
-def smoothing_candidates(span_x: Tensor, span_w: Tensor, grid: int) -> Iterator[Tensor]:
-    """Every ``d [in_features]``, fp64: ones first, then ``2 (grid - 1)`` more; one where either maximum is zero.
-
-    Args:
-        span_x, span_w: largest magnitude of each input channel, in the inputs and in the weights.
-        grid: steps of the exponents between 0 and 1.
-    """
-    usable = (span_x > 0) & (span_w > 0)
-    ones = torch.ones_like(span_x, dtype=torch.float64)
-    x, w = (torch.where(usable, span.double(), ones) for span in (span_x, span_w))
-    yield ones
-    for step in range(1, grid):
-        p = step / grid
-        for q in (0.0, 1 - p):
-            d = x**p / w**q
-            yield d / d.log().mean().exp()
-
-
-def _apply_branch(x: Tensor, fit: Corrected, format: BranchFormat) -> Tensor:
-    """The branch's output for ``x [tokens, in_features]``."""
-    for factor in (fit.down, fit.up):
-        if format.input_scheme is not None:
-            x = format.input_scheme.round_trip(x)
-        values = factor if isinstance(factor, Tensor) else factor.decode()
-        x = x @ values.to(x).T
-    return x
+__all__ = ["SVDQuant"]
 
 
 @method(
@@ -125,52 +80,29 @@ class SVDQuant(Correction):
     ) -> list[Rounded]:
         if not isinstance(seen, Inputs):
             raise ValueError("svdquant needs inputs")
-        x = seen.sample.rows().float()
         # One scale for a whole tensor is each linear's own, so such weights are not stacked.
         shared = self.share and scheme.granularity.kind != "tensor"
         stacks = [torch.cat(list(weights))] if shared else list(weights)
         ranks = self._ranks(weights, shared)
         inputs = self.input_scheme(site)
-        nearest = Quantizer.rounder(dataclasses.replace(self, rounding="nearest"), scheme, None)
+        nearest = dataclasses.replace(self, rounding="nearest").rounder(scheme, None)
 
-        def error(stack: Tensor, d: Tensor) -> Callable[[Corrected], float]:
-            wanted, smooth = x @ stack.float().T, x / d.to(x)
-            read = smooth if inputs is None else inputs.round_trip(smooth)
-
-            def measure(fit: Corrected) -> float:
-                out = read @ fit.main.decode().T + _apply_branch(smooth, fit, self.branch_format)
-                return float((out - wanted).square().sum())
-
-            return measure
-
-        def first(stack: Tensor, rank: int, d: Tensor) -> float:
-            fit = one_shot(stack * d.to(stack), rank, self.branch_format, nearest, fast=True)
-            return error(stack, d)(fit)
-
-        span_w = torch.stack([weight.abs().amax(0) for weight in weights]).amax(0)
-        best, least = torch.ones(site.width, dtype=torch.float64, device=x.device), math.inf
-        for d in smoothing_candidates(seen.maximum.value(), span_w, self.grid):
-            total = sum(first(stack, rank, d) for stack, rank in zip(stacks, ranks, strict=True))
-            if total < least:
-                best, least = d, total
-        # As the layer keeps it.
-        best = best.float()
-        rounding = nearest
-        if seen.moment is not None:
-            inverse = 1 / best.double()
-            rounding = self.rounder(scheme, seen.moment.value() * inverse * inverse[:, None])
+        best = smoothing(seen, stacks, ranks, inputs, self.branch_format, nearest, self.grid)
+        x = seen.sample.rows().float()
+        moment = seen.smoothed_moment(best)
+        rounding = self.rounder(scheme, moment)
         made: list[Rounded] = []
         for stack, rank in zip(stacks, ranks, strict=True):
-            smooth, score = stack * best.to(stack), error(stack, best)
+            smooth = stack * best.to(stack)
             fit = alternating(
                 smooth,
                 rank,
                 self.branch_format,
                 nearest,
                 iterations=self.iterations,
-                score=score,
+                score=output_error(x, stack, best, inputs, self.branch_format),
             )
-            if seen.moment is not None:
+            if moment is not None:
                 fit = dataclasses.replace(fit, main=rounding(smooth - fit.branch().to(smooth)))
             made += [rounded(part, best) for part in _split(fit, weights if shared else [stack])]
         return made
