@@ -10,9 +10,9 @@ Between the two methods lie three differences, so three more rows: SVDQuant with
 (tiny-dit only); LoRaQ with a 16-bit branch of the same rank (only the fit differs); the low-bit branch without descent,
 by one SVD. And one, at W4A4 on tiny-dit, that is data-free no more: LoRaQ after the smoothing of SVDQuant.
 
-A seed draws the calibration data of SVDQuant and of that row, on tiny-dit also the noise of the samples; LoRaQ has otherwise
-neither data nor anything random. The output error is that of all rounded linears, each given the float model's inputs on held-out data:
-``sqrt(sum ||y - y_q||^2 / sum ||y||^2)``.
+A seed draws the calibration data of SVDQuant and of that row, on tiny-dit also the noise of the samples; LoRaQ has
+otherwise neither data nor anything random. The output error is that of all rounded linears, each given the float
+model's inputs on held-out data: ``sqrt(sum ||y - y_q||^2 / sum ||y||^2)``.
 """
 
 from __future__ import annotations
