@@ -74,6 +74,39 @@ def test_kernels_hold_one_copy(packed: Path) -> None:
     assert kernels.extra_bytes(model) == sum(padded)
 
 
+def test_pages_of_what_was_given_up_are_handed_back(tmp_path: Path) -> None:
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    from postlude.surgery.kernels.pages import FilePages
+
+    file = tmp_path / "one.safetensors"
+    original = torch.randint(0, 255, (1 << 22,), dtype=torch.uint8)
+    save_file({"codes": original}, file)
+    with safe_open(file, framework="pt") as store:
+        codes = store.get_tensor("codes")
+
+    def resident() -> int:
+        """Bytes of the file that this process holds."""
+        with open("/proc/self/smaps", encoding="utf-8") as lines:
+            inside = total = 0
+            for line in lines:
+                words = line.split()
+                if "-" in words[0] and not words[0].endswith(":"):
+                    inside = str(file) in line
+                elif inside and words[0] == "Rss:":
+                    total += int(words[1]) * 1024
+        return total
+
+    assert torch.equal(codes, original)
+    before = resident()
+    assert FilePages().release(codes)
+    assert resident() <= before
+    # Read again, they are what they were.
+    assert torch.equal(codes, original)
+    assert not FilePages().release(original)
+
+
 def test_codes_are_not_read_to_find_nan(packed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[torch.dtype] = []
     original = weights._is_finite

@@ -21,6 +21,7 @@ from postlude.surgery.kernels.int8pack import Int8PackMatmul
 from postlude.surgery.kernels.integer import IntegerMatmul
 from postlude.surgery.kernels.kernel import Kernel
 from postlude.surgery.kernels.layouts import LAYOUTS, Layout
+from postlude.surgery.kernels.pages import FilePages
 from postlude.surgery.kernels.simulate import Simulate
 from postlude.surgery.kernels.tiled import Tiled
 from postlude.surgery.kernels.triton_integer import TritonInteger
@@ -254,12 +255,14 @@ def use(model: nn.Module, name: str = AUTO) -> list[Assignment]:
         reasons = sorted({one.refused[name] for one in found})
         raise SettingsError(f"kernel {name} takes no layer of this model: it {'; '.join(reasons)}")
     by_path = {one.layer: one for one in found}
+    files = FilePages()
     for path, layer in _layers(model):
         chosen = by_path[path]
         if chosen.simulated:
             continue
         layout = LAYOUTS[chosen.layout](layer)
         if not layout.keeps_codes:
+            files.release(layer.codes)
             del layer.codes
         kernels = tuple(KERNELS[one] for one in chosen.kernels)
         layer.execution = _Execution(kernels, layout, kind, name)
