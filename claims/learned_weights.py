@@ -41,7 +41,6 @@ from postlude.attribution.graddot import GradDot
 from postlude.attribution.images import Images
 from postlude.attribution.journey_trak import JourneyTRAK
 from postlude.attribution.layer_weights import contributions
-from postlude.attribution.logra import LoGRA
 from postlude.attribution.lorif import LoRIF
 from postlude.attribution.trak import TRAK
 from postlude.evaluation.lds import draw_subsets, lds
@@ -681,7 +680,6 @@ def on_attributes(claim: Claim) -> None:
 
 LANGUAGE: dict[str, Attributor] = {
     "graddot": GradDot(projection_factor=8),
-    "logra": LoGRA(side=SIDE),
     "trak": TRAK(side=SIDE),
     "lorif": LoRIF(projection_factor=8),
 }

@@ -15,7 +15,7 @@ from postlude._front_door import evaluate_lds, evaluate_retrieval
 from postlude.attribution import BM25, DAS, DTRAK, EKFAC, TRAK, GradDot, JourneyTRAK, LoGRA
 from postlude.attribution.build import build
 from postlude.attribution.das import StepRepresentation, residuals
-from postlude.attribution.denoising import noise, process_of, timesteps
+from postlude.attribution.denoising import denoised, noise, process_of, timesteps
 from postlude.attribution.engine import Attributor, record_queries
 from postlude.attribution.examples import Collection
 from postlude.attribution.images import Images
@@ -132,6 +132,16 @@ def test_models_that_cannot_be_noised(given: Checkpoint) -> None:
     other = dataclasses.replace(given, scheduler=DDIMScheduler(prediction_type="v_prediction"))
     with pytest.raises(CheckpointError, match="predicts 'v_prediction'; expected epsilon"):
         process_of(other, SETTINGS)
+
+
+def test_models_of_texts_are_refused(given: Checkpoint) -> None:
+    class OfTexts(torch.nn.Linear):
+        def forward(self, hidden_states: Tensor, encoder_hidden_states: Tensor) -> Tensor:
+            return hidden_states
+
+    other = dataclasses.replace(given, model=OfTexts(2, 2))
+    with pytest.raises(ArchitectureError, match="OfTexts draws what an encoded text describes"):
+        denoised(other, SETTINGS)
 
 
 @pytest.fixture(scope="module")

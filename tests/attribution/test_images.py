@@ -156,6 +156,8 @@ def test_folders_that_contradict_themselves(tmp_path: Path) -> None:
     refused("", "lists no image")
     refused(text.replace('"label": ', '"label": "a", "x": '), "has the label 'a'; expected a class")
     refused(text.replace('"file"', '"id": "a", "file"'), "gives 'a' to two images")
+    refused(text.replace('"file"', '"id": [1], "file"'), r"has the id \[1\]; expected a string")
+    refused(text.replace("001.png", "../images/001.png"), "line 2 names no image")
     listed.write_text(text)
     Image.new("L", (4, 8)).save(data / "001.png")
     refused(

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from postlude.attribution.examples import Collection
     from postlude.runs.checkpoint import Checkpoint
 
-__all__ = ["Data", "Item", "batches", "open_data"]
+__all__ = ["Data", "Item", "batches", "is_path", "open_data"]
 
 
 class Item(Protocol):

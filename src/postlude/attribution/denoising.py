@@ -18,6 +18,7 @@ be what leads from the image to it, are our choices.
 from __future__ import annotations
 
 import hashlib
+import inspect
 import math
 from collections.abc import Callable
 from typing import NamedTuple
@@ -28,7 +29,7 @@ from torch import Tensor
 from postlude.attribution.examples import Collection
 from postlude.attribution.images import ImageBatch
 from postlude.attribution.outputs import Output, output
-from postlude.errors import CheckpointError, SettingsError
+from postlude.errors import ArchitectureError, CheckpointError, SettingsError
 from postlude.runs.checkpoint import Checkpoint
 from postlude.surgery.capture import device_of
 from postlude.zoo.noising import Noising, noising_of
@@ -138,6 +139,12 @@ def denoised(checkpoint: Checkpoint, collection: Collection) -> Callable[[ImageB
 def _runner(checkpoint: Checkpoint) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     """The model: inputs ``[n, ...]``, timesteps ``[n]``, classes ``[n]`` (-1 for none) to predictions ``[n, ...]``."""
     model = checkpoint.model
+    taken = inspect.signature(model.forward).parameters
+    if "encoder_hidden_states" in taken and "class_labels" not in taken:
+        raise ArchitectureError(
+            f"a {type(model).__name__} draws what an encoded text describes, and images with classes have none: "
+            "attribution works on denoisers that are told a class, or nothing"
+        )
     device, dtype = device_of(model), model.dtype
     classes = int(getattr(model.config, "num_embeds_ada_norm", 0) or 0)
 

@@ -251,11 +251,11 @@ class Images(Data):
         self._files = [path / line["file"] for line in lines]
         self._labels = [line.get("label") for line in lines]
         self._ids = [line.get("id", Path(line["file"]).stem) for line in lines]
-        twice = [one for one in self._ids if self._ids.count(one) > 1] if len(set(self._ids)) < len(
-            self._ids
-        ) else []  # fmt: skip
-        if twice:
-            raise DataError(f"{listed} gives {twice[0]!r} to two images: give each its own id.")
+        seen: set[int | str] = set()
+        for one in self._ids:
+            if one in seen:
+                raise DataError(f"{listed} gives {one!r} to two images: give each its own id.")
+            seen.add(one)
 
     def _arrays(self, path: Path) -> None:
         try:
@@ -305,7 +305,8 @@ def _lines(path: Path) -> list[Mapping[str, Any]]:
         except ValueError as error:
             raise DataError(f"{path} line {number} is not valid JSON: {error}.") from error
         name = record.get("file") if isinstance(record, dict) else None
-        if not isinstance(name, str) or not (path.parent / name).is_file():
+        plain = isinstance(name, str) and name == Path(name).name
+        if not plain or not (path.parent / str(name)).is_file():
             raise DataError(
                 f'{path} line {number} names no image: expected "file", a file of this folder, got {name!r}.'
             )
@@ -313,6 +314,10 @@ def _lines(path: Path) -> list[Mapping[str, Any]]:
         if label is not None and (not isinstance(label, int) or isinstance(label, bool)):
             raise DataError(
                 f"{path} line {number} has the label {label!r}; expected a class number, or none."
+            )
+        if not isinstance(record.get("id", ""), int | str):
+            raise DataError(
+                f"{path} line {number} has the id {record['id']!r}; expected a string or a whole number."
             )
         found.append(record)
     if not found:
