@@ -71,7 +71,7 @@ def evaluate_pose(
                 "of this camera, or correct camera.json"
             )
         translation, rotation = predict(model.model, data)
-        size = size_of(model)
+        size: dict[str, Any] = {**size_of(model)}
     else:
         data = _read(data, limit)
         translation, rotation, target = onnx_poses(model, data)
