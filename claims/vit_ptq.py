@@ -5,7 +5,8 @@ AdaLog (arXiv:2407.12951) report ImageNet accuracy at 3 to 6 bits, each above th
 transformer reads MNIST digits (scikit-learn's 8 x 8 ones where those are absent), once as trained and once with three
 channels of every norm made 20 times louder and their readers quieter, which changes nothing in floating point; and a
 FastPose-ViT reads poses. Every method rounds the same network with the same fixed grids for all but what it is about,
-and calibrates on 32 pictures, which the seed draws. "plain" has one range for each tensor and uniform grids.
+and calibrates on 32 pictures, which the seed draws. "plain" has one range for each tensor and uniform grids; layerwise-ip
+(arXiv:2006.10518) and mptq-greedy (arXiv:2401.14895) have so many bits for weights on average.
 
 Trainings and finished measurements are kept in ``runs/claims``.
 """
@@ -33,6 +34,8 @@ from postlude.quantization.adalog import AdaLogViT
 from postlude.quantization.dopq_vit import DopQViT
 from postlude.quantization.engine import quantize
 from postlude.quantization.iands_vit import IandSViT
+from postlude.quantization.layerwise_ip import LayerwiseIP
+from postlude.quantization.mptq_greedy import MPTQGreedy
 from postlude.quantization.repq_vit import RepQViT
 from postlude.quantization.repquant import RepQuant
 from postlude.quantization.vision import VisionQuantizer
@@ -68,6 +71,8 @@ METHODS: dict[str, Callable[..., VisionQuantizer]] = {
     "adalog": AdaLogViT,
     "iands-vit": IandSViT,
     "dopq-vit": DopQViT,
+    "layerwise-ip": LayerwiseIP,
+    "mptq-greedy": MPTQGreedy,
 }
 
 
