@@ -5,8 +5,8 @@ AdaLog (arXiv:2407.12951) report ImageNet accuracy at 3 to 6 bits, each above th
 transformer reads MNIST digits (scikit-learn's 8 x 8 ones where those are absent), once as trained and once with three
 channels of every norm made 20 times louder and their readers quieter, which changes nothing in floating point; and a
 FastPose-ViT reads poses. Every method rounds the same network with the same fixed grids for all but what it is about,
-and calibrates on 32 pictures, which the seed draws. "plain" has one range for each tensor and uniform grids; layerwise-ip
-(arXiv:2006.10518) and mptq-greedy (arXiv:2401.14895) have so many bits for weights on average.
+and calibrates on 32 pictures, which the seed draws. "plain" has one range for each tensor and uniform grids;
+layerwise-ip (arXiv:2006.10518) and mptq-greedy (arXiv:2401.14895) have so many bits for weights on average.
 
 Trainings and finished measurements are kept in ``runs/claims``.
 """
