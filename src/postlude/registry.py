@@ -27,6 +27,7 @@ PACKAGES = {
     "tune": "postlude.tuning",
     "attribute": "postlude.attribution",
     "export": "postlude.exporting",
+    "sample": "postlude.sampling",
     "fit": "postlude.zoo.smn",
 }
 

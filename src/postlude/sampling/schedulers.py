@@ -27,6 +27,7 @@ from torch import Tensor
 
 from postlude.errors import SettingsError
 from postlude.numerics.diffusion import regression
+from postlude.registry import method
 from postlude.sampling.drift import DriftStatistics
 from postlude.sampling.proxy import SchedulerProxy, plain_scheduler
 from postlude.sampling.rules import SUPPORTED, rule_of
@@ -47,6 +48,13 @@ class DriftWarning(UserWarning):
     """The correction is applied less than exactly, or not at all."""
 
 
+@method(
+    "sample",
+    "q-drift",
+    family="sampler correction",
+    paper="arXiv:2603.18095",
+    needs=("drift statistics",),
+)
 @dataclass(frozen=True)
 class QDrift:
     """Longer steps that make up for the variance which a denoiser's error adds.
