@@ -14,7 +14,7 @@ __all__ = ["evaluate_pose"]
 
 
 def evaluate_pose(
-    checkpoint: Path_ | Checkpoint, data: Path_, *, limit: int | None = None
+    checkpoint: Path_ | Checkpoint, data: Path_, *, limit: int | None = None, seed: int = 0
 ) -> dict[str, Any]:
     """Errors of the poses that a FastPose-ViT network sees in the pictures of a set.
 
@@ -22,6 +22,7 @@ def evaluate_pose(
         checkpoint: loaded, or its directory; float or quantized. Or an exported ``.onnx`` file.
         data: a folder that ``python -m postlude.zoo.fastpose_vit data`` wrote, or one in the layout of SPEED.
         limit: judge this many pictures, from the first one.
+        seed: taken for uniformity; nothing here is random.
 
     Returns:
         See :func:`postlude.evaluation.pose.evaluate_pose`; ``seconds`` is added.

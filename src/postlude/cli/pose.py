@@ -38,6 +38,7 @@ def pose(
     device: options.Device = None,
     output: options.NewFile = None,
     overwrite: options.Overwrite = False,
+    seed: options.Seed = 0,
     json: options.Json = False,
 ) -> Result:
     """Translation and rotation errors of a network that reads a spacecraft's pose, and SPEED's score."""
@@ -48,7 +49,7 @@ def pose(
     model: Any = checkpoint
     if not checkpoint.endswith(".onnx"):
         model = _front_door.load(checkpoint, dtype=dtype, device=device)
-    result = _front_door.evaluate_pose(model, data, limit=limit)
+    result = _front_door.evaluate_pose(model, data, limit=limit, seed=seed)
     write_json(result, output, overwrite=overwrite)
     return Result(result, _view(result))
 
