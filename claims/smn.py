@@ -65,13 +65,13 @@ NETWORKS = {
     "SIREN": Network("siren", _tried(5e-4, 1e-3, 2e-3)),
     "WIRE": Network(
         "wire",
-        (*_tried(5e-4, 1e-3, 3e-3), *_tried(1e-3, 3e-3, 6e-3, omega=10.0, scale=5.0)),
+        (*_tried(5e-4, 1e-3, 3e-3), *_tried(1e-3, 3e-3, omega=10.0, scale=5.0)),
     ),
     "Gauss": Network(
         "gauss",
         (
             *_tried(3e-4, 1e-3, scale=30.0),
-            *_tried(1e-3, 3e-3, 6e-3, scale=10.0),
+            *_tried(1e-3, 3e-3, scale=10.0),
             *_tried(1e-3, 3e-3, scale=5.0),
         ),
     ),

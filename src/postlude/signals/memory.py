@@ -26,7 +26,8 @@ def predicted_memory(settings: NetworkSettings, width: int, height: int, batch: 
     """Bytes that a fit takes beyond the program itself, at its peak.
 
     What a step keeps for its gradient is read off a narrow network of the kind on a few points. Gradients on the way
-    back, and what the allocator does not hand back at once, take up to twice as much again (``benchmarks/signals.py``).
+    back, and what the allocator does not hand back at once, take up to two and a half times as much again
+    (``benchmarks/signals.py``).
     A picture that is rendered afterwards takes less than a step of as many pixels.
 
     Args:
@@ -39,7 +40,7 @@ def predicted_memory(settings: NetworkSettings, width: int, height: int, batch: 
     kept = _kept_for_gradient(narrow) / _PROBE_POINTS * max(1, settings.width / _PROBE_WIDTH)
     points = max(min(batch, width * height), min(POINTS, width * height) // 2)
     # Parameters, their gradients, two moments, and the state before and after a chunk: fp32.
-    return round(_COPIES * pixels + 3 * kept * points + 10 * 4 * settings.numbers)
+    return round(_COPIES * pixels + 3.5 * kept * points + 10 * 4 * settings.numbers)
 
 
 def _kept_for_gradient(settings: NetworkSettings) -> int:
