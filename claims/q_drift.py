@@ -34,6 +34,7 @@ from postlude.sampling.drift import DriftStatistics
 from postlude.sampling.sample import sample
 from postlude.sampling.samplers import build_scheduler
 from postlude.sampling.schedulers import QDrift, correct
+from postlude.zoo.digits import digits
 from postlude.zoo.gaussian_data import Bed, FlowBed, NoiseBed, SolverBed
 
 PARTS = ("gaussian", "tiny-dit")
@@ -191,7 +192,7 @@ def measure(
     name = f"{sampler.replace('+', 'p')}-{seed}"
     floats = claim.measured(kept, f"{name}-float", lambda: drawn(models[source], count, **shared))
     exact = floats["images"]
-    numbers = {"float": _numbers(judge_samples(exact, labels))}
+    numbers = {"float": _numbers(exact, labels)}
     for quantizer in QUANTIZERS:
         model = models[f"{source} {quantizer}"]
 
@@ -211,7 +212,7 @@ def measure(
                 key,
                 lambda model=model, wrap=wrap: drawn(model, count, wrap=wrap, **shared),  # type: ignore[misc]
             )
-            row = _numbers(judge_samples(found["images"], labels, reference=exact))
+            row = _numbers(found["images"], labels, exact)
             if settings == QDrift():
                 scheduler = correct(build_scheduler(model.scheduler, sampler), known)
                 scheduler.set_timesteps(DIT_STEPS)
@@ -225,8 +226,10 @@ def _wrapped(known: DriftStatistics, settings: QDrift) -> Callable[[Any], Any]:
     return lambda scheduler: correct(scheduler, known, settings)
 
 
-def _numbers(found: Mapping[str, Any]) -> dict[str, float]:
-    return {name: float(found[name]) for name in METRICS if found[name] is not None}
+def _numbers(images: Tensor, labels: Tensor, reference: Tensor | None = None) -> dict[str, float]:
+    found = judge_samples(images, labels, reference=reference)
+    numbers = {name: float(found[name]) for name in METRICS if found[name] is not None}
+    return {**numbers, "variance": float(images.flatten(1).var(0).sum())}
 
 
 def tiny_dit(claim: Claim) -> None:
@@ -249,6 +252,10 @@ def tiny_dit(claim: Claim) -> None:
     with claim.progress as progress:
         for seed, sampler in progress.iterate(jobs, "samplers"):
             found[sampler].append(measure(claim, kept, models, sampler, seed, count))
+    images, _ = digits()
+    claim.say(
+        f"Variance of the real digits, summed over pixels: {float(images.flatten(1).var(0).sum()):.2f}."
+    )
     for sampler, runs in found.items():
         rows = [row(variant, runs) for variant in runs[0]]
         claim.table(
@@ -259,6 +266,7 @@ def tiny_dit(claim: Claim) -> None:
                 "change",
                 "in pixels",
                 "change",
+                "variance",
                 "right class",
                 "PSNR to the float samples (dB)",
             ],
@@ -293,6 +301,7 @@ def row(variant: str, runs: Sequence[Mapping[str, Mapping[str, float]]]) -> list
         deltas = [run[variant][metric] - run[plain][metric] for run in runs]
         shown = spread(deltas, 2)
         cells.append(shown if shown.startswith("-") else f"+{shown}")
+    cells.append(spread([run[variant]["variance"] for run in runs]))
     cells.append(spread([100 * run[variant]["class_accuracy"] for run in runs]) + " %")
     distances = [run[variant].get("psnr_db", float("nan")) for run in runs]
     cells.append("" if distances[0] != distances[0] else spread(distances))
