@@ -82,7 +82,7 @@ def test_an_index_of_a_folder_is_asked_by_images(given: Checkpoint, tmp_path: Pa
     index, report = build(given, data, DTRAK(side=4), tmp_path / "index", collection=SETTINGS)
     assert (report["examples"], report["tokens"], report["truncated"]) == (12, 12 * 16, 0)
     answer = index.query(str(data / "003.png"), top=2, checkpoint=given)
-    assert answer.text == "003.png" and len(answer.results) == 2
+    assert answer.text == f"label {int(labels[3])}, 003.png" and len(answer.results) == 2
     assert "image" not in json.dumps(answer.to_dict())
     several = index.query(data, top=1, checkpoint=given)
     assert [one.results[0].number for one in several] == list(range(12))
