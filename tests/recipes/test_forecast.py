@@ -20,7 +20,6 @@ stages:
   packed: {quantize: MODEL, bits: w4}
   quality: {evaluate: "${small}", text: TEXT, reference: MODEL}
   tuned: {tune: [MODEL, TEXT], epochs: 2.0}
-  gone: {evaluate: nowhere, text: TEXT}
   shown: {inspect kernels: "${small}"}
 """
 
@@ -44,7 +43,6 @@ def test_operations_bytes_and_what_is_not_known(found: Forecasts, tiny_llama_dir
     assert by_name["quality"].seconds == 2 * (2 * parameters) * 100
     assert by_name["tuned"].seconds == 6 * parameters * 100 * 2
     assert by_name["packed"].bytes == parameters * 4 / 8 * (1 + 1 / 16)
-    assert by_name["gone"].seconds is None and "not there yet" in by_name["gone"].why
     assert by_name["shown"].seconds is None and "inspect kernels" in by_name["shown"].why
     assert not any(one.done for one in found.stages)
     assert by_name["quality"].command.startswith("postlude evaluate --text")

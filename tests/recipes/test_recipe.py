@@ -34,6 +34,12 @@ stages:
 """
 
 
+@pytest.fixture(autouse=True)
+def _text_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "wiki.txt").write_text("words")
+    monkeypatch.chdir(tmp_path)
+
+
 def recipe(tmp_path: Path, text: str, **variables: str) -> Recipe:
     file = tmp_path / "recipe.yaml"
     file.write_text(text)
@@ -79,6 +85,9 @@ def test_a_seed_is_given_to_every_stage_that_has_none(tmp_path: Path) -> None:
     [
         ("samples: 4", "sampels: 4", r"line 10: `quantize` has no 'sampels'. Did you mean 'samples'\?"),
         ("samples: 4", "samples: 0", r"line 10: `samples` of `quantize` is 0: .*greater than or equal to 1"),
+        ("text: wiki.txt", "text: wikki.txt", r"line 15: there is no 'wikki.txt' for `text`"),
+        ("  model: zoo:tiny-lm", "  model: tiny", r"line 7: there is no 'tiny' for `checkpoint`"),
+        ("  bits: w4a8", "  bits: w4b8", r"line 9: .*'w4b8' is not understood"),
         ("samples: 4", "samples: many", r"line 10: `samples` of `quantize` is 'many': .*valid integer"),
         ("check: false", "check: maybe", r"line 11: `check` of `quantize` is 'maybe'"),
         ("method: offq", "method: ofq", r"line 8: No quantize method named 'ofq'. Did you mean 'offq'"),

@@ -9,6 +9,7 @@ import typer
 import typer.main
 
 from postlude.cli._group import PLAIN
+from postlude.cli._settings import parse_bits
 from postlude.recipes.commands import Command, Parameter
 
 __all__ = ["recipe_commands"]
@@ -26,6 +27,10 @@ _METHODS = {
     "attribute select": ("method", "attribute"),
     "export": ("to", "export"),
 }
+# What names something that has to be there: the words that stand for it in a help text.
+_PATHS = ("CHECKPOINT", "FILE", "FOLDER", "DATA", "TRAIN", "DIRECTORY", "INDEX", "IMAGES")
+# What the command line can tell of a word before the command runs.
+_CHECKS = {"bits": parse_bits}
 _EXPORTED = {"gguf": "model.gguf"}
 # Outputs that are files: their names.
 _FILES = {
@@ -100,4 +105,6 @@ def _parameter(parameter: Any, name: str, flag: str, verb: str) -> Parameter:
         low=parameter.min,
         high=parameter.max,
         names=verb,
+        path=(parameter.metavar or "").upper().split(" ")[0].removesuffix(".JSONL") in _PATHS,
+        check=_CHECKS.get(name),
     )

@@ -27,6 +27,8 @@ class Parameter:
         required: whether it must be given.
         low, high: range of a number.
         names: the verb whose registered methods it chooses from, empty for any other value.
+        path: whether it names something that is there already: a file, a directory, a model of the zoo.
+        check: raises a ``PostludeError`` for a word that the command would refuse; None where only the command knows.
     """
 
     name: str
@@ -38,6 +40,8 @@ class Parameter:
     low: float | None = None
     high: float | None = None
     names: str = ""
+    path: bool = False
+    check: Callable[[str], object] | None = None
 
     def annotation(self) -> Any:
         """The type that pydantic checks its value against; a list of it where it can be given several times."""

@@ -4,7 +4,8 @@ Of a model only the size counts (``P`` parameters, from the headers of its files
 four bytes each, our assumption)::
 
     inspect      2 P T  for every method          T = 32 sequences of 256 tokens
-    quantize     6 P T  where it calibrates       three passes: record, observe, advance
+    quantize     6 P T  where it calibrates       three passes: record, observe, advance; a method's own search
+                                                  and a branch's bytes are not counted
     tune         6 P T  for every epoch           12 P bytes of weights, gradients and Adam beside the 4 P of the model
     evaluate     2 P T  for every model
     generate     2 P for every token
@@ -80,12 +81,13 @@ class _Model:
 
 @dataclasses.dataclass(frozen=True)
 class _Cost:
-    """Operations, bytes held, bytes written, and the model that comes out."""
+    """Operations, bytes held, bytes written, the model that comes out, and what is not counted."""
 
     operations: float
     memory: float
     written: float = 0.0
     model: _Model | None = None
+    without: str = ""
 
 
 _Models = Mapping[str, _Model]
@@ -122,7 +124,11 @@ def forecast(
             else:
                 seconds = cost.operations / machine.rate
                 one = dataclasses.replace(
-                    one, seconds=seconds, memory=cost.memory, bytes=cost.written
+                    one,
+                    seconds=seconds,
+                    memory=cost.memory,
+                    bytes=cost.written,
+                    why=cost.without,
                 )
                 if cost.model is not None:
                     models[f"${{{stage.name}}}"] = cost.model
@@ -195,7 +201,13 @@ def _quantize(stage: Stage, models: _Models) -> _Cost:
     # Codes, and a sixteenth more for scales; embeddings keep their type, so this is a lower bound.
     written = min(model.bytes, model.parameters * bits / 8 * (1 + 1 / 16))
     small = _Model(model.parameters, written)
-    return _Cost(6 * model.parameters * tokens, 2 * 4 * model.parameters, written, small)
+    return _Cost(
+        6 * model.parameters * tokens,
+        2 * 4 * model.parameters,
+        written,
+        small,
+        "at least: a search of the method's own is not counted",
+    )
 
 
 def _weight_bits(text: str) -> int:

@@ -14,7 +14,7 @@ import pydantic
 import yaml
 
 from postlude import registry
-from postlude.errors import DataError, UnknownNameError
+from postlude.errors import DataError, PostludeError, UnknownNameError
 from postlude.recipes.commands import Command, Parameter
 
 __all__ = ["Recipe", "Stage", "read"]
@@ -314,6 +314,24 @@ class _Reader:
             ) from None
         for one in options:
             self._check_names(stage, one)
+            self._check_words((*where, one.name), one, stage.options.get(one.name))
+        slots = stage.command.arguments
+        for number, word in enumerate(stage.arguments):
+            slot = slots[min(number, len(slots) - 1)]
+            self._check_words((*where, stage.command.name), slot, word)
+
+    def _check_words(self, where: tuple[Any, ...], parameter: Parameter, value: Any) -> None:
+        for word in value if isinstance(value, list) else [] if value is None else [value]:
+            text = str(word)
+            if _REFERENCE.search(text):
+                continue
+            if parameter.path and not text.startswith("zoo:") and not Path(text).exists():
+                raise self._error(where, f"there is no {text!r} for `{parameter.name}`.")
+            if parameter.check is not None:
+                try:
+                    parameter.check(text)
+                except PostludeError as error:
+                    raise self._error(where, str(error)) from error
 
     def _check_names(self, stage: Stage, option: Parameter) -> None:
         value = stage.options.get(option.name)
