@@ -31,13 +31,14 @@ _LARGEST_PICTURE = 4_000_000
 
 @dataclasses.dataclass(frozen=True)
 class _Measure:
-    """A measure that is drawn: its title, its unit, by what it is divided, what to see, and its reference's name."""
+    """A measure that is drawn: its title, its unit, by what it is divided, what to see, and what it is compared with:
+    the words for it, and the field of the same result."""
 
     title: str
     unit: str
     caption: str
     divisor: float = 1.0
-    reference: str = ""
+    references: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 _DRAWN = {
@@ -45,17 +46,23 @@ _DRAWN = {
         "Perplexity",
         "perplexity",
         "How surprised the model is by the text; lower is better.",
-        reference="reference_perplexity",
+        references={"reference": "reference_perplexity"},
     ),
     "kl": _Measure("Divergence from the reference", "nats per token", "0 is the reference itself."),
     "frechet": _Measure(
         "Frechet distance",
         "distance in the features of a classifier",
         "From real pictures; lower is better.",
-        reference="frechet_reference",
+        references={"reference": "frechet_reference", "as many real ones": "frechet_floor"},
     ),
     "class_accuracy": _Measure(
-        "Pictures of the asked class", "share", "As a classifier sees it; 1 is all of them."
+        "Pictures of the asked class",
+        "share",
+        "As a classifier sees it; 1 is all of them.",
+        references={"reference": "class_accuracy_reference", "real ones": "class_accuracy_real"},
+    ),
+    "psnr_db": _Measure(
+        "Distance to the reference's pictures", "PSNR, dB", "On the same noise; higher is closer."
     ),
     "score": _Measure("Pose score", "score", "Position and orientation together; lower is better."),
     "bits_per_weight": _Measure("Bits per weight", "bits", "Codes and scales of quantized layers."),
@@ -234,8 +241,9 @@ def _values(run: _Run, name: str, measure: _Measure) -> dict[str, float]:
     found: dict[str, float] = {}
     for done in run.stages:
         numbers = _numbers(done)
-        if measure.reference in numbers:
-            found.setdefault("reference", numbers[measure.reference] / measure.divisor)
+        for words, field in measure.references.items():
+            if name in numbers and field in numbers:
+                found.setdefault(words, numbers[field] / measure.divisor)
         if name in numbers:
             value = numbers[name] / measure.divisor
             if name not in ("bytes", "bits_per_weight") or value not in found.values():

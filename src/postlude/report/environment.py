@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import os
 import platform
@@ -13,6 +14,7 @@ import postlude
 __all__ = ["environment"]
 
 _LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors", "numpy")
+_OPTIONAL = ("diffusers", "peft", "trl", "onnxruntime")
 
 
 def environment() -> dict[str, str]:
@@ -25,6 +27,9 @@ def environment() -> dict[str, str]:
         "python": platform.python_version(),
     }
     found |= {name: importlib.metadata.version(name) for name in _LIBRARIES}
+    for name in _OPTIONAL:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
     found["system"] = f"{platform.system()} {platform.release()}, {platform.machine()}"
     found["processor"] = _processor()
     found["threads"] = f"{torch.get_num_threads()} of {os.cpu_count()}"
