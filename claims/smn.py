@@ -363,6 +363,11 @@ MEASURES = dict(
 )
 
 
+MEASURES = dict(
+    zip(PARTS, (show_searches, pictures, oscillators, field, larger, longer), strict=True)
+)
+
+
 def main() -> None:
     """Measure one part."""
     claim = Claim("smn", __doc__ or "", PARTS, seeds=3)
@@ -370,12 +375,7 @@ def main() -> None:
     if not names():
         claim.say(f"Skipped: no Kodak pictures at {_folder()} (POSTLUDE_DATA) and no scikit-image.")
         return
-    {
-        "learning-rates": show_searches,
-        "pictures": pictures,
-        "oscillators": oscillators,
-        "field": field,
-    }[claim.part](claim)
+    MEASURES[claim.part](claim)
     claim.finish()
 
 
