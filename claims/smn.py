@@ -363,11 +363,6 @@ MEASURES = dict(
 )
 
 
-MEASURES = dict(
-    zip(PARTS, (show_searches, pictures, oscillators, field, larger, longer), strict=True)
-)
-
-
 def main() -> None:
     """Measure one part."""
     claim = Claim("smn", __doc__ or "", PARTS, seeds=3)
