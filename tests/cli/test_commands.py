@@ -148,6 +148,8 @@ def test_quantize(door: Any, postlude_command: Any) -> None:
     assert (done.code, done.err) == (0, "")
     assert done.json["output"] == "out"
     assert (done.json["method"], done.json["bytes"]) == ("grid", 7)
+    assert done.json["float_bytes"] == 7
+    assert done.json["notes"] == ["100% of the bytes of the model that it was made from"]
     assert done.json["settings"]["damping"] == 0.1
     assert done.json["seed"] == 2
     name, (model, settings), rest = door.calls[-1]

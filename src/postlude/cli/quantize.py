@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -116,7 +116,10 @@ def quantize(
     seed: options.Seed = 0,
     json: options.Json = False,
 ) -> Result:
-    """Quantize a checkpoint into a directory that transformers loads after `import postlude`."""
+    """Quantize a checkpoint into a directory.
+
+    A language model is then loaded by transformers after `import postlude`, any other model by `postlude.load`.
+    """
     from postlude import registry
     from postlude.cli._settings import make_settings, parse_bits, parse_granularity
 
@@ -137,6 +140,7 @@ def quantize(
     from postlude.runs.progress import Progress
 
     model = _front_door.load(checkpoint, dtype=dtype, device=device)
+    whole = size_of(model)["bytes"]
     small = _front_door.quantize(
         model,
         settings,
@@ -153,8 +157,25 @@ def quantize(
         progress=Progress(show=True),
     )
     result: dict[str, object] = {"output": output, "method": method, **size_of(small)}
-    result["seed"] = seed
+    result |= {"float_bytes": whole, "seed": seed}
     reload = getattr(small, "reload", None)
     if reload is not None:
         result["reload_max_difference"] = reload.max_difference
+    notes = _notes(result)
+    if notes:
+        result["notes"] = notes
     return Result({**result, "settings": settings})
+
+
+def _notes(result: dict[str, Any]) -> list[str]:
+    """Where little was saved."""
+    notes = []
+    bits, share = result.get("bits_per_weight", 0.0), result["bytes"] / result["float_bytes"]
+    if bits > 16:
+        notes.append(
+            f"{bits:.3g} bits a weight, more than 16: what is stored beside the codes (scales, low-rank branch) "
+            "outweighs what they save"
+        )
+    if share > 0.5:
+        notes.append(f"{share:.0%} of the bytes of the model that it was made from")
+    return notes
