@@ -28,7 +28,8 @@ app.command("pose")(pose)
     PLAIN,
     cls=PlainCommand,
     hidden=True,
-    epilog="Related: `postlude evaluate lds` and `postlude evaluate retrieval` judge attribution methods.",
+    epilog="Related: `postlude evaluate samples` judges the images of a diffusion model, `evaluate pose` a network "
+    "that reads poses, `evaluate lds` and `evaluate retrieval` attribution methods.",
 )
 def evaluate(
     checkpoint: options.Checkpoint,

@@ -24,6 +24,9 @@ __all__ = ["MARKERS", "Checkpoint"]
 
 # A directory with one of these files is a checkpoint.
 MARKERS = ("config.json", INDEX)
+_INSTEAD = {
+    "diffusion": ". `postlude sample` draws its images, `postlude evaluate samples` judges them"
+}
 
 
 @dataclass
@@ -66,7 +69,7 @@ class Checkpoint:
         if not isinstance(self.anatomy, LanguageAnatomy):
             name = f"{self.path or 'this checkpoint'} is a {self.kind} model"
             raise ArchitectureError(
-                f"{name} ({self.anatomy.family}); this works on language models only"
+                f"{name} ({self.anatomy.family}); this works on language models only{_INSTEAD.get(self.kind, '')}"
             )
         return self.anatomy
 

@@ -81,18 +81,20 @@ def generate(
         stream: called with every new piece of text.
 
     Raises:
+        ArchitectureError: no language model.
         DataError: no tokenizer, or a prompt that gives no tokens.
         SettingsError: a number out of range, or more tokens than the model's context holds.
         NonFiniteError: the model gives no probabilities.
     """
     _check(max_new_tokens, temperature, kv_recent)
+    context = checkpoint.context
     tokens = _prompt_tokens(checkpoint, prompt)
     total = len(tokens) + max_new_tokens
-    if total > checkpoint.context:
+    if total > context:
         raise SettingsError(
             f"the prompt has {len(tokens)} tokens and {max_new_tokens} new ones make {total}, but the model's "
-            f"context holds {checkpoint.context}. Ask for at most "
-            f"{max(checkpoint.context - len(tokens), 0)} new tokens, or shorten the prompt."
+            f"context holds {context}. Ask for at most "
+            f"{max(context - len(tokens), 0)} new tokens, or shorten the prompt."
         )
     model = checkpoint.model
     if model.device.type == "cuda":

@@ -142,7 +142,7 @@ def _config(directory: Path) -> dict[str, Any]:
             )
         raise CheckpointError(
             f"{directory} is not a checkpoint: it has no config.json. Expected a Hugging Face "
-            "model directory with config.json and safetensors weights."
+            "model directory with config.json and safetensors weights, or one of diffusers with model_index.json."
         )
     config = read_json(file)
     if not isinstance(config.get("model_type"), str):
