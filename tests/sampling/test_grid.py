@@ -45,6 +45,13 @@ def test_panels_stand_side_by_side_and_a_caption_below() -> None:
     assert draw_grid([Panel("a", shades(4))], caption="euler").height > one.height
     # A long title is not cut.
     assert draw_grid([Panel("a" * 80, shades(1))]).width > 400
+    # What is written ends before the edge, and before the next panel.
+    title = "difference x 4, grey: none"
+    picture = draw_grid([Panel(title, shades(1))] * 2, torch.tensor([7]), caption=title * 3)
+    grey = picture.convert("L")
+    for x in (picture.width // 2 - 1, picture.width - 1):
+        assert {grey.getpixel((x, y)) for y in range(18)} == {255}
+    assert {grey.getpixel((picture.width - 1, y)) for y in range(picture.height)} == {255}
 
 
 def test_colours_and_large_images() -> None:

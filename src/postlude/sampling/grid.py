@@ -24,7 +24,7 @@ class Panel:
     """One block of images under a title.
 
     Attributes:
-        title: one line; what does not fit is cut.
+        title: one line.
         images: ``[n, 1 or 3, height, width]`` in [-1, 1]; what lies outside is clamped.
     """
 
@@ -61,8 +61,10 @@ def draw_grid(panels: Sequence[Panel], labels: Tensor | None = None, caption: st
     panel_x = left + columns * cell_x + _GAP
     # A narrow picture is widened to what is written on it.
     wide = max((font.getlength(panel.title) for panel in panels), default=0.0)
+    # The words start where the images do.
+    margin = left + 2 * _GAP
     panel_x = max(
-        panel_x, int(wide) + 3 * _GAP, (int(font.getlength(caption)) + 3 * _GAP) // len(panels)
+        panel_x, int(wide) + margin, -(-(int(font.getlength(caption)) + margin) // len(panels))
     )
     size = (panel_x * len(panels), top + len(rows) * cell_y + _GAP + (top if caption else 0))
     picture = Image.new("RGB", size, (_PAPER,) * 3)
