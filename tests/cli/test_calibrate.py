@@ -75,6 +75,7 @@ def test_calibrate(worse: Path, postlude_command: Any, tmp_path: Path) -> None:
     refused = postlude_command(*words, *STEPS)
     assert refused.code == 2 and "drift.safetensors already exists" in refused.err
     text = postlude_command(*words, *STEPS, "--overwrite").out
+    assert "% of the output's)" in text
     assert "2 paired runs, 8 images, 5 steps of DPMSolverMultistepScheduler" in text
     assert f"postlude sample {worse} --sampler dpm++ --steps 5 --drift {out} -o grid.png" in text
     assert out.read_bytes() == first
@@ -105,7 +106,8 @@ def test_statistics_of_something_else(worse: Path, drift: Path, postlude_command
         (("zoo:tiny-dit", "--sampler", "dpm++", "--steps", 5), "are of another approximate model"),
         ((worse, "--sampler", "dpm++", "--steps", 5, "--guidance", 2), "made with guidance = 1.0"),
     ):
-        done = postlude_command("sample", *words, "-n", 2, "--drift", drift, "--device", "cpu")
+        words += ("-n", 2, "-o", "never.png", "--device", "cpu")
+        done = postlude_command("sample", *words, "--drift", drift)
         assert done.code == 2 and message in done.err, done.err
 
 
@@ -125,6 +127,17 @@ def test_calibrations_that_cannot_be(worse: Path, postlude_command: Any, tmp_pat
         assert done.code == 2 and message in done.err, done.err
     done = postlude_command("sample", "calibrate", worse, "--reference", "zoo:tiny-lm", "-o", out)
     assert done.code == 2 and "is a language model; sampling needs a diffusion model" in done.err
+    done = postlude_command(
+        "sample", "calibrate", worse, "--reference", "zoo:tiny-dit-flow", "-o", out
+    )
+    assert done.code == 2 and "The model predicts epsilon (Euler" in done.err
+    assert "and the reference the velocity of a flow (FlowMatchEuler" in done.err
+    picture = out.with_suffix(".png")
+    done = postlude_command(
+        "sample", "calibrate", worse, "--reference", "zoo:tiny-dit", "-o", picture
+    )
+    assert done.code == 2 and "expected a file that ends in .safetensors" in done.err
+    assert not picture.exists()
     assert not out.exists()
 
 

@@ -114,6 +114,9 @@ def test_equal_models(postlude_command: Any) -> None:
         "sample", "zoo:tiny-dit", "--compare", "zoo:tiny-dit", *FEW, "--json"
     ).json
     assert done["psnr_db"] is None and "grid" not in done
+    words = ("sample", "zoo:tiny-dit", "--compare", "zoo:tiny-dit-flow", *FEW, "--json")
+    other = postlude_command(*words).json
+    assert (other["sampler"], other["sampler_compared"]) == ("euler", "fm-euler")
 
 
 def test_evaluate_samples(postlude_command: Any) -> None:
@@ -158,19 +161,54 @@ def test_evaluate_samples(postlude_command: Any) -> None:
         (["zoo:tiny-dit", "--conditions", "no.safetensors"], "There is no file no.safetensors"),
         (["zoo:tiny-dit", "--drift", "no.safetensors"], "There is no file no.safetensors; expected drift statistics"),
         (["zoo:tiny-lm"], "is a language model; sampling needs a diffusion model: a diffusers directory"),
+        (["zoo:tiny-dit", "--drift-mode", "paper"], "'paper', and there are no drift statistics to correct by"),
+        (["zoo:tiny-dit", "--guidance", "-1"], "guidance is -1; expected a number of at least 0"),
+        (["zoo:tiny-dit", "--guidance", "nan"], "guidance is nan; expected a number of at least 0"),
+        (["calibrat", "small"], "Did you mean `postlude sample calibrate`?"),
     ],
 )  # fmt: skip
 def test_bad_input(postlude_command: Any, words: list[str], message: str) -> None:
-    done = postlude_command("sample", *words, *FEW[4:])
+    out = () if "-o" in words else ("-o", "never.png")
+    done = postlude_command("sample", *words, *out, *FEW[4:])
     assert done.code == 2
     assert message in done.err
 
 
+def test_nowhere_to_write(postlude_command: Any) -> None:
+    done = postlude_command("sample", "zoo:tiny-dit", *FEW)
+    assert done.code == 2 and "there is no output" in done.err and "-o grid.png" in done.err
+    assert "postlude sample calibrate" in " ".join(postlude_command("sample", "--help").out.split())
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("generate", "zoo:tiny-dit", "Once"),
+        ("inspect", "zoo:tiny-dit"),
+        ("export", "zoo:tiny-dit", "--to", "gguf", "-o", "x.gguf"),
+    ],
+)
+def test_commands_for_language_models_point_here(
+    postlude_command: Any, words: tuple[str, ...]
+) -> None:
+    done = postlude_command(*words)
+    assert (
+        done.code == 2 and "is a diffusion model (dit); this works on language models" in done.err
+    )
+    assert "`postlude sample` draws its images, `postlude evaluate samples` judges" in done.err
+
+
 def test_bad_files_of_evaluate_samples(postlude_command: Any, tmp_path: Path) -> None:
+    few = {f"w{i}": torch.ones(1) for i in range(9)}
     save_file({"pictures": torch.ones(3, 1, 8, 8)}, tmp_path / "real.safetensors")
+    save_file(few, tmp_path / "many.safetensors")
     (tmp_path / "text.safetensors").write_text("no tensors")
     words = ("evaluate", "samples", "zoo:tiny-dit", "--real")
     done = postlude_command(*words, tmp_path / "real.safetensors")
     assert done.code == 2 and "holds pictures; expected a tensor `images`" in done.err
+    done = postlude_command(*words, tmp_path / "many.safetensors")
+    assert "w4, ... (9 tensors); expected a tensor `images`" in done.err and "w5" not in done.err
+    done = postlude_command(*words[:3], "-n", 1)
+    assert done.code == 2 and "count is 1; expected 2 or more" in done.err
     done = postlude_command(*words, tmp_path / "text.safetensors")
     assert done.code == 2 and "is no .safetensors file" in done.err

@@ -48,7 +48,8 @@ def test_the_sampler_is_that_of_the_statistics(coarse: Any, drift: Path, tmp_pat
     assert torch.equal(
         paper["samples"].images, corrected["samples"].images
     )  # the same rule at order 1
-    judged = pl.evaluate_samples(coarse, count=4, steps=4, drift=drift)
+    judged = pl.evaluate_samples(coarse, count=4, drift=drift)
+    assert judged["steps"] == 4  # of the statistics
     assert judged["sampler"] == "dpm++1" and judged["drift"] == drift
 
 

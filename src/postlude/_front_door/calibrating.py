@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from postlude._front_door.opening import Path_, open_checkpoint
-from postlude.errors import OutputExistsError
+from postlude.errors import OutputExistsError, SettingsError
 from postlude.runs.checkpoint import Checkpoint
 from postlude.runs.progress import Progress
 from postlude.sampling.calibrate import calibrate
@@ -53,6 +53,7 @@ def sample_calibrate(
     Returns:
         ``statistics`` (:class:`postlude.sampling.drift.DriftStatistics`), ``scheduler`` (its class), ``sampler``,
         ``steps``, ``runs``, ``samples``, ``guidance``, ``error_variance`` (of each step, mean over channels),
+        ``output_variance`` (of the reference's output, the same),
         ``coefficients`` (how much longer each step becomes), ``largest_coefficient``, ``output``, ``seconds``, and
         ``notes`` where the correction will do next to nothing.
 
@@ -60,6 +61,10 @@ def sample_calibrate(
         OutputExistsError: a file that may not be replaced.
         CheckpointError, SettingsError, UnknownNameError: see :func:`postlude.sampling.calibrate.calibrate`.
     """
+    if out is not None and Path(out).suffix.lower() != ".safetensors":
+        raise SettingsError(
+            f"the output is {out}; expected a file that ends in .safetensors: it holds statistics, not images"
+        )
     if out is not None and Path(out).exists() and not overwrite:
         raise OutputExistsError(
             f"{out} already exists. Choose another output, or pass --overwrite to replace it."
@@ -84,6 +89,8 @@ def sample_calibrate(
     corrected.set_timesteps(steps)
     coefficients = corrected.coefficients().mean(-1)
     largest = float(coefficients.max())
+    # The reference's output is q - e: what the covariances of output and error say of its variance.
+    q, both, e = (statistics.covariance[:, i, j] for i, j in ((0, 0), (0, 1), (1, 1)))
     result = {
         "statistics": statistics,
         "scheduler": statistics.scheduler,
@@ -93,6 +100,7 @@ def sample_calibrate(
         "samples": statistics.samples,
         "guidance": guidance,
         "error_variance": statistics.variance().mean(-1).tolist(),
+        "output_variance": (q - 2 * both + e).mean(-1).tolist(),
         "coefficients": coefficients.tolist(),
         "largest_coefficient": largest,
         "output": None if out is None else statistics.save(out, overwrite=overwrite),

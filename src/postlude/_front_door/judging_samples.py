@@ -9,6 +9,7 @@ from torch import Tensor
 
 from postlude._front_door.opening import Path_, open_checkpoint
 from postlude._front_door.sampling import sample
+from postlude.errors import SettingsError
 from postlude.evaluation.samples import judge_samples
 from postlude.runs.checkpoint import Checkpoint
 from postlude.runs.progress import Progress
@@ -22,11 +23,11 @@ def evaluate_samples(
     reference: Path_ | Checkpoint | None = None,
     count: int = 1500,
     sampler: str | None = None,
-    steps: int = 20,
+    steps: int | None = None,
     seed: int = 0,
     guidance: float = 1.0,
     drift: Path_ | None = None,
-    drift_mode: str = "corrected",
+    drift_mode: str | None = None,
     real: Tensor | None = None,
     batch_size: int = 250,
     progress: Progress | None = None,
@@ -43,13 +44,17 @@ def evaluate_samples(
         progress: where to show it.
 
     Returns:
-        What :func:`postlude.evaluation.samples.judge_samples` finds; ``count``, ``sampler``, ``steps``, ``seed``,
-        ``guidance``, ``drift``; ``notes``, what the numbers cannot say; ``seconds``.
+        What :func:`postlude.evaluation.samples.judge_samples` finds; ``count``, ``sampler``, ``sampler_reference``,
+        ``steps``, ``seed``, ``guidance``, ``drift``; ``notes``, what the numbers cannot say; ``seconds``.
 
     Raises:
         CheckpointError: not a diffusion model.
         SettingsError, UnknownNameError, DataError, ArchitectureError: see :func:`postlude.sample`.
     """
+    if count < 2:
+        raise SettingsError(
+            f"count is {count}; expected 2 or more: distances are between distributions"
+        )
     started = time.perf_counter()
     drawn = sample(
         open_checkpoint(checkpoint),
@@ -74,6 +79,7 @@ def evaluate_samples(
     settings = {
         key: drawn[key] for key in ("count", "sampler", "steps", "seed", "guidance", "drift")
     }
+    settings["sampler_reference"] = drawn.get("sampler_compared")
     return {
         **found,
         **settings,

@@ -18,14 +18,15 @@ from postlude.runs.checkpoint import Checkpoint
 from postlude.runs.progress import Progress
 from postlude.sampling.drift import DriftStatistics
 from postlude.sampling.grid import Panel, check_colours, write_grid
-from postlude.sampling.sample import Samples, check_diffusion, image_shape
+from postlude.sampling.sample import Samples, check_diffusion, check_guidance, image_shape
 from postlude.sampling.sample import sample as _sample
 from postlude.sampling.samplers import process_of, sampler_named
-from postlude.sampling.schedulers import QDrift, correct
+from postlude.sampling.schedulers import MODES, QDrift, correct
 
 __all__ = ["sample"]
 
 _MAGNIFIED = 4
+_STEPS = 20
 
 
 def sample(
@@ -33,14 +34,14 @@ def sample(
     *,
     count: int = 64,
     sampler: str | None = None,
-    steps: int = 20,
+    steps: int | None = None,
     labels: Sequence[int] | Tensor | None = None,
     seed: int = 0,
     guidance: float = 1.0,
     conditions: Mapping[str, Tensor] | None = None,
     compare: Path_ | Checkpoint | None = None,
     drift: Path_ | None = None,
-    drift_mode: str = "corrected",
+    drift_mode: str | None = None,
     batch_size: int = 250,
     out: Path_ | None = None,
     overwrite: bool = False,
@@ -53,15 +54,15 @@ def sample(
         count: how many images.
         sampler: a name of :data:`postlude.sampling.samplers.SAMPLERS`; None for the one that ``drift`` was made with,
             else for the checkpoint's own scheduler.
-        steps: of the sampler.
+        steps: of the sampler; None for those of ``drift``, else 20.
         labels: classes, repeated until there are ``count``; all classes in turn where not given.
         seed: of the noise; sample ``i`` starts from the same noise whatever else is drawn, and in every model.
-        guidance: of classifier-free guidance; 1 is none.
+        guidance: of classifier-free guidance, 0 or more; 1 is none.
         conditions: what a model without classes is conditioned on (``encoder_hidden_states`` and the like).
         compare: another model, drawn from the same noise.
         drift: a statistic of ``postlude sample calibrate``: its correction is applied to ``checkpoint``, not to
             ``compare``.
-        drift_mode: ``corrected``, or ``paper`` for the rule as published.
+        drift_mode: ``corrected`` (where None), or ``paper`` for the rule as published.
         batch_size: images at a time; changes nothing but speed and memory.
         out: a .png file for the grid, with the tensors beside it; or a .safetensors file for the tensors alone.
         overwrite: replace them.
@@ -70,8 +71,9 @@ def sample(
     Returns:
         ``samples`` (:class:`postlude.sampling.sample.Samples`), ``count``, ``sampler``, ``steps``, ``seed``,
         ``guidance``, ``seconds`` and ``milliseconds_per_image``; with ``compare`` ``compared`` (its samples),
-        ``psnr_db``, the ratio of the mean squared error of all images to the squared range 2, and ``psnr_db_lowest`` of
-        the worst image, null where the two are equal; with ``out`` ``grid`` and ``tensors``, the files.
+        ``sampler_compared`` (its sampler), ``psnr_db``, the ratio of the mean squared error of all images to the
+        squared range 2, and ``psnr_db_lowest`` of the worst image, null where the two are equal; with ``out`` ``grid``
+        and ``tensors``, the files.
 
     Raises:
         CheckpointError: not a diffusion model.
@@ -79,6 +81,12 @@ def sample(
         SettingsError, UnknownNameError, DataError, ArchitectureError: see :func:`postlude.sampling.sample.sample`.
     """
     files = _files(out, overwrite)
+    check_guidance(guidance)
+    if drift_mode is not None and drift is None:
+        raise SettingsError(
+            f"the mode of the drift correction is {drift_mode!r}, and there are no drift statistics to correct by: "
+            "give them (--drift FILE, drift=...), or leave the mode out"
+        )
     mine = open_checkpoint(checkpoint)
     other = None if compare is None else open_checkpoint(compare)
     for model in (mine, other):
@@ -89,12 +97,14 @@ def sample(
     statistics = _statistics(drift, mine, guidance)
     if sampler is None and statistics is not None:
         sampler = _same_sampler(statistics, mine)
+    if steps is None:
+        steps = _STEPS if statistics is None else statistics.steps
     common: dict[str, Any] = {
         "count": count, "sampler": sampler, "steps": steps, "labels": labels, "seed": seed, "guidance": guidance,
         "conditions": conditions, "batch_size": batch_size,
     }  # fmt: skip
     with progress or Progress(False) as shown:
-        wrap = _correction(statistics, drift_mode)
+        wrap = _correction(statistics, MODES[0] if drift_mode is None else drift_mode)
         drawn = _sample(mine, **common, wrap=wrap, progress=shown, title=_name(mine, checkpoint))
         second = None
         if other is not None:
@@ -114,7 +124,12 @@ def sample(
     if second is not None:
         each = psnr(drawn.images, second.images)
         whole = psnr(drawn.images.reshape(1, -1), second.images.reshape(1, -1))
-        result |= {"compared": second, "psnr_db": float(whole), "psnr_db_lowest": float(each.min())}
+        result |= {
+            "compared": second,
+            "sampler_compared": second.sampler,
+            "psnr_db": float(whole),
+            "psnr_db_lowest": float(each.min()),
+        }
         difference = _MAGNIFIED * (drawn.images - second.images)
         panels.append(Panel(_name(other, compare), second.images))
         panels.append(Panel(f"difference x {_MAGNIFIED}, grey: none", difference))
@@ -181,7 +196,10 @@ def _write(files: tuple[Path | None, Path], panels: list[Panel], result: dict[st
     from safetensors.torch import save_file
 
     drawn: Samples = result["samples"]
-    about = [drawn.sampler, f"{drawn.steps} steps", f"seed {drawn.seed}"]
+    samplers = drawn.sampler
+    if result.get("sampler_compared", samplers) != samplers:
+        samplers = f"{samplers} beside {result['sampler_compared']}"
+    about = [samplers, f"{drawn.steps} steps", f"seed {drawn.seed}"]
     if drawn.guidance != 1.0:
         about.append(f"guidance {drawn.guidance:g}")
     if result["drift"] is not None:

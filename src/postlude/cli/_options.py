@@ -21,8 +21,8 @@ __all__ = [
     "NewFile",
     "Overwrite",
     "Sampler",
+    "SamplerSteps",
     "Seed",
-    "Steps",
 ]
 
 Checkpoint = Annotated[
@@ -100,9 +100,15 @@ Sampler = Annotated[
         "checkpoint's own.",
     ),
 ]
-Steps = Annotated[int, typer.Option("--steps", metavar="N", help="Steps of the sampler.")]
+SamplerSteps = Annotated[
+    int | None,
+    typer.Option(
+        "--steps", metavar="N", help="Steps of the sampler; otherwise those of --drift, else 20."
+    ),
+]
 Guidance = Annotated[
-    float, typer.Option("--guidance", metavar="W", help="Classifier-free guidance; 1 is none.")
+    float,
+    typer.Option("--guidance", metavar="W", help="Classifier-free guidance, 0 or more; 1 is none."),
 ]
 Drift = Annotated[
     str | None,
@@ -113,8 +119,10 @@ Drift = Annotated[
     ),
 ]
 DriftMode = Annotated[
-    str,
+    str | None,
     typer.Option(
-        "--drift-mode", metavar="MODE", help="corrected, or paper: the rule as published."
+        "--drift-mode",
+        metavar="MODE",
+        help="Of --drift: corrected (the default), or paper, the rule as published.",
     ),
 ]

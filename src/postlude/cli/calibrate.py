@@ -122,9 +122,12 @@ def _view(result: dict[str, Any], checkpoint: str) -> object:
     from rich.text import Text
 
     longer = result["coefficients"]
+    pairs = zip(result["error_variance"], result["output_variance"], strict=True)
+    shares = [100 * error / whole for error, whole in pairs]
     lines = [
         f"{result['runs']} paired runs, {result['samples']} images, {result['steps']} steps of {result['scheduler']}",
-        f"variance of the error: {min(result['error_variance']):.2g} to {max(result['error_variance']):.2g}",
+        f"variance of the error: {min(result['error_variance']):.2g} to {max(result['error_variance']):.2g} "
+        f"({min(shares):.2g} % to {max(shares):.2g} % of the output's)",
         f"steps become longer by {100 * min(longer):.2g} to {100 * max(longer):.2g} %, the last one by "
         f"{100 * longer[-1]:.2g} %",
         f"{result['output']} written in {result['seconds']:.3g} s",

@@ -16,10 +16,18 @@ __all__ = ["app", "read_numbers", "read_tensors", "sample"]
 app = typer.Typer(
     cls=PlainFormGroup, help="Draw images from a diffusion model, float or quantized."
 )
+_SHOWN = 5
+
 app.command("calibrate")(calibrate)
 
 
-@app.command(PLAIN, cls=PlainCommand, hidden=True)
+@app.command(
+    PLAIN,
+    cls=PlainCommand,
+    hidden=True,
+    epilog="Related: `postlude sample calibrate CHECKPOINT --reference CHECKPOINT -o FILE` measures how a quantized "
+    "model errs, for --drift.",
+)
 def sample(
     checkpoint: options.Diffusion,
     output: Annotated[
@@ -28,11 +36,12 @@ def sample(
             "--output",
             "-o",
             metavar="FILE",
-            help="A .png with the tensors beside it as .safetensors, or a .safetensors alone.",
+            help="A .png with the tensors beside it as .safetensors, or a .safetensors alone. Needed unless --compare "
+            "is given, which prints how the two differ.",
         ),
     ] = None,
     sampler: options.Sampler = None,
-    steps: options.Steps = 20,
+    steps: options.SamplerSteps = None,
     count: Annotated[int, typer.Option("--count", "-n", metavar="N", help="How many images.")] = 64,
     labels: Annotated[
         str | None,
@@ -50,7 +59,7 @@ def sample(
         ),
     ] = None,
     drift: options.Drift = None,
-    drift_mode: options.DriftMode = "corrected",
+    drift_mode: options.DriftMode = None,
     conditions: Annotated[
         str | None,
         typer.Option(
@@ -74,8 +83,14 @@ def sample(
 ) -> Result:
     """Draw images; the same seed gives the same images, and every model the same noise."""
     from postlude import _front_door
+    from postlude.errors import SettingsError
     from postlude.runs.progress import Progress
 
+    if output is None and compare is None:
+        raise SettingsError(
+            "there is no output, and nothing would be left of the images: give a file for them "
+            "(-o grid.png, or -o images.safetensors)"
+        )
     with Progress(show=True) as progress:
         result = _front_door.sample(
             _front_door.load(checkpoint, dtype=dtype, device=device),
@@ -136,7 +151,10 @@ def read_tensors(file: str | None, needs: str | None = None) -> dict[str, Any] |
     except SafetensorError as error:
         raise DataError(f"{file} is no .safetensors file: {error}") from error
     if needs is not None and needs not in found:
+        names = list(found)[:_SHOWN]
+        if len(found) > _SHOWN:
+            names.append(f"... ({len(found)} tensors)")
         raise DataError(
-            f"{file} holds {', '.join(found) or 'nothing'}; expected a tensor `{needs}`"
+            f"{file} holds {', '.join(names) or 'nothing'}; expected a tensor `{needs}`"
         )
     return found

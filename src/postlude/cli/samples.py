@@ -27,10 +27,10 @@ def samples(
         int, typer.Option("--count", "-n", metavar="N", help="Samples of each model.")
     ] = 1500,
     sampler: options.Sampler = None,
-    steps: options.Steps = 20,
+    steps: options.SamplerSteps = None,
     guidance: options.Guidance = 1.0,
     drift: options.Drift = None,
-    drift_mode: options.DriftMode = "corrected",
+    drift_mode: options.DriftMode = None,
     real: Annotated[
         str | None,
         typer.Option(
@@ -101,8 +101,11 @@ def _view(result: dict[str, Any]) -> object:
         )
         table.add_row("PSNR to the reference", *cells, "")
     by_class = result["class_accuracy_by_class"] or {}
+    sampler = result["sampler"]
+    if result.get("sampler_reference") not in (None, sampler):
+        sampler = f"{sampler} (the reference {result['sampler_reference']})"
     lines = [
-        f"{result['count']} samples, {result['sampler']}, {result['steps']} steps, seed {result['seed']}"
+        f"{result['count']} samples, {sampler}, {result['steps']} steps, seed {result['seed']}"
         + (f", corrected by {result['drift']}" if result["drift"] else "")
         + f"; {result['seconds']:.3g} s"
     ]

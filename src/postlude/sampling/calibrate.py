@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 from torch import Tensor
 
@@ -18,7 +19,7 @@ from postlude.sampling.sample import (
     image_shape,
     labels_of,
 )
-from postlude.sampling.samplers import build_scheduler
+from postlude.sampling.samplers import FLOW, build_scheduler, process_of
 from postlude.sampling.schedulers import check_supported
 
 __all__ = ["calibrate"]
@@ -57,7 +58,8 @@ def calibrate(
         progress: where to show it.
 
     Raises:
-        CheckpointError: one is no diffusion model, or the two draw images of different shapes.
+        CheckpointError: one is no diffusion model, or the two predict different things or draw images of different
+            shapes.
         SettingsError, UnknownNameError: a sampler or a number that cannot be, or a scheduler without a rule.
     """
     for name, value in (("runs", runs), ("batch", batch), ("steps", steps)):
@@ -71,6 +73,7 @@ def calibrate(
             f"The model draws images of shape {shape}, and the reference {image_shape(reference.model)}; expected the "
             "model that the first was made from."
         )
+    _check_predictions(checkpoint.scheduler, reference.scheduler)
     scheduler = build_scheduler(checkpoint.scheduler, sampler)
     check_supported(scheduler)
     classes = labels_of(checkpoint.model, labels, runs * batch)
@@ -97,3 +100,19 @@ def calibrate(
             fingerprints=(reference.fingerprint(), checkpoint.fingerprint()),
             conditions={"guidance": guidance},
         )
+
+
+def _check_predictions(scheduler: Any, reference: Any) -> None:
+    """The error of an output is a difference of outputs, so both must be of one kind."""
+    mine, other = (_prediction(one) for one in (scheduler, reference))
+    if mine != other:
+        raise CheckpointError(
+            f"The model predicts {mine} ({type(scheduler).__name__}), and the reference {other} "
+            f"({type(reference).__name__}); expected the model that the first was made from."
+        )
+
+
+def _prediction(scheduler: Any) -> str:
+    if process_of(scheduler) == FLOW:
+        return "the velocity of a flow"
+    return str(scheduler.config.get("prediction_type", "epsilon"))

@@ -21,6 +21,7 @@ from postlude.numerics.diffusion import (
     prediction_of,
     solver_drift,
 )
+from postlude.sampling.samplers import SAMPLERS
 
 __all__ = ["SUPPORTED", "Rule", "rule_of"]
 
@@ -199,8 +200,8 @@ def rule_of(scheduler: Any) -> Rule:
     name = type(scheduler).__name__
     if name not in _RULES:
         raise SettingsError(
-            f"There is no drift correction for {name}; supported are {', '.join(SUPPORTED)}. "
-            "Sample with one of these, for example DPMSolverMultistepScheduler.from_config(scheduler.config)."
+            f"There is no drift correction for {name}; supported are {', '.join(SUPPORTED)}: `--sampler "
+            f"{', '.join(_sampler_names())}`, or from Python DPMSolverMultistepScheduler.from_config(scheduler.config)."
         )
     rule = _RULES[name]
     setting = rule.refusal(scheduler.config)
@@ -209,3 +210,12 @@ def rule_of(scheduler: Any) -> Rule:
             f"There is no drift correction for {name} with {setting}; make the scheduler without it."
         )
     return rule
+
+
+def _sampler_names() -> list[str]:
+    """Names of the command line whose schedulers all have a rule."""
+    return [
+        name
+        for name, sampler in SAMPLERS.items()
+        if all(kind in _RULES for kind, _ in sampler.schedulers.values())
+    ]

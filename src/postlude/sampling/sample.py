@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -27,6 +28,7 @@ __all__ = [
     "Samples",
     "balanced_labels",
     "check_diffusion",
+    "check_guidance",
     "first_noise",
     "generators",
     "image_shape",
@@ -74,7 +76,7 @@ class GuidedDenoiser:
 
     Raises:
         ArchitectureError: the model needs conditions that are not given.
-        SettingsError: guidance for a model that has no "no class".
+        SettingsError: guidance below 0, or for a model that has no "no class".
     """
 
     def __init__(
@@ -85,6 +87,7 @@ class GuidedDenoiser:
         conditions: Mapping[str, Tensor] | None = None,
         guidance: float = 1.0,
     ) -> None:
+        check_guidance(guidance)
         self.model = checkpoint.model
         self.guidance = guidance
         given = dict(conditions or {})
@@ -347,6 +350,19 @@ def check_diffusion(checkpoint: Checkpoint) -> None:
         raise CheckpointError(
             f"{checkpoint.path or type(checkpoint.model).__name__} is {what}; sampling needs a diffusion model: a "
             "diffusers directory with transformer/ and scheduler/, or zoo:tiny-dit"
+        )
+
+
+def check_guidance(guidance: float) -> None:
+    """Refuse what classifier-free guidance cannot be.
+
+    Raises:
+        SettingsError: not a number, infinite, or below 0.
+    """
+    if not (math.isfinite(guidance) and guidance >= 0):
+        raise SettingsError(
+            f"guidance is {guidance:g}; expected a number of at least 0: 0 draws without the class, 1 is no guidance, "
+            "more exaggerates the class"
         )
 
 

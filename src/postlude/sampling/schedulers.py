@@ -33,6 +33,7 @@ from postlude.sampling.proxy import SchedulerProxy, plain_scheduler
 from postlude.sampling.rules import SUPPORTED, rule_of
 
 __all__ = [
+    "MODES",
     "SUPPORTED",
     "DriftCorrectedScheduler",
     "DriftWarning",
@@ -42,6 +43,7 @@ __all__ = [
 ]
 
 MODES = ("corrected", "paper")
+"""Of :class:`QDrift`, the default first."""
 
 
 class DriftWarning(UserWarning):
@@ -225,7 +227,8 @@ class DriftCorrectedScheduler(SchedulerProxy):
         if x.shape[axis] != len(row):
             raise SettingsError(
                 f"These drift statistics are of {len(row)} channels, and axis {axis} of the sample has "
-                f"{x.shape[axis]}. Collect statistics with this model, or average them with scalar=True."
+                f"{x.shape[axis]}. Collect statistics with this model, or from Python average them, "
+                "QDrift(scalar=True)."
             )
         shape = [1] * x.dim()
         shape[axis] = -1
@@ -315,8 +318,9 @@ class DriftCorrectedScheduler(SchedulerProxy):
         )
         if not self.settings.interpolate:
             raise SettingsError(
-                f"These drift statistics are {what}. Collect statistics for this schedule, or allow interpolation "
-                "between the timesteps that are known (interpolate=True)."
+                f"These drift statistics are {what}. Take {found.steps} steps and the scheduler they were made with, "
+                "or collect statistics for this schedule (`postlude sample calibrate`). From Python, "
+                "QDrift(interpolate=True) interpolates between the timesteps that are known."
             )
         warnings.warn(
             f"These drift statistics are {what}: they are interpolated between timesteps.",
