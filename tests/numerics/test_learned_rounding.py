@@ -69,7 +69,9 @@ def test_it_finds_the_best_of_every_choice() -> None:
     errors = []
     for choice in itertools.product((0.0, 1.0), repeat=8):
         low = (w / rounding.encode().scale).floor()
-        errors.append(float(error((low + torch.tensor([choice])).clamp(-4, 3) * rounding.encode().scale)))
+        errors.append(
+            float(error((low + torch.tensor([choice])).clamp(-4, 3) * rounding.encode().scale))
+        )
     found = float(error(rounding.encode().decode()))
     assert found < float(error(nearest(w, scheme).decode())) * 0.6
     assert sum(one < found for one in errors) < 20

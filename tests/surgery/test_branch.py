@@ -39,7 +39,8 @@ def test_it_computes_both_products(text: str) -> None:
     layer, _ = made(text)
     x = torch.randn(5, WIDTH)
     format = BranchFormat.parse(text)
-    fit = one_shot(torch.randn(OUT, WIDTH, generator=torch.Generator().manual_seed(1)), RANK, format, FOUR.encode)  # fmt: skip
+    weight = torch.randn(OUT, WIDTH, generator=torch.Generator().manual_seed(1))
+    fit = one_shot(weight, RANK, format, FOUR.encode)
     up, down = (
         part.float() if isinstance(part, Tensor) else part.decode() for part in (fit.up, fit.down)
     )

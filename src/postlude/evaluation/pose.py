@@ -63,7 +63,8 @@ def evaluate_pose(
         NonFiniteError: the network computes NaN or infinity.
     """
     if isinstance(model, Checkpoint):
-        target, camera = pose_of(model.model)
+        found, camera = pose_of(model.model)
+        target: str = found
         data = _read(data, limit)
         if data.camera != camera:
             raise DataError(
