@@ -32,9 +32,12 @@ class Task:
     ) -> None:
         self.description = description
         self.total = total
-        self.done = self._before = done
+        self.done = done
         self._progress = progress
         self._started = self._said = time.monotonic()
+        # When the first step ended, and what was done then: it often loads, compiles or fits what later ones find
+        # ready, so it says nothing of how long they take.
+        self._first: tuple[float, int] | None = None
         self._bar: TaskID | None = None
         if progress._rich is not None:
             self._bar = progress._rich.add_task(description, total=total, completed=done)
@@ -42,6 +45,8 @@ class Task:
     def advance(self, steps: int = 1) -> None:
         """Count ``steps`` more as done."""
         self.done += steps
+        if self._first is None:
+            self._first = (time.monotonic(), self.done)
         if self._bar is not None and self._progress._rich is not None:
             self._progress._rich.advance(self._bar, steps)
         elif self._progress.shown:
@@ -62,8 +67,12 @@ class Task:
         passed = now - self._started
         if self.total is None:
             return f"{self.description}: {self.done} in {passed:.0f} s"
-        left = passed / max(self.done - self._before, 1) * (self.total - self.done)
-        return f"{self.description}: {self.done}/{self.total} in {passed:.0f} s, {left:.0f} s left"
+        line = f"{self.description}: {self.done}/{self.total} in {passed:.0f} s"
+        if self._first is None or self.done <= self._first[1]:
+            return line
+        since, before = self._first
+        left = (now - since) / (self.done - before) * (self.total - self.done)
+        return f"{line}, {left:.0f} s left"
 
 
 class Progress:
