@@ -68,6 +68,12 @@ def test_what_cannot_be_judged_is_refused(folder: Path, tmp_path: Path) -> None:
         pl.evaluate_pose(tmp_path / "bad.onnx", folder / "test")
 
 
+def test_a_folder_of_sets_is_not_calibrated_on(folder: Path) -> None:
+    # It would be, on the pictures of the test set.
+    with pytest.raises(DataError, match="data sets below it: test"):
+        pl.quantize(folder / "pose", "adalog", calibration=folder, samples=2)
+
+
 def test_models_that_see_no_poses_are_refused(
     folder: Path, tiny_llama_dir: Path, tmp_path: Path
 ) -> None:

@@ -176,6 +176,18 @@ def test_labels_without_a_field_or_a_box_inside_are_refused(speed: Path) -> None
         sets.load(speed / "nothing")
 
 
+def test_a_box_beside_the_body_is_refused(made: sets.PoseData, tmp_path: Path) -> None:
+    sets.write(made, tmp_path)
+    file = tmp_path / "labels.json"
+    labels = json.loads(file.read_text())
+    x1, y1, x2, y2 = labels[3]["box"]
+    away = x2 if x2 < SPEED.width - 20 else x1 - 20
+    labels[3]["box"] = [away + 5, y1, away + 15, y2]
+    file.write_text(json.dumps(labels))
+    with pytest.raises(DataError, match=r"label 3 of .*misses the body"):
+        sets.load(tmp_path)
+
+
 def test_images_that_cannot_be_used_are_refused(speed: Path, monkeypatch: Any) -> None:
     Image.new("L", (10, 10)).save(speed / "images" / "img000000.jpg")
     with pytest.raises(DataError, match=r"has 10 x 10 pixels, and the camera 400 x 400"):

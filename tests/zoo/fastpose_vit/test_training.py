@@ -101,8 +101,9 @@ def test_what_cannot_be_built_is_refused(tmp_path: Path) -> None:
 
     with pytest.raises(SettingsError, match="whole patches"):
         Backbone(image_size=20)
-    with pytest.raises(SettingsError, match="no image classifier of type 'llama'"):
-        build(dataclasses.replace(SHAPE, model_type="llama"))
+    for model_type in ("llama", "resnet"):
+        with pytest.raises(SettingsError, match="expected deit, dinov2, vit"):
+            dataclasses.replace(SHAPE, model_type=model_type)
     with pytest.raises(CheckpointError, match=r"has no config\.json"):
         build(tmp_path)
     with pytest.raises(SettingsError, match="0 epochs"):

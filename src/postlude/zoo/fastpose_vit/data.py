@@ -149,9 +149,13 @@ def write(data: PoseData, out: Path, name: str = "") -> None:
 
 
 def holds_poses(path: str | os.PathLike[str]) -> bool:
-    """Whether a folder or file looks like a set: a list of labels beside images."""
+    """Whether a folder or file looks like a set, a list of labels beside images, or like a folder of sets.
+
+    :func:`load` refuses the second, naming the sets: which of them is meant is not for it to choose.
+    """
     folder = Path(path)
-    return (folder / LABELS).is_file() or folder.suffix == ".json" or bool(_lists(folder))
+    listed = (folder / LABELS).is_file() or folder.suffix == ".json" or bool(_lists(folder))
+    return listed or bool(_inner(folder))
 
 
 def load(
@@ -171,8 +175,8 @@ def load(
 
     Raises:
         DataError: no labels, a label that lacks a field or whose quaternion has not length 1 (by its index), an image
-            that cannot be read, a box that is empty or outside the image, or boxes that cannot be made for want of key
-            points.
+            that cannot be read, a box that is empty, wholly outside the image or beside the body, or boxes that cannot
+            be made for want of key points.
     """
     file = _labels_file(Path(path))
     labels = _read_json(file)
@@ -220,9 +224,15 @@ def _labels_file(path: Path) -> Path:
     if lists:
         names = ", ".join(f.name for f in lists)
         raise DataError(f"{path} holds several lists of labels ({names}); give the path of one")
-    inner = [f.parent.name for f in sorted(path.glob(f"*/{LABELS}"))]
-    advice = f"; it has data sets below it: {', '.join(inner)}" if inner else ""
+    inner = _inner(path)
+    advice = (
+        f"; it has data sets below it: {', '.join(inner)}. Give the path of one" if inner else ""
+    )
     raise DataError(f"{path} holds no {LABELS}{advice}")
+
+
+def _inner(folder: Path) -> list[str]:
+    return [file.parent.name for file in sorted(folder.glob(f"*/{LABELS}"))]
 
 
 def _lists(folder: Path) -> list[Path]:
@@ -326,20 +336,40 @@ def _boxes(
     if all("box" in label for label in labels):
         found = [_numbers(label, ("box",), 4, file, i) for i, label in enumerate(labels)]
         boxes = torch.tensor(found, dtype=torch.float64)
-    elif points is None:
+        check_boxes(boxes, camera, [str(label["filename"]) for label in labels])
+        if points is not None:
+            _check_shows(boxes, box_of(project(points, rotations, translations, camera)), file)
+        return boxes
+    if points is None:
         raise DataError(
             f"{file} has labels without a box, and the key points it could be made of are not there: put "
             "keypoints.json beside it, or set POSTLUDE_DATA to a folder with space/tangoPoints.mat"
         )
-    else:
-        boxes = whole(box_of(project(points, rotations, translations, camera)))
-        shown = torch.tensor([camera.width, camera.height], dtype=torch.float64)
-        clipped = torch.cat([boxes[:, :2].clamp(min=0), torch.minimum(boxes[:, 2:], shown)], dim=-1)
-        # What lies outside altogether stays as it is, to be refused below in its own numbers.
-        empty = (clipped[:, 2:] <= clipped[:, :2]).any(-1, keepdim=True)
-        boxes = torch.where(empty, boxes, clipped)
+    boxes = whole(box_of(project(points, rotations, translations, camera)))
+    shown = torch.tensor([camera.width, camera.height], dtype=torch.float64)
+    clipped = torch.cat([boxes[:, :2].clamp(min=0), torch.minimum(boxes[:, 2:], shown)], dim=-1)
+    # What lies outside altogether stays as it is, to be refused below in its own numbers.
+    empty = (clipped[:, 2:] <= clipped[:, :2]).any(-1, keepdim=True)
+    boxes = torch.where(empty, boxes, clipped)
     check_boxes(boxes, camera, [str(label["filename"]) for label in labels])
     return boxes
+
+
+def _check_shows(boxes: Tensor, bodies: Tensor, file: Path) -> None:
+    """Refuse boxes of labels that share no pixel with the boxes around the projected key points."""
+    low, high = (
+        torch.maximum(boxes[:, :2], bodies[:, :2]),
+        torch.minimum(boxes[:, 2:], bodies[:, 2:]),
+    )
+    misses = (low > high).any(-1)
+    if not bool(misses.any()):
+        return
+    index = int(misses.nonzero()[0])
+    box, body = (", ".join(f"{v:.6g}" for v in part[index].tolist()) for part in (boxes, bodies))
+    raise DataError(
+        f"label {index} of {file}: the box ({box}) misses the body, whose key points lie within ({body}) by its "
+        "pose; expected a box around the body. Correct box or pose, or leave the label out."
+    )
 
 
 def _picture(

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from postlude.errors import ArchitectureError, CheckpointError, SettingsError
+from postlude.surgery.anatomy import supported_model_types
 from postlude.zoo.fastpose_vit.camera import SPEED, Camera, decode_translation, viewing_direction
 from postlude.zoo.fastpose_vit.rotation import gram_schmidt, minimal_rotation
 
@@ -50,6 +51,7 @@ class Backbone:
     heads: int = 4
 
     def __post_init__(self) -> None:
+        _check_type(self.model_type)
         sizes = (self.image_size, self.patch, self.width, self.depth, self.heads)
         if min(sizes) < 1 or self.image_size % self.patch or self.width % self.heads:
             raise SettingsError(
@@ -57,6 +59,15 @@ class Backbone:
                 f"depth {self.depth} and {self.heads} heads is not possible; expected whole patches in a crop and "
                 "whole heads in the width"
             )
+
+
+def _check_type(model_type: str) -> None:
+    known = supported_model_types("vision")
+    if model_type not in known:
+        raise SettingsError(
+            f"a backbone of type {model_type!r} is no vision transformer that is described here, so it could be "
+            f"trained but not loaded again; expected {', '.join(known)}"
+        )
 
 
 def build(
@@ -75,7 +86,7 @@ def build(
         camera: of the images.
 
     Raises:
-        SettingsError: transformers has no image classifier of this type.
+        SettingsError: no vision transformer that can be loaded again.
         CheckpointError: the directory cannot be loaded.
     """
     from transformers import AutoConfig
@@ -87,36 +98,36 @@ def build(
         torch.manual_seed(seed)
         if not isinstance(backbone, Backbone):
             return _pretrained(Path(backbone), labels)
-        try:
-            config = AutoConfig.for_model(
-                backbone.model_type,
-                image_size=backbone.image_size,
-                patch_size=backbone.patch,
-                hidden_size=backbone.width,
-                num_hidden_layers=backbone.depth,
-                num_attention_heads=backbone.heads,
-                intermediate_size=4 * backbone.width,
-                hidden_dropout_prob=0.0,
-                attention_probs_dropout_prob=0.0,
-                **labels,
-            )
-            known = MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING[type(config)]
-        except (ValueError, KeyError) as error:
-            raise SettingsError(
-                f"transformers has no image classifier of type {backbone.model_type!r}; expected vit, deit or dinov2"
-            ) from error
+        config = AutoConfig.for_model(
+            backbone.model_type,
+            image_size=backbone.image_size,
+            patch_size=backbone.patch,
+            hidden_size=backbone.width,
+            num_hidden_layers=backbone.depth,
+            num_attention_heads=backbone.heads,
+            intermediate_size=4 * backbone.width,
+            hidden_dropout_prob=0.0,
+            attention_probs_dropout_prob=0.0,
+            **labels,
+        )
+        known = MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING[type(config)]
         # DeiT has two, with and without the token of its teacher; the first is without.
         return (known[0] if isinstance(known, tuple | list) else known)(config).float()
 
 
 def _pretrained(directory: Path, labels: dict[str, Any]) -> Any:
-    from transformers import AutoModelForImageClassification
+    from transformers import AutoConfig, AutoModelForImageClassification
 
     if not (directory / "config.json").is_file():
         raise CheckpointError(
             f"{directory} is not a directory with a pretrained model: it has no config.json. Fetch one first "
             "(hf download NAME --local-dir DIRECTORY)"
         )
+    try:
+        config = AutoConfig.from_pretrained(directory, local_files_only=True)
+    except (ValueError, OSError, KeyError) as error:
+        raise CheckpointError(f"transformers cannot load {directory}: {error}") from error
+    _check_type(config.model_type)
     try:
         return AutoModelForImageClassification.from_pretrained(
             directory,
