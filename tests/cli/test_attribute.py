@@ -290,12 +290,16 @@ def test_images_of_a_diffusion_model(tmp_path: Path, postlude_command: Any) -> N
     done = postlude_command(*words, "--method", "d-trak", "--timesteps", 2, "--set", "side=4")
     assert done.code == 0, done.err
     assert (done.json["examples"], done.json["tokens"]) == (8, 8 * 16)
+    assert "8 examples of 16 patches, each 2 times through the model" in done.err
+    plain = postlude_command(*words[:-1], "--method", "d-trak", "--timesteps", 2, "--set", "side=4")
+    assert "patches" in plain.out and "truncated" not in plain.out and "tokens" not in plain.out
     page = tmp_path / "page.html"
     asked = ("attribute", "query", tmp_path / "index", folder / "3.png")
     found = postlude_command(*asked, "--top", 2, "--html", page, "--json")
     assert found.code == 0, found.err
     assert found.json["results"][0]["id"] == "3" and found.json["text"] == "label 3, 3.png"
     assert page.read_text().count("data:image/png;base64,") == 1 + 2 * 2
+    assert "squared norm" in page.read_text()
     several = postlude_command("attribute", "query", tmp_path / "index", folder, "--json")
     assert len(several.json["queries"]) == 8
     (tmp_path / "large").mkdir()

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from postlude.attribution.d_trak import DTRAK
 from postlude.report.attribution import render
 
 from .attributed import TEXT, answer
@@ -259,7 +260,8 @@ def test_a_page_of_images_shows_them_and_the_weights_of_layers() -> None:
         query |= {"picture": PICTURE, "tokens": [], "text": "label 3, three.png"}
         for hit in query["results"]:
             hit |= {"picture": PICTURE, "tokens": None, "query_tokens": None, "text": "label 3"}
-    given["method"]["family"] = "influence"
+    given["queries"][0]["deviation"] = 90.0
+    given["method"]["meaning"] = DTRAK().meaning("image")
     given["weights"] = dict(zip(given["queries"][0]["results"][0]["layers"], range(9), strict=True))
     page = render(given)
     reader = Reader(page)
@@ -268,7 +270,8 @@ def test_a_page_of_images_shows_them_and_the_weights_of_layers() -> None:
     assert page.count(PICTURE) == len(given["queries"]) + 2 * hits
     assert not reader.open and "15 tokens" not in reader.text
     assert "What each layer counts for" in reader.text and "The image" in reader.text
-    assert "loss on the image" in reader.text
+    assert "squared norm of the model's output at the image" in reader.text
+    assert "None stands out: this image may owe" in reader.text
     for anchor in re.findall('href="#(hit-[0-9-]+)"', page):
         assert f'id="{anchor}"' in page
     plain = render(answer())

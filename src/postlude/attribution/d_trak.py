@@ -46,3 +46,10 @@ class DTRAK(LoGRA):
     @property
     def unit(self) -> str:
         return "influence on the norm of the output"
+
+    def meaning(self, noun: str) -> str:
+        return (
+            f"A score estimates, from gradients, the influence of the example on the squared norm of the model's "
+            f"output at the {noun}. That norm, not the loss, is what is differentiated: a stand-in which foretells "
+            "retrained models better. The higher, the more support."
+        )

@@ -121,6 +121,13 @@ class DAS(LoGRA):
     def unit(self) -> str:
         return "change of the output"
 
+    def meaning(self, noun: str) -> str:
+        return (
+            "A score estimates, from gradients, how far the model's mean output at the "
+            f"{noun} would move if it had been trained without the example: the output, not the loss. The higher, the "
+            "more support; below zero the example pulled the other way."
+        )
+
 
 def residuals(index: Index) -> Tensor:
     """fp64 ``[examples]`` of mean 1: errors of every timestep over their mean, averaged over timesteps."""

@@ -190,6 +190,13 @@ class Attributor(ABC):
         """What a score is measured in."""
         return "influence"
 
+    def meaning(self, noun: str) -> str:
+        """What a score says, a sentence or two for people, of a query that is a ``noun``: text or image."""
+        return (
+            "A score estimates, from gradients, how much having learned the example lowers the model's loss on the "
+            f"{noun}. The higher, the more; below zero it raised it."
+        )
+
     @property
     def name(self) -> str:
         return registry.info_of(self).name

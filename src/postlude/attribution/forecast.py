@@ -26,19 +26,24 @@ class Forecast:
 
     Attributes:
         examples: of the data.
-        tokens: mean of an example, by a sample.
+        tokens: mean of an example, by a sample; of an image patches of the model.
         bytes: of the index.
         seconds: of the passes over the data where nothing else runs, an order of magnitude.
+        draws: how often an image goes through the model, once for each timestep and draw of noise; 0 for texts.
     """
 
     examples: int
     tokens: float
     bytes: int
     seconds: float
+    draws: int = 0
 
     def __str__(self) -> str:
+        size = f"about {self.tokens:.0f} tokens"
+        if self.draws:
+            size = f"{self.tokens:.0f} patches, each {self.draws} time{'s' * (self.draws != 1)} through the model"
         return (
-            f"expected: {self.examples:,} example{'s' * (self.examples != 1)} of about {self.tokens:.0f} tokens, "
+            f"expected: {self.examples:,} example{'s' * (self.examples != 1)} of {size}, "
             f"index {_bytes(self.bytes)} "
             f"({_bytes(self.bytes / self.examples)} an example), "
             f"about {_time(self.seconds)} on an idle machine"
@@ -57,10 +62,9 @@ def forecast(
     if not isinstance(representation, GradientRepresentation):
         return None
     step = max(1, len(records) // _SAMPLE)
-    # A denoiser sees an image once for each timestep and draw of noise.
-    repeats = collection.draws if records.kind == "images" else 1
+    draws = collection.draws if records.kind == "images" else 0
     lengths = [
-        repeats * records.examples(checkpoint, collection, n, n + 1)[0].count
+        records.examples(checkpoint, collection, n, n + 1)[0].count
         for n in range(0, len(records), step)
     ]
     tokens = sum(lengths) / len(lengths)
@@ -70,7 +74,7 @@ def forecast(
         shape_of(checkpoint, collection.patterns),
         hardware,
         examples=len(records),
-        tokens=tokens,
+        tokens=max(draws, 1) * tokens,
         factor=1 if representation.side else representation.factor,
         side=representation.side,
         rank=representation.rank if isinstance(representation, FactorRepresentation) else 1,
@@ -90,6 +94,7 @@ def forecast(
         tokens=tokens,
         bytes=len(records) * (representation.row_bytes(layers) + _ROW) + shards * header,
         seconds=sum(cost.flops[name] for name in passes) / hardware.rate,
+        draws=draws,
     )
 
 

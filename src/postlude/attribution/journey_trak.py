@@ -52,3 +52,9 @@ class JourneyTRAK(LoGRA):
 
     def representation(self) -> JourneyRepresentation:
         return JourneyRepresentation(side=self.side, format=self.format)
+
+    def meaning(self, noun: str) -> str:
+        return (
+            "A score estimates, from gradients, how much having learned the example lowers the model's loss at the "
+            f"points of the {noun}'s sampling trajectory. The higher, the more; below zero it raised it."
+        )

@@ -97,6 +97,14 @@ class TRAK(LoGRA):
         """``1 - p`` of the training examples."""
         return torch.ones(len(queries)), missing(index)
 
+    def meaning(self, noun: str) -> str:
+        if noun != "text":
+            return super().meaning(noun)
+        return (
+            "A score estimates, from gradients, how much having learned the example raises the log-odds of the tokens "
+            "of the text. The higher, the more; below zero it lowered them."
+        )
+
 
 def missing(index: Index) -> Tensor:
     """``[examples]``, the mean over predicted tokens of ``1 - p``."""

@@ -167,7 +167,16 @@ def build(
     report = {"output": output, "method": info.name, **index.report, "seed": seed}
     # The same as the output.
     report.pop("path", None)
-    return Result({**report, "settings": settings})
+    value = {**report, "settings": settings}
+    if json or index.data_kind != "images":
+        return Result(value)
+    # An image has patches, and none is ever cut.
+    shown = {
+        "patches" if name == "tokens" else name: item
+        for name, item in value.items()
+        if name not in ("truncated", "truncated_tokens")
+    }
+    return Result(shown)
 
 
 @app.command("query")
@@ -267,7 +276,9 @@ def learn_weights(
     ] = None,
     k: Annotated[
         int,
-        typer.Option("--k", min=0, help="Best examples of a query that count as found; 0: 1 %."),
+        typer.Option(
+            "--k", min=0, help="Best examples of a query that count as found; 0: 1 %, at least 10."
+        ),
     ] = 0,
     regularizer: Annotated[
         float, typer.Option("--regularizer", min=0.0, help="Pull towards equal weights.")

@@ -3,8 +3,8 @@
 ``render`` shows what it is given and leaves out what is absent. The keys it knows::
 
     title                        words
-    method                       name, family, summary, paper, unit (of a score), settings {name: value},
-                                 curvature (words)
+    method                       name, summary, paper, unit (of a score), meaning (of a score, sentences),
+                                 settings {name: value}, curvature (words)
     index                        path, model, examples, bytes, curvature_bytes, layers, seconds (to build),
                                  keeps {name: value}
     queries                      list of: text, count (tokens), truncated (tokens cut off), examples, mean,
@@ -51,11 +51,9 @@ _EXCERPT = 160  # tokens of a passage that are shown at once
 # Settings that say what an index keeps.
 _KEPT = ("rank", "projection_factor", "side", "format", "factor_iterations")
 _MARKED = ("passage", "whole", "query_tokens")  # parts of a result that have marks
-_MEANING = {
-    "influence": "A score estimates, from gradients, how much having learned the example lowers the model's loss on "
-    "the {noun}. The higher, the more; below zero it raised it.",
-    "control": "These scores know nothing of how the model learned: a control to hold other methods against.",
-}
+_CONTROL = (
+    "These scores know nothing of how the model learned: a control to hold other methods against."
+)
 _MINUS = "\u2212"
 
 
@@ -92,8 +90,10 @@ def page_of(
                 "name": info.name,
                 "summary": info.summary,
                 "paper": info.paper,
-                "family": info.family,
                 "unit": method.unit,
+                "meaning": _CONTROL
+                if info.family == "control"
+                else method.meaning("image" if pictures else "text"),
                 "settings": {
                     name: value
                     for name, value in dataclasses.asdict(method).items()
@@ -188,8 +188,7 @@ def _introduction(method: Results, index: Results, queries: Sequence[Results]) -
         lines = [f"This index holds one training example; how much it supports {what}."]
     if index.get("model"):
         lines[0] += f" The model is {index['model']}."
-    meaning = _MEANING.get(method.get("family") or "")
-    return [*lines, meaning.format(noun=noun)] if meaning else lines
+    return [*lines, method["meaning"]] if method.get("meaning") else lines
 
 
 def _query(number: int, query: Results) -> dict[str, Any]:
@@ -221,9 +220,10 @@ def _verdict(query: Results, hits: Sequence[Results]) -> str | None:
         last = (hits[-1]["score"] - query["mean"]) / query["deviation"]
         sentence += f", number {len(hits)} still {last:.1f}"
     if above < 4:
+        noun = "image" if query.get("picture") else "text"
         return (
             sentence
-            + ". None stands out: this text may owe something to very many examples, or to none."
+            + f". None stands out: this {noun} may owe something to very many examples, or to none."
         )
     return sentence + "."
 
