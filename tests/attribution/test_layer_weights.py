@@ -116,6 +116,9 @@ def test_learning_is_repeatable_and_raises_the_signal(
     again = lorif.learn_weights(ASKED, tmp_path / "weights.safetensors", checkpoint=given)
     assert torch.equal(again.values, learned.values)
     assert learned.learned["loss_after"] < learned.learned["loss_before"]
+    assert len(learned.notes()) == 2
+    many = dataclasses.replace(learned, learned={**learned.learned, "queries": 50})
+    assert len(many.notes()) == 1
     assert (learned.learned["k"], learned.learned["queries"]) == (10, 12)
     assert float(learned.values.mean()) == pytest.approx(1)
     loaded = LayerWeights.load(tmp_path / "weights.safetensors")

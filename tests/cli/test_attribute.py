@@ -254,6 +254,10 @@ def test_learned_weights_of_layers(work: Path, postlude_command: Any) -> None:
     assert done.code == 0, done.err
     assert (done.json["queries"], done.json["k"], len(done.json["weights"])) == (10, 3, 14)
     assert sum(done.json["weights"].values()) == pytest.approx(14)
+    assert "Few queries: 10 for 14 layers" in done.json["notes"][1]
+    told = postlude_command(*words, "--k", 3, "--steps", 0, "--overwrite").out
+    assert "loss: minus the mean score of the 3 best" in " ".join(told.split()) and "Few q" in told
+    assert postlude_command(*words, "--k", 3, "--steps", 20, "--overwrite").code == 0
     again = postlude_command(*words, "--k", 3, "--json")
     assert again.code == 2 and "already exists" in again.json["error"]["message"]
     asked = ("attribute", "query", work / "index", "a bird called", "--top", 2)

@@ -43,6 +43,7 @@ from postlude.runs.progress import Progress
 __all__ = ["LayerWeights", "Learning", "contributions", "learn"]
 
 _KIND = "postlude layer weights"
+_FEW = 50  # queries: five times the least default k, our choice
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,6 +120,21 @@ class LayerWeights:
     def named(self) -> dict[str, float]:
         """Weight by module path."""
         return dict(zip(self.layers, self.values.tolist(), strict=True))
+
+    def notes(self) -> list[str]:
+        """Sentences on how far to believe them: what the losses are, and whether the queries were few."""
+        found = [
+            f"loss: minus the mean score of the {self.learned['k']} best examples of a query over the norm of all its "
+            "scores, at equal weights and after learning. Lower: the best stand out more, on these queries; it does "
+            "not say that they are right."
+        ]
+        queries, expected = self.learned["queries"], max(_FEW, len(self.layers))
+        if queries < expected:
+            found.append(
+                f"Few queries: {queries} for {len(self.layers)} layers. Weights can over-fit them, and say little of "
+                f"others; give {expected} or more, and judge on queries that were not learned from."
+            )
+        return found
 
     def check(self, index: Index, method: Attributor) -> None:
         """Refuse an index, or a method, that these weights were not learned for.

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rich.console import Console
 
-__all__ = ["Result", "plain", "to_json", "write_json"]
+__all__ = ["Result", "plain", "refuse_existing", "tables", "to_json", "write_json"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Result:
         view = self.view
         if view is None and _is_renderable(self.value):
             view = self.value
-        for part in [view] if view is not None else _tables(self.value):
+        for part in [view] if view is not None else tables(self.value):
             # What asks for no wrapping, such as a command to be copied, is not cut off either.
             console.print(part, crop=False)
 
@@ -112,12 +112,12 @@ def _is_renderable(value: object) -> bool:
     return hasattr(value, "__rich__") or hasattr(value, "__rich_console__")
 
 
-def _tables(value: Any) -> list[object]:
+def tables(value: Any) -> list[Any]:
     """Tables for a result: its single values, then one for every nested part."""
     from rich.table import Table
     from rich.text import Text
 
-    parts: list[object] = []
+    parts: list[Any] = []
     single = Table(show_header=False, box=None, pad_edge=False)
     for name, item in (value if isinstance(value, Mapping) else plain(value)).items():
         if _is_renderable(item):
@@ -125,7 +125,7 @@ def _tables(value: Any) -> list[object]:
             continue
         item = plain(item)
         if isinstance(item, dict) and item:
-            parts += [Text(f"\n{name}", style="bold"), *_tables(item)]
+            parts += [Text(f"\n{name}", style="bold"), *tables(item)]
         elif isinstance(item, list) and item and all(isinstance(row, dict) for row in item):
             parts += [Text(f"\n{name}", style="bold"), _rows(item)]
         else:

@@ -321,7 +321,13 @@ def learn_weights(
         )
     value = {"output": target, "method": found.method["name"], **found.learned}
     value["weights"] = found.named()
-    return Result(value)
+    if json:
+        return Result({**value, "notes": found.notes()})
+    from rich.console import Group
+
+    from postlude.cli._output import tables
+
+    return Result(value, Group(*tables(value), "", *found.notes()))
 
 
 def opened_index(
