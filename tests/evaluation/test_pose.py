@@ -11,7 +11,7 @@ import pytest
 import postlude as pl
 from postlude.cli import run
 from postlude.errors import ArchitectureError, CheckpointError, DataError
-from postlude.evaluation.pose import evaluate_pose
+from postlude.evaluation.pose import constant_pose, evaluate_pose
 from postlude.zoo.fastpose_vit import data as sets
 from postlude.zoo.fastpose_vit.making import make
 from postlude.zoo.fastpose_vit.network import Backbone, build
@@ -51,7 +51,35 @@ def test_the_command_prints_one_object(folder: Path, capsys: pytest.CaptureFixtu
     assert run([*arguments, "--json"]) == 0
     assert {"e_t", "e_r_degrees", "score"} <= set(json.loads(capsys.readouterr().out))
     assert run(arguments) == 0
-    assert "score" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "a constant pose" in printed and "error in metres" in printed
+
+
+def test_a_constant_pose_scores_what_a_sum_says(folder: Path) -> None:
+    data = sets.load(folder / "test")
+    same = dataclasses.replace(
+        data,
+        rotations=data.rotations[:1].expand(9, 3, 3),
+        translations=data.translations[:1].expand(9, 3),
+    )
+    assert constant_pose(same).score() == pytest.approx(0, abs=1e-6)
+    mean = data.translations.mean(0)
+    e_t = sum(float((mean - t).norm() / t.norm()) for t in data.translations) / 9
+    errors = constant_pose(data)
+    assert float(errors.relative_translation.mean()) == pytest.approx(e_t)
+    # No attitude of the set is nearer to all of them: |R - S|^2 = 8 sin^2(angle / 2).
+    best = float((errors.rotation / 2).sin().square().sum())
+    for one in data.rotations:
+        cosines = ((one.mT @ data.rotations).diagonal(dim1=-2, dim2=-1).sum(-1) - 1) / 2
+        assert best <= float(((1 - cosines) / 2).sum())
+
+
+def test_an_exported_network_takes_no_device(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["evaluate", "pose", "x.onnx", "--data", str(folder / "test"), "--device", "cuda"]
+    assert run(arguments) == 2
+    assert "on the CPU" in capsys.readouterr().err
 
 
 def test_what_cannot_be_judged_is_refused(folder: Path, tmp_path: Path) -> None:

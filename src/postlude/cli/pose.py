@@ -8,6 +8,7 @@ import typer
 
 from postlude.cli import _options as options
 from postlude.cli._output import Result, refuse_existing, write_json
+from postlude.errors import SettingsError
 
 __all__ = ["pose"]
 
@@ -47,7 +48,14 @@ def pose(
     from postlude import _front_door
 
     model: Any = checkpoint
-    if not checkpoint.endswith(".onnx"):
+    if checkpoint.endswith(".onnx"):
+        if device not in (None, "cpu") or dtype != "auto":
+            given = "--dtype" if device in (None, "cpu") else "--device"
+            raise SettingsError(
+                f"{given} does not apply to {checkpoint}: ONNX Runtime runs it on the CPU, in the types that were "
+                "exported. Leave the option out, or give the checkpoint's directory."
+            )
+    else:
         model = _front_door.load(checkpoint, dtype=dtype, device=device)
     result = _front_door.evaluate_pose(model, data, limit=limit, seed=seed)
     write_json(result, output, overwrite=overwrite)
@@ -60,7 +68,7 @@ def _view(result: dict[str, Any]) -> object:
     from rich.text import Text
 
     table = Table(box=None, pad_edge=False)
-    for name in ("distance", "pictures", "e_t", "metres", "rotation"):
+    for name in ("distance", "pictures", "e_t", "error in metres", "rotation error"):
         table.add_column(name, justify="right" if name != "distance" else "left", no_wrap=True)
     rows = [
         (f"{row['from_metres']:.0f} to {row['to_metres']:.0f} m", row)
@@ -77,6 +85,7 @@ def _view(result: dict[str, Any]) -> object:
     lines = (
         f"score {result['score']:.4f} (mean of e_t and the rotation error in radians; SPEED+ thresholds: "
         f"{result['score_speed_plus']:.4f})",
+        f"a constant pose (mean position and attitude of these pictures) scores {result['constant_pose']:.4f}",
         f"medians: e_t {result['e_t_median']:.4f}, rotation {result['e_r_degrees_median']:.2f}°",
         f"{result['bytes']:,} bytes; {result['seconds']:.3g} s",
     )

@@ -28,7 +28,7 @@ from postlude.zoo.fastpose_vit.metrics import SPEED_PLUS, PoseErrors, pose_error
 from postlude.zoo.fastpose_vit.network import pose_of
 from postlude.zoo.fastpose_vit.training import predict
 
-__all__ = ["EDGES", "evaluate_pose", "onnx_poses", "summary"]
+__all__ = ["EDGES", "constant_pose", "evaluate_pose", "onnx_poses", "summary"]
 
 EDGES = (5.0, 10.0, 20.0, 30.0)
 """Where one range of distances ends and the next begins, in metres."""
@@ -53,8 +53,9 @@ def evaluate_pose(
         ``e_t`` (relative translation error) and ``e_r_degrees``, means and, with ``_median``, medians; ``metres``, the
         mean translation error; ``score`` (mean of ``e_t`` plus the rotation error in radians), ``score_speed_plus``
         (the same with errors below that challenge's thresholds counted as none); ``pictures``; ``target``, the
-        rotation that the network predicts; ``by_distance``, a row for each range; ``bytes`` and, of a checkpoint,
-        ``bits_per_weight``.
+        rotation that the network predicts; ``constant_pose``, the ``score`` of always answering the mean position and
+        the mean attitude of these pictures, which sees nothing; ``by_distance``, a row for each range; ``bytes`` and,
+        of a checkpoint, ``bits_per_weight``.
 
     Raises:
         DataError: labels or images that cannot be used.
@@ -83,6 +84,7 @@ def evaluate_pose(
     return {
         **summary(errors),
         "score_speed_plus": errors.score(SPEED_PLUS),
+        "constant_pose": constant_pose(data).score(),
         "pictures": len(data),
         "target": target,
         "by_distance": _by_distance(errors, edges),
@@ -106,6 +108,19 @@ def summary(errors: PoseErrors) -> dict[str, float]:
         "e_r_degrees_median": math.degrees(float(errors.rotation.median())),
         "score": errors.score(),
     }
+
+
+def constant_pose(data: PoseData) -> PoseErrors:
+    """Errors of one pose for all pictures: their mean position, and the rotation nearest to their mean attitude.
+
+    The nearest rotation maximises the sum of ``trace(R_i^T R)``, the chordal mean of the attitudes.
+    """
+    u, _, vh = torch.linalg.svd(data.rotations.mean(0))
+    sign = torch.ones(3, dtype=u.dtype)
+    sign[2] = torch.det(u @ vh).sign()
+    mean = data.translations.mean(0).expand_as(data.translations)
+    attitude = ((u * sign) @ vh).expand_as(data.rotations)
+    return pose_errors(mean, attitude, data.translations, data.rotations)
 
 
 def _by_distance(errors: PoseErrors, edges: Sequence[float]) -> list[dict[str, Any]]:

@@ -30,6 +30,14 @@ from postlude.zoo.fastpose_vit.training import Training, fit, measure, save
 
 __all__ = ["main"]
 
+_SHAPE = {
+    "model_type": "type of the vision transformer: vit, deit or dinov2",
+    "image_size": "pixels of a side of the crops that it reads",
+    "patch": "pixels of a side of a patch; divides --image-size",
+    "width": "numbers of a token",
+    "depth": "blocks",
+    "heads": "heads of attention; divide --width",
+}
 # Parts of a set, in tenths.
 _SPLITS = (("train", 8), ("validation", 1), ("test", 1))
 
@@ -123,9 +131,20 @@ def train(options: argparse.Namespace) -> dict[str, Any]:
     beside = folder.parent / "validation"
     if (beside / sets.LABELS).is_file():
         recipe["validation"] = _summary(measure(model.to("cpu"), sets.load(beside)))
-        result |= recipe["validation"]
+        result |= {**recipe["validation"], "measured_on": str(beside)}
     save(model, options.out, recipe, overwrite=options.overwrite)
     return result
+
+
+def _lines(result: dict[str, Any]) -> list[str]:
+    """A result for a person."""
+    if "measured_on" not in result:
+        return [f"{name}: {value}" for name, value in result.items()]
+    return [
+        f"{result['out']}: trained in {result['seconds']} s",
+        f"on {result['measured_on']}: score {result['score']:.4f}, e_t {result['e_t']:.4f} (translation error over "
+        f"distance), rotation error {result['e_r_degrees']:.2f} degrees (median {result['e_r_degrees_median']:.2f})",
+    ]
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -140,7 +159,10 @@ def _parser() -> argparse.ArgumentParser:
         "--n", type=int, default=5000, help="pictures in all (default %(default)s)"
     )
     command.add_argument(
-        "--size", type=int, default=96, help="pixels of a side of the stored windows"
+        "--size",
+        type=int,
+        default=96,
+        help="pixels of a side of the stored windows (default %(default)s)",
     )
     command.add_argument(
         "--attitudes",
@@ -158,20 +180,48 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument(
         "data", type=Path, help="folder of `data`, or a set in the layout of SPEED"
     )
-    command.add_argument("--epochs", type=int, default=Training().epochs)
-    command.add_argument("--batch", type=int, default=Training().batch)
-    command.add_argument("--limit", type=int, default=None, help="use this many pictures")
-    command.add_argument("--target", choices=("apparent", "camera"), default="apparent")
-    command.add_argument("--backbone", type=Path, help="directory of a pretrained image model")
+    command.add_argument(
+        "--epochs",
+        type=int,
+        default=Training().epochs,
+        help="passes over the pictures (default %(default)s)",
+    )
+    command.add_argument(
+        "--batch",
+        type=int,
+        default=Training().batch,
+        help="pictures of a step (default %(default)s)",
+    )
+    command.add_argument(
+        "--limit", type=int, default=None, help="use the first so many pictures (default: all)"
+    )
+    command.add_argument(
+        "--target",
+        choices=("apparent", "camera"),
+        default="apparent",
+        help="the rotation that is learned: the one a camera turned towards the body would see, or the camera's own "
+        "(default %(default)s)",
+    )
+    command.add_argument(
+        "--backbone",
+        type=Path,
+        help="directory of a pretrained image model; its shape then holds, and the options below do not",
+    )
     for field in dataclasses.fields(Backbone):
         name, default = field.name.replace("_", "-"), field.default
-        command.add_argument(f"--{name}", type=type(default), default=default)
-    command.add_argument("--device", default="cpu")
-    command.add_argument("--overwrite", action="store_true")
-    for command in commands.choices.values():
-        command.add_argument("-o", "--out", type=Path, required=True)
-        command.add_argument("--seed", type=int, default=0)
-        command.add_argument("--json", action="store_true")
+        explained = f"{_SHAPE[field.name]} (default %(default)s)"
+        command.add_argument(f"--{name}", type=type(default), default=default, help=explained)
+    command.add_argument("--device", default="cpu", help="to train on (default %(default)s)")
+    command.add_argument(
+        "--overwrite", action="store_true", help="replace a checkpoint that is there already"
+    )
+    of = {"data": "folder of the three sets", "train": "directory of the checkpoint"}
+    for name, command in commands.choices.items():
+        command.add_argument("-o", "--out", type=Path, required=True, help=of[name])
+        command.add_argument(
+            "--seed", type=int, default=0, help="of every random choice (default %(default)s)"
+        )
+        command.add_argument("--json", action="store_true", help="print the result as JSON")
     return parser
 
 
@@ -190,7 +240,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except PostludeError as error:
         print(f"postlude: {error}", file=sys.stderr)
         return error.exit_code
-    print(json.dumps(result) if options.json else "\n".join(f"{k}: {v}" for k, v in result.items()))
+    print(json.dumps(result) if options.json else "\n".join(_lines(result)))
     return 0
 
 
