@@ -49,7 +49,7 @@ class DTRAK(LoGRA):
 
     def meaning(self, noun: str) -> str:
         return (
-            f"A score estimates, from gradients, the influence of the example on the squared norm of the model's "
-            f"output at the {noun}. That norm, not the loss, is what is differentiated: a stand-in which foretells "
-            "retrained models better. The higher, the more support."
+            "A score estimates, from gradients, the influence of the example on the squared norm of the model's "
+            f"output at the {noun}. That norm, not the loss, is what is differentiated: a stand-in that, by the paper, "
+            "foretells retrained models better. The higher, the more support."
         )
