@@ -8,6 +8,7 @@ import functools
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -22,6 +23,15 @@ ARCHITECTURES = ("llama", "qwen2", "qwen3", "mistral", "gpt2")
 # No multiple of any group: ragged last groups everywhere.
 INNER = 172
 SAMPLES, LENGTH = 6, 24
+
+
+# Settings of a family whose other members take the same steps: theirs are the slow tests.
+LIKE_OTHERS = ("qera-approx", "qera-exact", "repquant", "dopq-vit")
+
+
+def marked(info: MethodInfo) -> tuple[pytest.MarkDecorator, ...]:
+    """The marks of a method's tests."""
+    return (pytest.mark.slow,) if info.name in LIKE_OTHERS else ()
 
 
 class Bench:

@@ -28,7 +28,7 @@ from postlude.runs.directory import RunDirectory
 from postlude.surgery.anatomy import anatomy_of
 from postlude.surgery.layers import QuantizedLinear
 
-from .bench import ARCHITECTURES, Bench, divergence, few
+from .bench import ARCHITECTURES, Bench, divergence, few, marked
 
 # Those for other models are in test_quantizers_beyond_language.
 METHODS = [
@@ -36,7 +36,9 @@ METHODS = [
     for info in registry.available("quantize")
     if "language" in info.settings.kinds  # type: ignore[attr-defined]
 ]
-each_method = pytest.mark.parametrize("info", METHODS, ids=lambda info: info.name)
+each_method = pytest.mark.parametrize(
+    "info", [pytest.param(info, id=info.name, marks=marked(info)) for info in METHODS]
+)
 each_architecture = pytest.mark.parametrize("architecture", ARCHITECTURES)
 each_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 NOTHING = {"weights": FLOAT, "activations": FLOAT, "kv": FLOAT}

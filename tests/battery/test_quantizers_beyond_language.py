@@ -26,6 +26,7 @@ from postlude.surgery.anatomy import anatomy_of
 from postlude.surgery.layers import quantized_linears
 
 from ..surgery.other_models import build_other
+from .bench import marked
 
 MODELS = {"dit": "diffusion", "vit": "vision"}
 METHODS = registry.available("quantize")
@@ -41,8 +42,12 @@ def able(info: MethodInfo, name: str) -> bool:
 
 each_pair = pytest.mark.parametrize(
     ("info", "name"),
-    [(info, name) for info in METHODS for name in MODELS if able(info, name)],
-    ids=lambda x: x if isinstance(x, str) else x.name,
+    [
+        pytest.param(info, name, id=f"{info.name}-{name}", marks=marked(info))
+        for info in METHODS
+        for name in MODELS
+        if able(info, name)
+    ],
 )
 
 
