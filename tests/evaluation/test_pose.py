@@ -102,6 +102,35 @@ def test_a_folder_of_sets_is_not_calibrated_on(folder: Path) -> None:
         pl.quantize(folder / "pose", "adalog", calibration=folder, samples=2)
 
 
+def test_a_model_without_a_cache_has_no_bits_for_it(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = str(tmp_path / "small")
+    for words in (["--bits", "w4a4kv4"], ["--set", "kv=4"]):
+        assert run(["quantize", str(folder / "pose"), "-o", out, *words]) == 2
+        assert "a vision model has none" in capsys.readouterr().err
+
+
+def test_the_bits_of_sites_are_printed(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [
+        "quantize",
+        str(folder / "pose"),
+        "-m",
+        "mptq-greedy",
+        "--bits",
+        "w4",
+        "--no-check",
+    ]
+    arguments += ["--calibration", str(folder / "test"), "--samples", "2", "--set", "lowest=4"]
+    assert run([*arguments, "--set", "highest=5", "-o", str(tmp_path / "small")]) == 0
+    assert "0.mlp.fc1" in capsys.readouterr().out
+    assert run(["inspect", "kernels", str(tmp_path / "small")]) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "a static grid rounds these" in printed and "stay in floating point" not in printed
+
+
 def test_models_that_see_no_poses_are_refused(
     folder: Path, tiny_llama_dir: Path, tmp_path: Path
 ) -> None:

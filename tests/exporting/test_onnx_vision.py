@@ -165,6 +165,17 @@ def test_the_commands_export_and_judge(tmp_path: Path, capsys: pytest.CaptureFix
         pl.export(tmp_path / "pose", "onnx", out)
 
 
+def test_an_output_that_is_no_onnx_file_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match=r"one file, .*name it posedir\.onnx"):
+        pl.export(pose(), "onnx", tmp_path / "posedir")
+    assert not list(tmp_path.iterdir())
+
+
+def test_language_commands_say_what_there_is_instead(tmp_path: Path) -> None:
+    with pytest.raises(ArchitectureError, match="postlude evaluate pose"):
+        pl.export(pose(), "gguf", tmp_path / "pose.gguf")
+
+
 def test_what_cannot_be_written_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     quick = pose()
     quick.model.config.hidden_act = "quick_gelu"

@@ -20,7 +20,8 @@ def export(
             "--output",
             "-o",
             metavar="PATH",
-            help="Where to write: a directory, or for gguf, and onnx of a vision model, a file.",
+            help="Where to write: a directory for a language model (compressed-tensors, onnx), a file for gguf "
+            "(FILE.gguf) and for onnx of a vision model (FILE.onnx).",
             show_default=False,
         ),
     ],

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from postlude.cli import _options as options
-from postlude.cli._output import Result
+from postlude.cli._output import Result, tables
 
 __all__ = ["quantize"]
 
@@ -136,10 +136,18 @@ def quantize(
     settings = make_settings(registry.find("quantize", method), given, set_ or [])
 
     from postlude import _front_door
+    from postlude.errors import SettingsError
     from postlude.evaluation.size import size_of
+    from postlude.quantization.engine import FLOAT
     from postlude.runs.progress import Progress
 
     model = _front_door.load(checkpoint, dtype=dtype, device=device)
+    asked = "kv" in given or any(word.startswith("kv=") for word in set_ or [])
+    if asked and model.kind != "language" and getattr(settings, "kv", FLOAT) < FLOAT:
+        raise SettingsError(
+            f"{settings.kv} bits are asked for the KV cache, and a {model.kind} model has none: leave kv out "
+            f"(--bits w{settings.weights}a{settings.activations})"
+        )
     whole = size_of(model)["bytes"]
     small = _front_door.quantize(
         model,
@@ -161,10 +169,32 @@ def quantize(
     reload = getattr(small, "reload", None)
     if reload is not None:
         result["reload_max_difference"] = reload.max_difference
+    sites = small.made_by().get("bits")
+    if sites:
+        result["bits"] = sites
     notes = _notes(result)
     if notes:
         result["notes"] = notes
-    return Result({**result, "settings": settings})
+    result["settings"] = settings
+    return Result(result, None if json or not sites else _view(result))
+
+
+def _view(result: dict[str, Any]) -> object:
+    """As ever, but sites with the same bits in one line: the first words of a path are those of all."""
+    from rich.console import Group
+
+    by_bits: dict[int, list[str]] = {}
+    for site, bits in result["bits"].items():
+        by_bits.setdefault(bits, []).append(_short(site))
+    short = {str(bits): ", ".join(by_bits[bits]) for bits in sorted(by_bits)}
+    return Group(*tables({**result, "bits": short}))
+
+
+def _short(path: str) -> str:
+    """``vit.layers.3.mlp.fc1`` as ``3.mlp.fc1``."""
+    words = path.split(".")
+    first = next((i for i, word in enumerate(words) if word.isdigit()), 0)
+    return ".".join(words[first:])
 
 
 def _notes(result: dict[str, Any]) -> list[str]:

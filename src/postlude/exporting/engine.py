@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from postlude import registry
-from postlude.errors import OutputExistsError
+from postlude.errors import OutputExistsError, SettingsError
 from postlude.runs.atomic import atomic_directory, atomic_write, check_replaceable
 from postlude.runs.checkpoint import Checkpoint
 
@@ -28,6 +28,9 @@ class Exporter(ABC):
     """
 
     marker: ClassVar[str | None] = None
+
+    # Ending of the output's name, where others would not be known for what they are.
+    ending: ClassVar[str | None] = None
 
     def for_model(self, checkpoint: Checkpoint) -> Exporter:
         """What writes this checkpoint: itself, unless a format has another shape for another kind of model."""
@@ -72,7 +75,7 @@ def export(
         any logit, see :mod:`postlude.runs.selfcheck`.
 
     Raises:
-        SettingsError: the target cannot hold this checkpoint.
+        SettingsError: the target cannot hold this checkpoint, or the name of the output does not end as it must.
         OutputExistsError: ``out`` exists.
         VerificationError: the output, read again, is another model; nothing is left of it.
     """
@@ -113,6 +116,11 @@ def _place(settings: Exporter, out: str | os.PathLike[str], overwrite: bool) -> 
 def _refuse_existing(settings: Exporter, out: Path, overwrite: bool) -> None:
     if settings.marker is not None:
         check_replaceable(out, overwrite, settings.marker)
+    elif settings.ending is not None and out.suffix.lower() != settings.ending:
+        raise SettingsError(
+            f"the output is one file, and {out.name} does not end in {settings.ending}: name it "
+            f"{out.name}{settings.ending} (-o {out.with_name(out.name + settings.ending)})"
+        )
     elif out.is_dir():
         raise OutputExistsError(f"{out} is a directory, and the output is a file: name a file.")
     elif out.exists() and not overwrite:

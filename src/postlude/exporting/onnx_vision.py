@@ -43,6 +43,7 @@ class VisionONNX(Exporter):
     """A file with the graph of a vision transformer."""
 
     marker: ClassVar[str | None] = None
+    ending: ClassVar[str | None] = ".onnx"
     library: Any = None
 
     def write(self, checkpoint: Checkpoint, out: Path) -> dict[str, Any]:

@@ -25,7 +25,8 @@ __all__ = ["MARKERS", "Checkpoint"]
 # A directory with one of these files is a checkpoint.
 MARKERS = ("config.json", INDEX)
 _INSTEAD = {
-    "diffusion": ". `postlude sample` draws its images, `postlude evaluate samples` judges them"
+    "diffusion": ". `postlude sample` draws its images, `postlude evaluate samples` judges them",
+    "vision": ". `postlude evaluate pose` judges one that reads poses, `postlude export --to onnx` writes any",
 }
 
 

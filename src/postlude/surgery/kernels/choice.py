@@ -27,6 +27,7 @@ from postlude.surgery.kernels.tiled import Tiled
 from postlude.surgery.kernels.triton_integer import TritonInteger
 from postlude.surgery.kernels.triton_packed import TritonPacked
 from postlude.surgery.layers import QuantizedLinear
+from postlude.surgery.static_quantizers import StaticQuantizer
 
 __all__ = [
     "AUTO",
@@ -193,13 +194,20 @@ def assign(
     return Assignment(
         layer=path,
         weight=_show(layer.weight_scheme),
-        input=_show(layer.input_scheme),
+        input=_input(layer),
         layout=layout,
         decode=_cheapest(chosen, layer, DECODE, layout).name,
         prefill=_cheapest(chosen, layer, PREFILL, layout).name,
         refused=refused,
         kernels=tuple(kernel.name for kernel in chosen),
     )
+
+
+def _input(layer: QuantizedLinear) -> str:
+    if isinstance(layer.transform, StaticQuantizer):
+        grid = layer.transform.grid
+        return f"{grid.kind} {grid.bits} bits, static"
+    return _show(layer.input_scheme)
 
 
 def _show(scheme: Any) -> str:

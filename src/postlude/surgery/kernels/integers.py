@@ -21,6 +21,7 @@ from postlude.numerics.formats import Integer
 from postlude.surgery.kernels.kernel import integer_format, pieces
 from postlude.surgery.kernels.layouts import Layout
 from postlude.surgery.layers import QuantizedLinear
+from postlude.surgery.static_quantizers import StaticQuantizer
 
 __all__ = [
     "LARGEST_WIDTH",
@@ -133,6 +134,8 @@ def refuse(layer: QuantizedLinear, dtype: torch.dtype) -> str | None:
     """Why codes of this layer cannot be multiplied; None where they can."""
     if integer_format(layer) is None:
         return "takes integer weights"
+    if isinstance(layer.transform, StaticQuantizer):
+        return "takes inputs that are scaled at run time, a static grid rounds these"
     if layer.input_scheme is None:
         return "takes quantized inputs, these stay in floating point"
     if not isinstance(layer.input_scheme.format, Integer):
