@@ -120,7 +120,7 @@ def test_the_bits_of_sites_are_printed(
         "-m",
         "mptq-greedy",
         "--bits",
-        "w4",
+        "w4a8",
         "--no-check",
     ]
     arguments += ["--calibration", str(folder / "test"), "--samples", "2", "--set", "lowest=4"]

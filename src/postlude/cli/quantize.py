@@ -138,14 +138,14 @@ def quantize(
     from postlude import _front_door
     from postlude.errors import SettingsError
     from postlude.evaluation.size import size_of
-    from postlude.quantization.engine import FLOAT
     from postlude.runs.progress import Progress
 
     model = _front_door.load(checkpoint, dtype=dtype, device=device)
     asked = "kv" in given or any(word.startswith("kv=") for word in set_ or [])
-    if asked and model.kind != "language" and getattr(settings, "kv", FLOAT) < FLOAT:
+    kind = getattr(model, "kind", "language")
+    if asked and kind != "language" and settings.kv < 16:
         raise SettingsError(
-            f"{settings.kv} bits are asked for the KV cache, and a {model.kind} model has none: leave kv out "
+            f"{settings.kv} bits are asked for the KV cache, and a {kind} model has none: leave kv out "
             f"(--bits w{settings.weights}a{settings.activations})"
         )
     whole = size_of(model)["bytes"]
@@ -169,7 +169,7 @@ def quantize(
     reload = getattr(small, "reload", None)
     if reload is not None:
         result["reload_max_difference"] = reload.max_difference
-    sites = small.made_by().get("bits")
+    sites = getattr(small, "made_by", dict)().get("bits")
     if sites:
         result["bits"] = sites
     notes = _notes(result)
