@@ -75,11 +75,13 @@ def main() -> None:
     import torch
 
     torch.set_num_threads(1)
-    import transformers  # noqa: F401
-
     from postlude import _front_door, registry  # noqa: F401
 
     registry.available()
+    # Everything that a run imports, once for all children.
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    command([*words, "-o", f"{out}.warm"])
+    shutil.rmtree(f"{out}.warm")
     whole, before = Path(f"{out}.whole"), Path(f"{out}.before")
     read, write = os.pipe()
     code = child([*words, "-o", str(whole)], None, write)
