@@ -169,7 +169,8 @@ def quantize(
     reload = getattr(small, "reload", None)
     if reload is not None:
         result["reload_max_difference"] = reload.max_difference
-    sites = getattr(small, "made_by", dict)().get("bits")
+    made_by = getattr(small, "made_by", None)
+    sites = None if made_by is None else made_by().get("bits")
     if sites:
         result["bits"] = sites
     notes = _notes(result)
