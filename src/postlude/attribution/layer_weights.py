@@ -189,13 +189,15 @@ class LayerWeights:
             raise OutputExistsError(
                 f"{target} already exists. Choose another output, or ask for it to be replaced (--overwrite)."
             )
-        header = {
+        described = {
             "kind": _KIND,
-            "layers": json.dumps(self.layers),
+            "layers": self.layers,
             "index": self.index,
-            "method": json.dumps(self.method, sort_keys=True),
-            "learned": json.dumps(self.learned, sort_keys=True),
+            "method": self.method,
+            "learned": self.learned,
         }
+        # One entry: safetensors writes several in an order that differs from file to file.
+        header = {"postlude": json.dumps(described, sort_keys=True)}
         target.resolve().parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(target) as temporary:
             save_file({"weights": self.values.double().contiguous()}, temporary, metadata=header)
@@ -216,16 +218,16 @@ class LayerWeights:
             )
         try:
             with safe_open(path, framework="pt") as file:
-                header = file.metadata() or {}
+                header = json.loads((file.metadata() or {}).get("postlude", "{}"))
                 if header.get("kind") != _KIND:
                     raise StoreError(f"{path} holds no weights of layers: {header.get('kind')!r}.")
                 values = file.get_tensor("weights")
             return cls(
-                tuple(json.loads(header["layers"])),
+                tuple(header["layers"]),
                 values,
                 header["index"],
-                json.loads(header["method"]),
-                json.loads(header["learned"]),
+                header["method"],
+                header["learned"],
             )
         except (SafetensorError, KeyError, ValueError, OSError, struct.error) as error:
             if isinstance(error, StoreError):

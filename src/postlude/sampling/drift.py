@@ -219,7 +219,8 @@ class DriftStatistics:
             for name, value in vars(self).items()
             if name not in _TENSORS  # what is left is a line of JSON
         }
-        header = {"format": _FORMAT, "statistics": json.dumps(rest, sort_keys=True)}
+        # One entry: safetensors writes several in an order that differs from file to file.
+        header = {"statistics": json.dumps({"format": _FORMAT, **rest}, sort_keys=True)}
         target.resolve().parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(target) as temporary:
             tensors = {name: getattr(self, name).contiguous() for name in _TENSORS}
@@ -240,14 +241,24 @@ class DriftStatistics:
             )
         read_header(file)
         with safe_open(file, framework="pt") as store:
-            header = store.metadata() or {}
-            if header.get("format") != _FORMAT:
+            header = _described(store.metadata() or {})
+            found = header.pop("format", None)
+            if found != _FORMAT:
                 raise CheckpointError(
-                    f"{file} holds no drift statistics (its format is {header.get('format')!r}, expected "
-                    f"{_FORMAT!r}). Write some with `postlude sample calibrate`."
+                    f"{file} holds no drift statistics (its format is {found!r}, expected {_FORMAT!r}). Write some "
+                    "with `postlude sample calibrate`."
                 )
             tensors = {name: store.get_tensor(name) for name in _TENSORS}
-        return cls(**tensors, **json.loads(header["statistics"]))
+        return cls(**tensors, **header)
+
+
+def _described(metadata: Mapping[str, str]) -> dict[str, Any]:
+    """What the header of a file says of its statistics; empty where it says nothing."""
+    try:
+        value = json.loads(metadata.get("statistics", "{}"))
+    except ValueError:
+        return {}
+    return value if isinstance(value, dict) else {}
 
 
 def scheduler_config(scheduler: Any) -> dict[str, Any]:
