@@ -131,9 +131,7 @@ def attribution_query(
         command: that makes the page again, to be printed on it.
         progress: where to show it.
     """
-    opened = index if isinstance(index, Index) else Index(index)
-    settings = _asked(opened, method, changes)
-    model = model_of(opened) if checkpoint is None else open_checkpoint(checkpoint)
+    opened, settings, model = _opened(index, method, changes, checkpoint)
     answers = _query(
         opened,
         source,
@@ -161,15 +159,19 @@ def attribution_query(
     return answers
 
 
-def _asked(
-    index: Index, method: str | Attributor | None, changes: Mapping[str, Any] | None
-) -> Attributor:
-    """The settings to ask an index with."""
-    settings = method_of(index) if method is None else _attributor(method)
+def _opened(
+    index: Path_ | Index,
+    method: str | Attributor | None,
+    changes: Mapping[str, Any] | None,
+    checkpoint: Path_ | Checkpoint | None,
+) -> tuple[Index, Attributor, Checkpoint]:
+    """An index, the settings to ask it with, and its model."""
+    opened = index if isinstance(index, Index) else Index(index)
+    settings = method_of(opened) if method is None else _attributor(method)
     if changes:
         settings = dataclasses.replace(settings, **changes)
-    settings.check(index)
-    return settings
+    settings.check(opened)
+    return opened, settings, model_of(opened) if checkpoint is None else open_checkpoint(checkpoint)
 
 
 def attribution_learn_weights(
@@ -203,9 +205,7 @@ def attribution_learn_weights(
     Raises:
         SettingsError: fewer queries or examples than ``k``, or a method whose scores are no sum over layers.
     """
-    opened = index if isinstance(index, Index) else Index(index)
-    settings = _asked(opened, method, changes)
-    model = model_of(opened) if checkpoint is None else open_checkpoint(checkpoint)
+    opened, settings, model = _opened(index, method, changes, checkpoint)
     found = learn_weights(
         opened,
         source,
@@ -248,15 +248,15 @@ def attribution_select(
     Raises:
         SettingsError, DataError, StoreError, OutputExistsError: see :func:`postlude.attribution.select.select`.
     """
-    opened = index if isinstance(index, Index) else Index(index)
+    opened, settings, model = _opened(index, method, changes, checkpoint)
     return _select(
         opened,
         source,
         out,
         top=top,
         drop=drop,
-        method=_asked(opened, method, changes),
-        checkpoint=model_of(opened) if checkpoint is None else open_checkpoint(checkpoint),
+        method=settings,
+        checkpoint=model,
         keep=keep,
         overwrite=overwrite,
         progress=progress,

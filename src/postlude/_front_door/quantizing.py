@@ -18,7 +18,7 @@ from postlude.quantization.engine import Quantizer, Unit, check_kind, compute_un
 from postlude.quantization.engine import quantize as _quantize
 from postlude.runs.atomic import check_replaceable, discard
 from postlude.runs.checkpoint import MARKERS, Checkpoint
-from postlude.runs.directory import RunDirectory
+from postlude.runs.directory import RunDirectory, run_beside
 from postlude.runs.progress import Progress
 
 __all__ = ["quantize"]
@@ -86,7 +86,7 @@ def quantize(
     source = None
     if settings.needs_calibration:
         source = Calibrating(opened, calibration, samples, length, timesteps, seed)
-    directory = _run_beside(out) if run is None and out is not None else run
+    directory = run_beside(out) if run is None and out is not None else run
     if directory is not None:
         manifest = _manifest(opened, settings, source, seed)
         elsewhere = "output (-o)" if run is None else "run directory (--run)"
@@ -101,18 +101,13 @@ def quantize(
     except InputError:
         # The same call would fail again, and another one is another run.
         if out is not None and run is None:
-            discard(_run_beside(out), out)
+            discard(run_beside(out), out)
         raise
     if out is not None:
         small.save(out, overwrite=overwrite, check=check)
         if run is None:
-            discard(_run_beside(out), out)
+            discard(run_beside(out), out)
     return small
-
-
-def _run_beside(out: Path_) -> Path:
-    final = Path(os.path.realpath(out))
-    return final.with_name(f".{final.name}.run")
 
 
 def _manifest(

@@ -16,7 +16,7 @@ from postlude import registry
 from postlude._front_door.opening import Path_
 from postlude.errors import InputError, SettingsError
 from postlude.runs.atomic import atomic_write, check_replaceable, discard
-from postlude.runs.directory import RunDirectory
+from postlude.runs.directory import RunDirectory, run_beside
 from postlude.runs.progress import Progress
 from postlude.signals.codec import Coding, encode
 from postlude.signals.curve import Point, curve, stored_psnr
@@ -149,7 +149,7 @@ def fit(
     except InputError:
         # The same call would fail again, and another one is another run.
         if out is not None:
-            discard(_run_beside(out), out)
+            discard(run_beside(out), out)
         raise
     fitted = Fitted(
         stored,
@@ -164,7 +164,7 @@ def fit(
     if html is not None:
         _write_page(html, fitted, seen, command)
     if out is not None:
-        discard(_run_beside(out), out)
+        discard(run_beside(out), out)
     return fitted
 
 
@@ -216,11 +216,6 @@ def _for_channels(settings: NetworkSettings, channels: int) -> NetworkSettings:
     return dataclasses.replace(settings, out_features=channels)
 
 
-def _run_beside(out: Path_) -> Path:
-    final = Path(os.path.realpath(out))
-    return final.with_name(f".{final.name}.run")
-
-
 def _kept(
     out: Path_,
     settings: Any,
@@ -241,7 +236,7 @@ def _kept(
         "device": device or "cpu",
         "seed": seed,
     }
-    return RunDirectory(_run_beside(out), manifest, overwrite=overwrite)
+    return RunDirectory(run_beside(out), manifest, overwrite=overwrite)
 
 
 def _write_page(html: Path_, fitted: Fitted, picture: Picture, command: str) -> None:

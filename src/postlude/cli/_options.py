@@ -23,6 +23,7 @@ __all__ = [
     "Sampler",
     "SamplerSteps",
     "Seed",
+    "Set",
 ]
 
 Checkpoint = Annotated[
@@ -124,5 +125,13 @@ DriftMode = Annotated[
         "--drift-mode",
         metavar="MODE",
         help="Of --drift: corrected (the default), or paper, the rule as published.",
+    ),
+]
+Set = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="A setting of the method; repeat for more. `postlude methods NAME` lists them.",
     ),
 ]

@@ -21,7 +21,6 @@ __all__ = [
     "Keep",
     "Method",
     "Moved",
-    "Set",
     "app",
     "build",
     "learn_weights",
@@ -42,14 +41,6 @@ Index = Annotated[
 Method = Annotated[
     str | None,
     typer.Option("--method", "-m", metavar="NAME", help="`postlude methods` lists them."),
-]
-Set = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--set",
-        metavar="KEY=VALUE",
-        help="A setting of the method; repeat for more. `postlude methods NAME` lists them.",
-    ),
 ]
 Moved = Annotated[
     str | None,
@@ -93,7 +84,7 @@ def build(
             "--factor", min=1, help="How many times narrower the sides of a gradient become."
         ),
     ] = None,
-    set_: Set = None,
+    set_: options.Set = None,
     max_length: Annotated[
         int,
         typer.Option("--max-length", min=0, help="Tokens at which an example is cut; 0: context."),
@@ -207,7 +198,7 @@ def query(
         typer.Option("--weights", metavar="FILE", help="What layers count for: `learn-weights`."),
     ] = None,
     method: Method = None,
-    set_: Set = None,
+    set_: options.Set = None,
     checkpoint: Moved = None,
     data: Annotated[
         str | None,
@@ -288,7 +279,7 @@ def learn_weights(
         bool, typer.Option("--center", help="Subtract the mean score of a query first.")
     ] = False,
     method: Method = None,
-    set_: Set = None,
+    set_: options.Set = None,
     checkpoint: Moved = None,
     keep: Keep = True,
     dtype: options.Dtype = "auto",

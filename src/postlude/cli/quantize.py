@@ -92,14 +92,7 @@ def quantize(
             "--length", min=1, help="Tokens per calibration sequence; fits the model otherwise."
         ),
     ] = None,
-    set_: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set",
-            metavar="KEY=VALUE",
-            help="A setting of the method; repeat for more. `postlude methods NAME` lists them.",
-        ),
-    ] = None,
+    set_: options.Set = None,
     run: Annotated[
         str | None,
         typer.Option(

@@ -8,7 +8,7 @@ import typer
 
 from postlude.cli import _options as options
 from postlude.cli._output import Result
-from postlude.cli.attribute import Index, Keep, Method, Moved, Set, opened_index
+from postlude.cli.attribute import Index, Keep, Method, Moved, opened_index
 
 __all__ = ["select"]
 
@@ -39,7 +39,7 @@ def select(
         bool, typer.Option("--drop", help="Write all the others: leave the chosen ones out.")
     ] = False,
     method: Method = None,
-    set_: Set = None,
+    set_: options.Set = None,
     checkpoint: Moved = None,
     keep: Keep = True,
     dtype: options.Dtype = "auto",

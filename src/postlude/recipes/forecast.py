@@ -29,6 +29,8 @@ from postlude.errors import PostludeError
 from postlude.recipes.recipe import Recipe, Stage
 from postlude.recipes.run import command_line, pending
 from postlude.runs.loading import resolve
+from postlude.runs.pipeline import denoiser_files, is_denoiser
+from postlude.runs.weights import read_header, weight_files
 
 __all__ = ["Forecast", "Forecasts", "forecast"]
 
@@ -148,29 +150,18 @@ def _model(text: Any, models: _Models) -> _Model:
     if "${" in str(text):
         raise _Unknown(f"nothing is known of {text}")
     try:
-        files = sorted(_weights(resolve(text)).glob("*.safetensors"))
+        directory = resolve(text)
+        files = denoiser_files(directory) if is_denoiser(directory) else weight_files(directory)
     except PostludeError as error:
-        raise _Unknown(f"{text} is not there yet") from error
-    if not files:
-        raise _Unknown(f"{text} has no safetensors files")
+        raise _Unknown(f"the weights of {text} cannot be read") from error
     return _Model(
         float(sum(_numbers(file) for file in files)),
         float(sum(file.stat().st_size for file in files)),
     )
 
 
-def _weights(directory: Path) -> Path:
-    """Where a checkpoint's weights are: in a pipeline, the part that is worked on."""
-    inner = directory / "transformer"
-    return inner if inner.is_dir() else directory
-
-
 def _numbers(file: Path) -> int:
-    from safetensors import safe_open
-
-    with safe_open(file, framework="pt") as store:
-        names = list(store.keys())
-        return sum(math.prod(store.get_slice(name).get_shape()) for name in names)
+    return sum(math.prod(entry["shape"]) for entry in read_header(file).values())
 
 
 def _tokens(path: Any) -> float:

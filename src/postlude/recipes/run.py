@@ -69,12 +69,17 @@ def keys(recipe: Recipe) -> dict[str, str]:
         PostludeError: a file that cannot be read.
     """
     found: dict[str, str] = {}
+    # A checkpoint that several stages name is read once.
+    digests: dict[str, str | None] = {}
     for stage in recipe.stages:
+        for text in stage.inputs():
+            if text not in digests:
+                digests[text] = _digest(Path(text))
         content = {
             "command": stage.command.name,
             "arguments": stage.arguments,
             "options": stage.options,
-            "files": {text: _digest(Path(text)) for text in stage.inputs()},
+            "files": {text: digests[text] for text in stage.inputs()},
             "needs": {name: found[name] for name in stage.needs},
             "version": postlude.__version__,
         }

@@ -27,7 +27,7 @@ from postlude.errors import RunDirectoryError
 from postlude.runs.atomic import atomic_write, is_partial, sync_directory
 from postlude.runs.weights import weight_files
 
-__all__ = ["RunDirectory", "differences", "fingerprint", "hash_file"]
+__all__ = ["RunDirectory", "differences", "fingerprint", "hash_file", "run_beside"]
 
 _MANIFEST = "manifest.json"
 _UNITS = "units"
@@ -188,6 +188,12 @@ def _separate(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         storages.add(plain.untyped_storage().data_ptr())
         result[name] = plain
     return result
+
+
+def run_beside(out: str | os.PathLike[str]) -> Path:
+    """Where the finished work of an output is kept until that is written."""
+    final = Path(os.path.realpath(out))
+    return final.with_name(f".{final.name}.run")
 
 
 def hash_file(file: Path) -> str:

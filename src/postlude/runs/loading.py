@@ -37,6 +37,7 @@ _TOKENIZER_FILES = (
     "vocab.json",
     "spiece.model",
 )
+_PROCESSOR_FILES = ("preprocessor_config.json",)
 _DTYPES = ("float64", "float32", "float16", "bfloat16")
 
 
@@ -258,34 +259,27 @@ def _model(
 
 
 def _tokenizer(directory: Path) -> Any:
-    if not any((directory / name).is_file() for name in _TOKENIZER_FILES):
-        return None
-    transformers = importlib.import_module("transformers")
-    with quiet_transformers():
-        try:
-            return transformers.AutoTokenizer.from_pretrained(
-                directory, local_files_only=True, trust_remote_code=False
-            )
-        except (ValueError, KeyError, OSError, RuntimeError, TypeError, ImportError) as error:
-            raise CheckpointError(
-                f"transformers {transformers.__version__} cannot load the tokenizer of "
-                f"{directory}: {type(error).__name__}: {error}"
-            ) from error
+    return _beside_weights(directory, _TOKENIZER_FILES, "AutoTokenizer", "tokenizer")
 
 
 def _processor(directory: Path) -> Any:
-    if not (directory / "preprocessor_config.json").is_file():
+    return _beside_weights(directory, _PROCESSOR_FILES, "AutoImageProcessor", "image processor")
+
+
+def _beside_weights(directory: Path, files: tuple[str, ...], loader: str, name: str) -> Any:
+    """What a class of transformers reads from any of these files; None where there is none of them."""
+    if not any((directory / file).is_file() for file in files):
         return None
     transformers = importlib.import_module("transformers")
     with quiet_transformers():
         try:
-            return transformers.AutoImageProcessor.from_pretrained(
+            return getattr(transformers, loader).from_pretrained(
                 directory, local_files_only=True, trust_remote_code=False
             )
         except (ValueError, KeyError, OSError, RuntimeError, TypeError, ImportError) as error:
             raise CheckpointError(
-                f"transformers {transformers.__version__} cannot load the image processor of "
-                f"{directory}: {type(error).__name__}: {error}"
+                f"transformers {transformers.__version__} cannot load the {name} of {directory}: "
+                f"{type(error).__name__}: {error}"
             ) from error
 
 

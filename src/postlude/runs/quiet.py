@@ -9,29 +9,21 @@ from collections.abc import Iterator
 __all__ = ["quiet_diffusers", "quiet_transformers"]
 
 
-@contextlib.contextmanager
-def quiet_transformers() -> Iterator[None]:
+def quiet_transformers() -> contextlib.AbstractContextManager[None]:
     """No bars and no tables of loaded keys from transformers; errors still raise."""
-    from transformers.utils import logging
+    return _quiet("transformers.utils.logging")
 
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()
+
+def quiet_diffusers() -> contextlib.AbstractContextManager[None]:
+    """No bars and no remarks on unused settings from diffusers; errors still raise."""
+    return _quiet("diffusers.utils.logging")
 
 
 @contextlib.contextmanager
-def quiet_diffusers() -> Iterator[None]:
-    """No bars and no remarks on unused settings from diffusers; errors still raise."""
-    # By name: whoever gets here has imported diffusers, which Postlude itself can do without.
-    logging = importlib.import_module("diffusers.utils.logging")
-    verbosity = logging.get_verbosity()
-    bars = logging.is_progress_bar_enabled()
+def _quiet(module: str) -> Iterator[None]:
+    # By name: only one who works with a library has imported it, and Postlude itself can do without diffusers.
+    logging = importlib.import_module(module)
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:

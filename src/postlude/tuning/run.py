@@ -35,7 +35,7 @@ from postlude.errors import (
 )
 from postlude.runs.atomic import check_replaceable, discard
 from postlude.runs.checkpoint import Checkpoint
-from postlude.runs.directory import RunDirectory
+from postlude.runs.directory import RunDirectory, run_beside
 from postlude.runs.progress import Progress
 from postlude.runs.quiet import quiet_transformers
 from postlude.surgery.layers import QuantizedLinear
@@ -394,7 +394,7 @@ def _directory(final: Path | None, manifest: Mapping[str, Any], overwrite: bool)
         with tempfile.TemporaryDirectory(prefix="postlude-tune-") as name:
             yield Path(name)
         return
-    path = _run_beside(final)
+    path = run_beside(final)
     if main_process():
         try:
             RunDirectory(path, manifest)
@@ -422,10 +422,6 @@ def _directory(final: Path | None, manifest: Mapping[str, Any], overwrite: bool)
         if main_process():
             discard(path, final)
         raise
-
-
-def _run_beside(final: Path) -> Path:
-    return final.with_name(f".{final.name}.run")
 
 
 def _job(
