@@ -104,7 +104,10 @@ PARTS = (
     Part("pause", "Unnatural pause", "very smooth", ""),
 )
 
-LONG_QUESTION = "Assess this speech: score every dimension from 1 to 5, name the artifacts, and say when they happen in seconds."
+LONG_QUESTION = (
+    "Assess this speech: score every dimension from 1 to 5, name the artifacts, "
+    "and say when they happen in seconds."
+)
 
 _NONE = "none"
 _RANGE = re.compile(r"(\d+(?:\.\d+)?)\s*(?:-|\u2013|~|to)\s*(\d+(?:\.\d+)?)\s*s?(?!\w|\.\d)")
