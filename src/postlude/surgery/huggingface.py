@@ -188,7 +188,8 @@ class PostludeQuantizer(HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        return False
+        # Adapters beside the codes are; the codes are buffers, which no optimiser sees.
+        return True
 
 
 def mark(model: nn.Module, made_by: dict[str, Any]) -> None:

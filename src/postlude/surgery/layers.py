@@ -349,6 +349,11 @@ class QuantizedLinear(nn.Module):
         self.scale = encoded.scale
         self.zero_point = encoded.zero_point
 
+    @property
+    def qweight(self) -> Tensor:
+        """The codes, by the name that peft looks for to find out where a layer is."""
+        return self.codes
+
     def dense_weight(self) -> Tensor:
         """``[out_features, in_features]``, fp32 where it is decoded, without the branch: kernels' reference."""
         if self.weight_scheme is None:
@@ -371,6 +376,8 @@ class QuantizedLinear(nn.Module):
     def simulate(self, x: Tensor) -> Tensor:
         """``Q_in(x) W_q^T + bias`` in floating point, of an input that is already transformed; not the branch."""
         x = self.quantized_input(x)
+        if x.requires_grad and torch.is_grad_enabled() and self._held is None:
+            return _product(x, self)
         weight = self.dense_weight() if self._held is None else self._held
         return nn.functional.linear(x, weight.to(x.dtype), self.bias)
 
@@ -466,6 +473,29 @@ class QuantizedLinear(nn.Module):
             f"in_features={self.in_features}, out_features={self.out_features}, "
             f"weight={show(self.weight_scheme)}, input={show(self.input_scheme)}"
         )
+
+
+class _Product(torch.autograd.Function):
+    """A layer's product, differentiable in its input alone, that decodes the weight again on its way back.
+
+    Otherwise the tape would hold every weight of the model in floating point (QLoRA, arXiv:2305.14314).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layer: QuantizedLinear) -> Tensor:
+        ctx.layer = layer
+        return nn.functional.linear(x, layer.dense_weight().to(x.dtype), layer.bias)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        (gradient,) = gradients
+        return gradient @ ctx.layer.dense_weight().to(gradient.dtype), None
+
+
+# torch leaves Function.apply untyped.
+def _product(x: Tensor, layer: QuantizedLinear) -> Tensor:
+    result: Tensor = _Product.apply(x, layer)
+    return result
 
 
 class LowRankBranch(nn.Module):

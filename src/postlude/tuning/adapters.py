@@ -34,6 +34,12 @@ from postlude.errors import (
 from postlude.runs.checkpoint import Checkpoint
 from postlude.runs.loading import load
 from postlude.runs.quiet import quiet_transformers
+from postlude.tuning.quantized_base import (
+    check_adaptable,
+    is_quantized,
+    prepare,
+    to_branches,
+)
 
 __all__ = [
     "Adapter",
@@ -162,6 +168,9 @@ def attach(checkpoint: Checkpoint, adapter: Adapter) -> Any:
     """
     configuration = adapter.configuration(checkpoint.model)
     peft = _peft()
+    if is_quantized(checkpoint.model):
+        check_adaptable(checkpoint.model, adapter.name)
+        configuration = prepare(configuration, checkpoint.model)
     try:
         with _quiet():
             model = peft.get_peft_model(checkpoint.model, configuration)
@@ -239,14 +248,17 @@ def merge(model: Any, sequences: list[Tensor]) -> tuple[Any, float]:
     name = next(iter(model.peft_config.values())).peft_type.value.lower()
     tried = probes(sequences, model.config.vocab_size)
     before = logits(model, tried)
+    codes = is_quantized(model)
     try:
         with _quiet():
-            merged = model.merge_and_unload(safe_merge=True)
+            merged = to_branches(model) if codes else model.merge_and_unload(safe_merge=True)
     except (ValueError, TypeError, NotImplementedError, AttributeError) as error:
         raise SettingsError(
             f"the adapter {name} cannot be merged ({error}); leave merging out: the adapter alone is saved."
         ) from error
     tolerance = MERGE_TOLERANCE.get(merged.dtype, MERGE_TOLERANCE[torch.bfloat16])
+    if codes:  # branches are in float16
+        tolerance = max(tolerance, MERGE_TOLERANCE[torch.float16])
     after = logits(merged, tried)
     return merged, same_logits(
         after, before, tolerance, f"The adapter {name} merged into the weights is another model"
@@ -282,7 +294,7 @@ def load_adapter(
         dtype: as for :func:`postlude.runs.loading.load`, but ``auto`` is fp32: an update is often smaller than what 16
             bits of a weight can tell apart.
         device: likewise.
-        merged: False leaves peft's layers in.
+        merged: False leaves peft's layers in. On a quantized model the adapter becomes branches of its layers.
 
     Raises:
         CheckpointError: a damaged adapter, or its model is not where the configuration says.
@@ -307,8 +319,15 @@ def load_adapter(
     peft = _peft()
     try:
         with quiet_transformers(), _quiet():
-            model = peft.PeftModel.from_pretrained(checkpoint.model, str(directory))
-            inner = model.merge_and_unload(safe_merge=True) if merged else model.get_base_model()
+            adapter = peft.PeftConfig.from_pretrained(str(directory))
+            codes = is_quantized(checkpoint.model)
+            if codes:
+                adapter = prepare(adapter, checkpoint.model)
+            model = peft.PeftModel.from_pretrained(checkpoint.model, str(directory), config=adapter)
+            if not merged:
+                inner = model.get_base_model()
+            else:
+                inner = to_branches(model) if codes else model.merge_and_unload(safe_merge=True)
     except (ValueError, TypeError, KeyError, RuntimeError, NotImplementedError) as error:
         raise CheckpointError(f"peft cannot load the adapter in {directory}: {error}") from error
     inner.eval()

@@ -38,7 +38,7 @@ from postlude.runs.checkpoint import Checkpoint
 from postlude.runs.directory import RunDirectory, run_beside
 from postlude.runs.progress import Progress
 from postlude.runs.quiet import quiet_transformers
-from postlude.surgery.layers import QuantizedLinear
+from postlude.surgery.layers import quantized_linears
 from postlude.tuning import adapters
 from postlude.tuning.adapters import Adapter
 from postlude.tuning.output import MARKER, Report, finished, keep_model, plain, save
@@ -346,13 +346,12 @@ def _check(
         raise SettingsError(
             "There is no adapter to merge: choose one (--adapter lora), or leave --merge out."
         )
-    quantized = [
-        name for name, one in checkpoint.model.named_modules() if isinstance(one, QuantizedLinear)
-    ]
-    if quantized:
+    quantized = [name for name, _ in quantized_linears(checkpoint.model)]
+    if quantized and adapter is None:
         raise SettingsError(
             f"{checkpoint.path or 'this checkpoint'} is quantized ({len(quantized)} layers, {quantized[0]} first), and "
-            "codes cannot be trained. Tune the float model it was made from and quantize the result."
+            "codes cannot be trained. Tune the float model it was made from and quantize the result, or train an "
+            "adapter beside the codes (--adapter lora)."
         )
 
 
