@@ -16,6 +16,7 @@ from torch.nn import functional
 from postlude.errors import ArchitectureError
 from postlude.numerics.directions import gaussian_linearisation, project_out
 from postlude.surgery.anatomy import LanguageAnatomy, LanguageBlock, Site
+from postlude.surgery.capture import device_of
 
 __all__ = [
     "BlockApproximation",
@@ -226,6 +227,9 @@ def feed_forward(
 def _norm_matrix(model: nn.Module, anatomy: LanguageAnatomy, norm: str) -> Tensor:
     """A norm without its division and bias: ``diag(gamma)``, after centring for a LayerNorm."""
     gamma = model.get_submodule(norm).weight
+    if gamma is None:
+        # Folded: its gain is in the linears that read it, its centring in those that write the stream.
+        return torch.eye(anatomy.hidden_size, dtype=torch.float64, device=device_of(model))
     if not isinstance(gamma, Tensor):
         raise ArchitectureError(f"{norm} has no weight")
     matrix = torch.diag(gamma.detach().double())
