@@ -78,7 +78,7 @@ class Calibrating:
     def _given(self) -> Calibration:
         checkpoint, data = self.checkpoint, self.data
         batches = _batches(data)
-        if checkpoint.kind == "language":
+        if checkpoint.reads_tokens:
             if batches:
                 raise DataError("a language model is calibrated on text; batches are for others")
             text = cast(Text, data)

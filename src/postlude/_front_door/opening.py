@@ -20,7 +20,9 @@ def load(
     dtype: str | torch.dtype = "auto",
     device: str | torch.device | None = None,
 ) -> Checkpoint:
-    """Load a language model, a vision transformer or a denoiser from its directory; never from the network.
+    """Load a language model, an audio language model, a vision transformer or a denoiser from its directory.
+
+    Nothing comes from the network.
 
     Args:
         path: a Hugging Face directory, one in the layout of diffusers (a pipeline, or its transformer alone), or

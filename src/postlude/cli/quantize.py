@@ -135,10 +135,9 @@ def quantize(
 
     model = _front_door.load(checkpoint, dtype=dtype, device=device)
     asked = "kv" in given or any(word.startswith("kv=") for word in set_ or [])
-    kind = getattr(model, "kind", "language")
-    if asked and kind != "language" and settings.kv < 16:
+    if asked and not getattr(model, "reads_tokens", True) and settings.kv < 16:
         raise SettingsError(
-            f"{settings.kv} bits are asked for the KV cache, and a {kind} model has none: leave kv out "
+            f"{settings.kv} bits are asked for the KV cache, and a {model.kind} model has none: leave kv out "
             f"(--bits w{settings.weights}a{settings.activations})"
         )
     whole = size_of(model)["bytes"]

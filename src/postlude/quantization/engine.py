@@ -6,7 +6,8 @@ A system is a settings class with up to five parts, all optional but the schemes
     statistics   tensors learned from calibration data on the folded float model
     rewrite      function-preserving rewrites made from those tensors
     schemes      how weights, inputs, keys and values are quantized
-    rounding     nearest, or GPTQ (arXiv:2210.17323) block by block; another ``round_site`` for what else is stored
+    rounding     nearest, or GPTQ (arXiv:2210.17323) block by block; another ``round_site`` for what else is stored,
+                 or ``round_block`` for weights trained against the output of their block
 
 :func:`quantize` runs them in that order. Statistics and every finished block are units of a run directory, so
 a killed run resumes and ends with the same bits. Input and key/value quantizers are switched on last: Hessians
@@ -33,6 +34,7 @@ from postlude.numerics.formats import Encoded, Granularity, Integer, Scheme
 from postlude.numerics.low_rank import BranchFormat
 from postlude.numerics.moments import SecondMoment
 from postlude.numerics.rounding import gptq, nearest
+from postlude.quantization.block_reconstruction import Passage
 from postlude.runs.checkpoint import Checkpoint
 from postlude.runs.progress import Progress
 from postlude.surgery.anatomy import Block, Kind, LanguageBlock, LinearRef, Site
@@ -224,6 +226,11 @@ class Quantizer:
         return self.rounding == "gptq" and self.weights < FLOAT
 
     @property
+    def reconstructs(self) -> bool:
+        """Whether :meth:`round_block` is asked, rather than :meth:`round_site` for every site."""
+        return False
+
+    @property
     def branch_format(self) -> BranchFormat | None:
         """Format of the low-rank branch that :meth:`round_site` gives every weight; None for none."""
         return None
@@ -291,6 +298,15 @@ class Quantizer:
         rounding = self.rounder(scheme, hessian)
         return [Rounded(rounding(weight)) for weight in weights]
 
+    def round_block(
+        self, model: nn.Module, block: Block, passage: Passage, chance: torch.Generator
+    ) -> Mapping[str, Rounded]:
+        """Round all linears of a block together, by path; weights are left as they are.
+
+        What it switched on is switched off again, and rounds what the next blocks see: the engine does that.
+        """
+        raise NotImplementedError
+
     def accounts(self, checkpoint: Checkpoint) -> Mapping[str, Any]:
         """What a method has to report of the finished model beside its size; kept with the checkpoint."""
         return {}
@@ -351,7 +367,7 @@ def quantize(
     if any(isinstance(module, made) for module in model.modules()):
         raise SettingsError("this checkpoint is already quantized; start from the float one")
     check_kind(settings, checkpoint)
-    if checkpoint.kind != "language":
+    if not checkpoint.reads_tokens:
         settings = dataclasses.replace(settings, kv=FLOAT)
     if settings.needs_calibration and (calibration is None or not len(calibration)):
         raise DataError(f"{name} learns from calibration {_DATA[checkpoint.kind]}: {_GIVE}")
@@ -363,18 +379,28 @@ def quantize(
     settings.rewrite(checkpoint, statistics, seed)
     _attach_key_values(model, anatomy.blocks, settings)
 
-    walk = None
-    if settings.reads_inputs and calibration is not None:
+    walk = exact = None
+    if calibration is not None and (settings.reads_inputs or settings.reconstructs):
         walk = BlockWalk(model, anatomy, calibration)
+    if calibration is not None and settings.reconstructs:
+        exact = BlockWalk(model, anatomy, calibration)
     squared = torch.zeros(2, dtype=torch.float64)  # of errors, of weights
     with progress or Progress(show=False) as shown:
         for block in shown.iterate(anatomy.blocks, f"{name}: blocks", len(anatomy.blocks)):
+            passage = None
+            if walk is not None and exact is not None:
+                passage = Passage(exact, walk, exact.outputs(block))
             done = unit(
                 f"block-{block.index:04d}",
-                lambda block=block: _round_block(model, block, settings, statistics, walk),  # type: ignore[misc]
+                lambda block=block, passage=passage: _round_block(  # type: ignore[misc]
+                    model, block, settings, statistics, walk, passage, seed
+                ),
             )
             squared += done.get(_SQUARED, 0)
             _install_block(model, block, settings, statistics, done)
+            if exact is not None and passage is not None:
+                exact.advance_to(passage.outputs)
+                switch(model.get_submodule(block.name), on=True)
             if walk is not None:
                 walk.advance(block)
 
@@ -415,7 +441,8 @@ def check_kind(settings: Quantizer, checkpoint: Checkpoint) -> None:
     Raises:
         SettingsError: names methods that can.
     """
-    kind = checkpoint.kind
+    # Of an audio language model it is the language model that is quantized.
+    kind = "language" if checkpoint.reads_tokens else checkpoint.kind
     if kind in settings.kinds:
         return
     able = [
@@ -504,21 +531,31 @@ def _round_block(
     settings: Quantizer,
     statistics: Mapping[str, Tensor],
     walk: BlockWalk | None,
+    passage: Passage | None,
+    seed: int,
 ) -> dict[str, Tensor]:
     """What is stored for a block's linears, by ``path.name``.
 
-    With a walk, sites are done in the order of the forward pass, each seeing the ones before it quantized.
+    With a walk, sites are done in the order of the forward pass, each seeing the ones before it quantized; with a
+    passage, all are done together.
     """
     done: dict[str, Tensor] = {}
+    together: Mapping[str, Rounded] = {}
+    if passage is not None:
+        chance = generator(seed, f"reconstruction of block {block.index}")
+        together = settings.round_block(model, block, passage, chance)
     squared = torch.zeros(2, dtype=torch.float64)
     for site in block.sites:
         scheme = settings.weight_scheme(site)
         if scheme is None or settings.skips(block, site, statistics):
             continue
-        seen = None if walk is None else _observed(model, block, site, walk, settings)
         role = site.readers[0].role
         weights = [LinearRef(path, role).weight(model) for path in site.modules]
-        made = settings.round_site(site, weights, seen, scheme)
+        if together:
+            made = [together[path] for path in site.modules]
+        else:
+            seen = None if walk is None else _observed(model, block, site, walk, settings)
+            made = settings.round_site(site, weights, seen, scheme)
         for path, weight, rounded in zip(site.modules, weights, made, strict=True):
             done |= {f"{path}.{name}": part for name, part in rounded.parts().items()}
             squared += _squared_error(rounded, weight)

@@ -35,14 +35,16 @@ class Checkpoint:
     """A loaded model, its anatomy, and what feeds it.
 
     Attributes:
-        model: a causal language model or a vision model of transformers, or a denoiser of diffusers.
+        model: a causal language model, an audio language model or a vision model of transformers, or a denoiser of
+            diffusers.
         tokenizer: None where the checkpoint has none; then nothing that needs text can be done.
         anatomy: where the parts of ``model`` are.
         path: the directory it was loaded from or saved to; None while ``model`` exists only in
             memory.
         reload: what a fresh process made of the files when it was last saved with ``check``.
         scheduler: of a denoiser, the scheduler of diffusers it was trained for; None where it came alone.
-        processor: of a vision model, the image processor of transformers; None where the checkpoint has none.
+        processor: of a vision model, the image processor of transformers; of an audio language model the processor
+            that holds its feature extractor and its tokenizer; None where the checkpoint has none.
         pipeline: of a denoiser, the pipeline that it is a part of; None where it came alone.
     """
 
@@ -57,12 +59,17 @@ class Checkpoint:
 
     @property
     def kind(self) -> Kind:
-        """``language``, ``diffusion`` or ``vision``."""
+        """``language``, ``diffusion``, ``vision`` or ``audio``."""
         return self.anatomy.kind
 
     @property
+    def reads_tokens(self) -> bool:
+        """Whether there is a language model: alone, or in an audio language model."""
+        return isinstance(self.anatomy, LanguageAnatomy)
+
+    @property
     def language(self) -> LanguageAnatomy:
-        """The anatomy of a language model.
+        """The anatomy of a language model, or of the one in an audio language model.
 
         Raises:
             ArchitectureError: the model is of another kind.
@@ -124,7 +131,7 @@ class Checkpoint:
         wide = self.model.dtype not in (torch.float16, torch.bfloat16)
         dtype = str(self.model.dtype).removeprefix("torch.") if wide else "float32"
         arguments = [str(directory), dtype, str(self.model.device)]
-        if self.kind != "language":
+        if not self.reads_tokens:
             return compare_outputs(self.model, self.anatomy, arguments, what=name)
         return compare_reload(self.model, self.language, RELOAD, arguments, what=name)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from postlude.runs.importing import READERS, Foreign, Reader
 from postlude.runs.pipeline import is_denoiser, load_denoiser
 from postlude.runs.quiet import quiet_transformers
 from postlude.runs.weights import check_finite, read_json, weight_files
-from postlude.surgery.anatomy import Anatomy, anatomy_of, kind_of
+from postlude.surgery.anatomy import Anatomy, Kind, anatomy_of, kind_of
 from postlude.surgery.layers import check_scales, quantized_linears
 
 __all__ = ["dtype_of", "load", "resolve"]
@@ -38,6 +39,11 @@ _TOKENIZER_FILES = (
     "spiece.model",
 )
 _PROCESSOR_FILES = ("preprocessor_config.json",)
+_AUDIO_PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
+_AUDIO_CLASSES = (
+    "AudioFlamingo3ForConditionalGeneration",
+    "Qwen2AudioForConditionalGeneration",
+)
 _DTYPES = ("float64", "float32", "float16", "bfloat16")
 
 
@@ -48,8 +54,8 @@ def load(
 ) -> Checkpoint:
     """Load a model from a Hugging Face directory; never from the network.
 
-    What it is, its files say: a causal language model, a vision transformer (with or without a head that
-    classifies), or a denoiser in the layout of diffusers, as a pipeline or alone. Float checkpoints, those that
+    What it is, its files say: a causal language model, an audio language model, a vision transformer (with or without
+    a head that classifies), or a denoiser in the layout of diffusers, as a pipeline or alone. Float checkpoints, those that
     Postlude quantized and those in the layouts of GPTQ, AWQ and compressed-tensors load alike; the last become
     Postlude's own quantized layers, bit for bit. Reads the weights twice: once to see that they are finite, once
     to build the model.
@@ -79,10 +85,13 @@ def load(
     quantization = config.get("quantization_config") or {}
     reader = READERS.get(str(quantization.get("quant_method")))
     source = None if reader is None else _foreign(directory, quantization, reader)
-    model = _model(directory, target_dtype, source, None if kind == "language" else config)
+    model = _model(directory, target_dtype, source, _class_finder(kind), config)
     checkpoint = _finished(model, directory, target_device, positive=reader is None)
     if kind == "language":
         checkpoint.tokenizer = _tokenizer(directory)
+    elif kind == "audio":
+        checkpoint.processor = _audio_processor(directory)
+        checkpoint.tokenizer = getattr(checkpoint.processor, "tokenizer", None)
     else:
         checkpoint.processor = _processor(directory)
     return checkpoint
@@ -190,6 +199,26 @@ def _foreign(directory: Path, quantization: dict[str, Any], reader: Reader) -> d
     return {"pretrained_model_name_or_path": None, "config": config, "state_dict": found.tensors}
 
 
+def _class_finder(kind: Kind) -> Callable[[Path, dict[str, Any]], Any]:
+    return {"vision": _vision_class, "audio": _audio_class}.get(kind, _language_class)
+
+
+def _language_class(directory: Path, config: dict[str, Any]) -> Any:
+    return importlib.import_module("transformers").AutoModelForCausalLM
+
+
+def _audio_class(directory: Path, config: dict[str, Any]) -> Any:
+    """The class that the configuration names, if it is one of an audio language model."""
+    transformers = importlib.import_module("transformers")
+    named = config.get("architectures") or []
+    if len(named) != 1 or named[0] not in _AUDIO_CLASSES:
+        raise CheckpointError(
+            f'{directory} holds {", ".join(map(str, named)) or "a model of no class"} ("architectures" of its '
+            f"config.json); expected one of {', '.join(_AUDIO_CLASSES)}."
+        )
+    return getattr(transformers, named[0])
+
+
 def _vision_class(directory: Path, config: dict[str, Any]) -> Any:
     """The class that the configuration names, if it is the plain model of its type or one that classifies."""
     transformers = importlib.import_module("transformers")
@@ -210,14 +239,13 @@ def _vision_class(directory: Path, config: dict[str, Any]) -> Any:
 def _model(
     directory: Path,
     dtype: torch.dtype | str,
-    source: dict[str, Any] | None = None,
-    vision: dict[str, Any] | None = None,
+    source: dict[str, Any] | None,
+    find_class: Callable[[Path, dict[str, Any]], Any],
+    config: dict[str, Any],
 ) -> Any:
     # Not at the top: importing it takes seconds, and a refused directory should be refused at once.
     transformers = importlib.import_module("transformers")
-    whole = (
-        transformers.AutoModelForCausalLM if vision is None else _vision_class(directory, vision)
-    )
+    whole = find_class(directory, config)
     with quiet_transformers():
         try:
             if source is None:
@@ -264,6 +292,10 @@ def _tokenizer(directory: Path) -> Any:
 
 def _processor(directory: Path) -> Any:
     return _beside_weights(directory, _PROCESSOR_FILES, "AutoImageProcessor", "image processor")
+
+
+def _audio_processor(directory: Path) -> Any:
+    return _beside_weights(directory, _AUDIO_PROCESSOR_FILES, "AutoProcessor", "audio processor")
 
 
 def _beside_weights(directory: Path, files: tuple[str, ...], loader: str, name: str) -> Any:

@@ -28,6 +28,7 @@ from postlude.errors import ArchitectureError
 
 __all__ = [
     "Anatomy",
+    "AudioAnatomy",
     "Block",
     "Heads",
     "Input",
@@ -45,7 +46,7 @@ __all__ = [
     "supported_model_types",
 ]
 
-Kind = Literal["language", "diffusion", "vision"]
+Kind = Literal["language", "diffusion", "vision", "audio"]
 Role = Literal["query", "key", "value", "output", "gate", "up", "down", "condition"]
 
 
@@ -337,6 +338,37 @@ class LanguageAnatomy(Anatomy):
         """Whether any key projection has a bias that is not zero."""
         biases = [block.linear("key").bias(model) for block in self.blocks]
         return any(bias is not None and bool(bias.any()) for bias in biases)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AudioAnatomy(LanguageAnatomy):
+    """An audio language model: the blocks are those of its language model, and an encoder writes embeddings for it.
+
+    Everything that works on the tokens of a language model works on its language model. The encoder and the projector
+    stay in floating point.
+
+    Attributes:
+        encoder: path of what reads log-mel features.
+        projector: path of what makes embeddings of the decoder from what the encoder gives.
+        projection: path of its last linear.
+        audio_token: token whose embeddings are replaced by those of the audio.
+    """
+
+    kind: Kind = "audio"
+    encoder: str
+    projector: str
+    projection: str
+    audio_token: int
+
+    def paths(self) -> Iterator[str]:
+        """Paths of every module that is named here; all of them have to exist."""
+        yield from super().paths()
+        yield from (self.encoder, self.projector, self.projection)
+
+    def residual_writers(self) -> Iterator[LinearRef]:
+        """The linears that add to the residual stream, or start it."""
+        yield LinearRef(self.projection, "output")
+        yield from super().residual_writers()
 
 
 # A builder may be asked for any class of its models; what it finds there decides what it says.

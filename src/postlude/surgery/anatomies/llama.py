@@ -2,6 +2,8 @@
 
 Mistral has the same modules; Qwen2 adds biases to Q, K and V; Qwen3 adds an RMSNorm on every query and key
 head before the rotary embedding. None of that changes where the sites are.
+
+Models that hold such a decoder somewhere else (audio language models) take its parts from :func:`decoder_parts`.
 """
 
 from __future__ import annotations
@@ -17,20 +19,29 @@ from postlude.surgery.anatomy import (
     describes,
 )
 
-__all__ = ["llama"]
+__all__ = ["decoder_parts", "llama"]
 
 
 @describes("llama", "mistral", "qwen2", "qwen3")
 def llama(model: Any) -> LanguageAnatomy:
     """Anatomy of a ``LlamaForCausalLM``-shaped model."""
-    config = model.config
+    return LanguageAnatomy(family="llama", head="lm_head", **decoder_parts(model.config, "model"))
+
+
+def decoder_parts(config: Any, decoder: str) -> dict[str, Any]:
+    """What a :class:`LanguageAnatomy` says of a decoder of this shape, wherever it is.
+
+    Args:
+        config: of the decoder.
+        decoder: its path.
+    """
     query = config.num_attention_heads
     size = getattr(config, "head_dim", None) or config.hidden_size // query
     heads = Heads(query, config.num_key_value_heads, size)
     hidden, product = config.hidden_size, config.intermediate_size
 
     def block(index: int) -> LanguageBlock:
-        name = f"model.layers.{index}"
+        name = f"{decoder}.layers.{index}"
         attention, mlp = f"{name}.self_attn", f"{name}.mlp"
         q, k, v = (
             LinearRef(f"{attention}.q_proj", "query"),
@@ -56,14 +67,12 @@ def llama(model: Any) -> LanguageAnatomy:
             ),
         )
 
-    return LanguageAnatomy(
-        family="llama",
-        hidden_size=hidden,
-        embeddings=("model.embed_tokens",),
-        blocks=tuple(block(index) for index in range(config.num_hidden_layers)),
-        decoder="model",
-        final_norm="model.norm",
-        head="lm_head",
-        norm_kind="rms",
-        context=config.max_position_embeddings,
-    )
+    return {
+        "hidden_size": hidden,
+        "embeddings": (f"{decoder}.embed_tokens",),
+        "blocks": tuple(block(index) for index in range(config.num_hidden_layers)),
+        "decoder": decoder,
+        "final_norm": f"{decoder}.norm",
+        "norm_kind": "rms",
+        "context": config.max_position_embeddings,
+    }
