@@ -33,6 +33,7 @@ def sample_calibrate(
     labels: Sequence[int] | Tensor | None = None,
     guidance: float = 1.0,
     conditions: Mapping[str, Tensor] | None = None,
+    reuse: int = 1,
     channelwise: bool = False,
     seed: int = 0,
     out: Path_ | None = None,
@@ -42,9 +43,10 @@ def sample_calibrate(
     """Collect the statistics that ``sample(..., drift=...)`` corrects a sampler with (Q-Drift, arXiv:2603.18095).
 
     Args:
-        checkpoint: the approximate model, loaded or a diffusers directory.
+        checkpoint: the approximate model, loaded or a diffusers directory: quantized, pruned, of another width or type,
+            or with ``reuse`` the exact one itself.
         reference: the exact model.
-        runs, batch, sampler, steps, labels, guidance, conditions, channelwise, seed: see
+        runs, batch, sampler, steps, labels, guidance, conditions, reuse, channelwise, seed: see
             :func:`postlude.sampling.calibrate.calibrate`.
         out: a .safetensors file to write.
         overwrite: replace it.
@@ -52,10 +54,10 @@ def sample_calibrate(
 
     Returns:
         ``statistics`` (:class:`postlude.sampling.drift.DriftStatistics`), ``scheduler`` (its class), ``sampler``,
-        ``steps``, ``runs``, ``samples``, ``guidance``, ``error_variance`` (of each step, mean over channels),
-        ``output_variance`` (of the reference's output, the same),
-        ``coefficients`` (how much longer each step becomes), ``largest_coefficient``, ``output``, ``seconds``, and
-        ``notes`` where the correction will do next to nothing.
+        ``steps``, ``runs``, ``samples``, ``guidance``, ``reuse``, ``error_variance`` (of each step, mean over
+        channels), ``output_variance`` (of the reference's output, the same), ``coefficients`` (how much longer each
+        step becomes), ``largest_coefficient``, ``output``, ``seconds``, and ``notes`` where the correction will do
+        next to nothing.
 
     Raises:
         OutputExistsError: a file that may not be replaced.
@@ -81,6 +83,7 @@ def sample_calibrate(
         labels=labels,
         guidance=guidance,
         conditions=conditions,
+        reuse=reuse,
         channelwise=channelwise,
         seed=seed,
         progress=progress,
@@ -99,6 +102,7 @@ def sample_calibrate(
         "runs": runs,
         "samples": statistics.samples,
         "guidance": guidance,
+        "reuse": reuse,
         "error_variance": statistics.variance().mean(-1).tolist(),
         "output_variance": (q - 2 * both + e).mean(-1).tolist(),
         "coefficients": coefficients.tolist(),

@@ -26,6 +26,7 @@ def evaluate_samples(
     steps: int | None = None,
     seed: int = 0,
     guidance: float = 1.0,
+    reuse: int = 1,
     drift: Path_ | None = None,
     drift_mode: str | None = None,
     real: Tensor | None = None,
@@ -38,14 +39,14 @@ def evaluate_samples(
         checkpoint: loaded, or a diffusers directory; float or quantized.
         reference: the float model, say.
         count: how many samples; Frechet distances of different numbers are not comparable.
-        sampler, steps, seed, guidance, drift, drift_mode, batch_size: see :func:`postlude.sample`; the correction is
-            applied to ``checkpoint`` only.
+        sampler, steps, seed, guidance, reuse, drift, drift_mode, batch_size: see :func:`postlude.sample`; reuse and
+            correction are applied to ``checkpoint`` only.
         real: real images ``[m, channels, height, width]`` in [-1, 1]; of digits they are built in.
         progress: where to show it.
 
     Returns:
         What :func:`postlude.evaluation.samples.judge_samples` finds; ``count``, ``sampler``, ``sampler_reference``,
-        ``steps``, ``seed``, ``guidance``, ``drift``; ``notes``, what the numbers cannot say; ``seconds``.
+        ``steps``, ``seed``, ``guidance``, ``reuse``, ``drift``; ``notes``, what the numbers cannot say; ``seconds``.
 
     Raises:
         CheckpointError: not a diffusion model.
@@ -64,6 +65,7 @@ def evaluate_samples(
         steps=steps,
         seed=seed,
         guidance=guidance,
+        reuse=reuse,
         drift=drift,
         drift_mode=drift_mode,
         batch_size=batch_size,
@@ -76,9 +78,8 @@ def evaluate_samples(
         reference=None if compared is None else compared.images,
         real=real,
     )
-    settings = {
-        key: drawn[key] for key in ("count", "sampler", "steps", "seed", "guidance", "drift")
-    }
+    kept = ("count", "sampler", "steps", "seed", "guidance", "reuse", "drift")
+    settings = {key: drawn[key] for key in kept}
     settings["sampler_reference"] = drawn.get("sampler_compared")
     return {
         **found,

@@ -18,6 +18,7 @@ from postlude.runs.checkpoint import Checkpoint
 from postlude.runs.progress import Progress
 from postlude.sampling.drift import DriftStatistics
 from postlude.sampling.grid import Panel, check_colours, write_grid
+from postlude.sampling.reuse import check_reuse
 from postlude.sampling.sample import Samples, check_diffusion, check_guidance, image_shape
 from postlude.sampling.sample import sample as _sample
 from postlude.sampling.samplers import process_of, sampler_named
@@ -39,6 +40,7 @@ def sample(
     seed: int = 0,
     guidance: float = 1.0,
     conditions: Mapping[str, Tensor] | None = None,
+    reuse: int = 1,
     compare: Path_ | Checkpoint | None = None,
     drift: Path_ | None = None,
     drift_mode: str | None = None,
@@ -59,6 +61,7 @@ def sample(
         seed: of the noise; sample ``i`` starts from the same noise whatever else is drawn, and in every model.
         guidance: of classifier-free guidance, 0 or more; 1 is none.
         conditions: what a model without classes is conditioned on (``encoder_hidden_states`` and the like).
+        reuse: the blocks of ``checkpoint``, not those of ``compare``, run at every so many timesteps; 1 for all.
         compare: another model, drawn from the same noise.
         drift: a statistic of ``postlude sample calibrate``: its correction is applied to ``checkpoint``, not to
             ``compare``.
@@ -70,10 +73,10 @@ def sample(
 
     Returns:
         ``samples`` (:class:`postlude.sampling.sample.Samples`), ``count``, ``sampler``, ``steps``, ``seed``,
-        ``guidance``, ``seconds`` and ``milliseconds_per_image``; with ``compare`` ``compared`` (its samples),
-        ``sampler_compared`` (its sampler), ``psnr_db``, the ratio of the mean squared error of all images to the
-        squared range 2, and ``psnr_db_lowest`` of the worst image, null where the two are equal; with ``out`` ``grid``
-        and ``tensors``, the files.
+        ``guidance``, ``reuse``, ``seconds`` and ``milliseconds_per_image``; with ``compare`` ``compared`` (its
+        samples), ``sampler_compared`` (its sampler), ``psnr_db``, the ratio of the mean squared error of all images to
+        the squared range 2, and ``psnr_db_lowest`` of the worst image, null where the two are equal; with ``out``
+        ``grid`` and ``tensors``, the files.
 
     Raises:
         CheckpointError: not a diffusion model.
@@ -82,6 +85,7 @@ def sample(
     """
     files = _files(out, overwrite)
     check_guidance(guidance)
+    check_reuse(reuse)
     if drift_mode is not None and drift is None:
         raise SettingsError(
             f"the mode of the drift correction is {drift_mode!r}, and there are no drift statistics to correct by: "
@@ -94,7 +98,7 @@ def sample(
             check_diffusion(model)
             if files is not None and files[0] is not None:
                 check_colours(image_shape(model.model)[0])
-    statistics = _statistics(drift, mine, guidance)
+    statistics = _statistics(drift, mine, guidance=guidance, reuse=reuse)
     if sampler is None and statistics is not None:
         sampler = _same_sampler(statistics, mine)
     if steps is None:
@@ -105,7 +109,9 @@ def sample(
     }  # fmt: skip
     with progress or Progress(False) as shown:
         wrap = _correction(statistics, MODES[0] if drift_mode is None else drift_mode)
-        drawn = _sample(mine, **common, wrap=wrap, progress=shown, title=_name(mine, checkpoint))
+        drawn = _sample(
+            mine, **common, reuse=reuse, wrap=wrap, progress=shown, title=_name(mine, checkpoint)
+        )
         second = None
         if other is not None:
             second = _sample(other, **common, progress=shown, title=_name(other, compare))
@@ -116,6 +122,7 @@ def sample(
         "steps": steps,
         "seed": seed,
         "guidance": guidance,
+        "reuse": reuse,
         "drift": drift,
         "seconds": drawn.seconds,
         "milliseconds_per_image": 1000.0 * drawn.seconds / count,
@@ -140,13 +147,13 @@ def sample(
 
 
 def _statistics(
-    drift: Path_ | None, checkpoint: Checkpoint, guidance: float
+    drift: Path_ | None, checkpoint: Checkpoint, **conditions: float
 ) -> DriftStatistics | None:
     if drift is None:
         return None
     statistics = DriftStatistics.load(drift)
     statistics.check_models(approximate=checkpoint.fingerprint())
-    statistics.check_conditions(guidance=guidance)
+    statistics.check_conditions(**conditions)
     return statistics
 
 
@@ -202,6 +209,8 @@ def _write(files: tuple[Path | None, Path], panels: list[Panel], result: dict[st
     about = [samplers, f"{drawn.steps} steps", f"seed {drawn.seed}"]
     if drawn.guidance != 1.0:
         about.append(f"guidance {drawn.guidance:g}")
+    if result["reuse"] != 1:
+        about.append(f"blocks at every {result['reuse']}th timestep")
     if result["drift"] is not None:
         about.append("corrected for drift")
     if "psnr_db" in result:
@@ -214,6 +223,7 @@ def _write(files: tuple[Path | None, Path], panels: list[Panel], result: dict[st
     if "compared" in result:
         found["compared"] = result["compared"].images
     settings = {key: getattr(drawn, key) for key in ("sampler", "steps", "seed", "guidance")}
+    settings["reuse"] = result["reuse"]
     with atomic_write(tensors) as temporary:
         save_file(found, temporary, metadata={"sample": json.dumps(settings)})
         temporary.chmod(0o644)

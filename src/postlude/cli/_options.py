@@ -20,6 +20,7 @@ __all__ = [
     "NewDirectory",
     "NewFile",
     "Overwrite",
+    "Reuse",
     "Sampler",
     "SamplerSteps",
     "Seed",
@@ -110,6 +111,14 @@ SamplerSteps = Annotated[
 Guidance = Annotated[
     float,
     typer.Option("--guidance", metavar="W", help="Classifier-free guidance, 0 or more; 1 is none."),
+]
+Reuse = Annotated[
+    int,
+    typer.Option(
+        "--reuse",
+        metavar="N",
+        help="Run the model's blocks at every N-th timestep and reuse what they added in between; 1: at all.",
+    ),
 ]
 Drift = Annotated[
     str | None,

@@ -17,7 +17,7 @@ def calibrate(
         str,
         typer.Argument(
             metavar="CHECKPOINT",
-            help="The approximate model: a diffusers directory, quantized for example.",
+            help="The approximate model: a diffusers directory, of a quantized or pruned model for example.",
             show_default=False,
         ),
     ],
@@ -26,7 +26,7 @@ def calibrate(
         typer.Option(
             "--reference",
             metavar="CHECKPOINT",
-            help="The model that it was made from.",
+            help="The exact model, which with --reuse may be the same.",
             show_default=False,
         ),
     ],
@@ -57,6 +57,7 @@ def calibrate(
     guidance: Annotated[
         float, typer.Option("--guidance", metavar="W", help="Classifier-free guidance; 1 is none.")
     ] = 1.0,
+    reuse: options.Reuse = 1,
     labels: Annotated[
         str | None,
         typer.Option(
@@ -105,6 +106,7 @@ def calibrate(
             steps=steps,
             labels=read_numbers(labels),
             guidance=guidance,
+            reuse=reuse,
             conditions=read_tensors(conditions),
             channelwise=channelwise,
             seed=seed,
@@ -138,6 +140,8 @@ def _view(result: dict[str, Any], checkpoint: str) -> object:
     words.append(f"--steps {result['steps']}")
     if result["guidance"] != 1.0:
         words.append(f"--guidance {result['guidance']:g}")
+    if result["reuse"] != 1:
+        words.append(f"--reuse {result['reuse']}")
     words.append(f"--drift {result['output']} -o grid.png")
     notes = [Text(f"note: {one}", style="bold") for one in result.get("notes", [])]
     return Group(*map(Text, lines), *notes, "", Text(" ".join(words), no_wrap=True))

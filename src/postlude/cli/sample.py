@@ -52,6 +52,7 @@ def sample(
         ),
     ] = None,
     guidance: options.Guidance = 1.0,
+    reuse: options.Reuse = 1,
     compare: Annotated[
         str | None,
         typer.Option(
@@ -100,6 +101,7 @@ def sample(
             labels=read_numbers(labels),
             seed=seed,
             guidance=guidance,
+            reuse=reuse,
             conditions=read_tensors(conditions),
             compare=None
             if compare is None

@@ -29,6 +29,7 @@ def samples(
     sampler: options.Sampler = None,
     steps: options.SamplerSteps = None,
     guidance: options.Guidance = 1.0,
+    reuse: options.Reuse = 1,
     drift: options.Drift = None,
     drift_mode: options.DriftMode = None,
     real: Annotated[
@@ -66,6 +67,7 @@ def samples(
             steps=steps,
             seed=seed,
             guidance=guidance,
+            reuse=reuse,
             drift=drift,
             drift_mode=drift_mode,
             real=None if tensors is None else tensors["images"],

@@ -39,6 +39,7 @@ def calibrate(
     labels: Sequence[int] | Tensor | None = None,
     guidance: float = 1.0,
     conditions: Mapping[str, Tensor] | None = None,
+    reuse: int = 1,
     channelwise: bool = False,
     seed: int = 0,
     progress: Progress | None = None,
@@ -46,13 +47,14 @@ def calibrate(
     """Run the sampler with ``reference`` and note how ``checkpoint`` errs at every sample that it visits.
 
     Args:
-        checkpoint: the approximate model; its scheduler is the one that is calibrated.
-        reference: the exact model.
+        checkpoint: the approximate model, whatever makes it one; its scheduler is the one that is calibrated.
+        reference: the exact model; with ``reuse`` it may be the same.
         runs: paired runs (arXiv:2603.18095: five are enough).
         batch: samples of a run. A sample of few pixels needs more of them.
         sampler, steps, labels, guidance, conditions: as they will be sampled with; a sampler None is the checkpoint's
             own, and the others see
             :func:`postlude.sampling.sample.sample`; ``conditions`` have ``runs * batch`` rows.
+        reuse: the blocks of the approximate model run at every so many timesteps.
         channelwise: a statistic for each channel, instead of one for all.
         seed: of the noise, which is none that samples start from.
         progress: where to show it.
@@ -78,8 +80,8 @@ def calibrate(
     check_supported(scheduler)
     classes = labels_of(checkpoint.model, labels, runs * batch)
     exact, approximate = (
-        GuidedDenoiser(one, labels=classes, conditions=conditions, guidance=guidance)
-        for one in (reference, checkpoint)
+        GuidedDenoiser(one, labels=classes, conditions=conditions, guidance=guidance, reuse=every)
+        for one, every in ((reference, 1), (checkpoint, reuse))
     )
     device = reference.model.device
     sources = generators(_SEEDS_OF_RUNS + seed, runs * batch)
@@ -98,7 +100,7 @@ def calibrate(
             steps={"num_inference_steps": steps, "device": device},
             channelwise=channelwise,
             fingerprints=(reference.fingerprint(), checkpoint.fingerprint()),
-            conditions={"guidance": guidance},
+            conditions={"guidance": guidance, "reuse": reuse},
         )
 
 

@@ -7,6 +7,7 @@ adds on the way comes from the same stream. The path is kept in fp32; the networ
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import inspect
 import math
@@ -21,6 +22,7 @@ from torch import Tensor
 from postlude.errors import ArchitectureError, CheckpointError, DataError, SettingsError
 from postlude.runs.checkpoint import Checkpoint
 from postlude.runs.progress import Progress
+from postlude.sampling.reuse import BlockReuse, check_reuse
 from postlude.sampling.samplers import build_scheduler, check_steps, sampler_of
 
 __all__ = [
@@ -73,6 +75,7 @@ class GuidedDenoiser:
         conditions: further arguments of the model, each with one row per sample; ``negative_NAME`` is what NAME is
             without guidance.
         guidance: 1 for none; else the prediction is ``none + guidance * (conditional - none)`` (arXiv:2207.12598).
+        reuse: the blocks run at every so many timesteps, see :mod:`postlude.sampling.reuse`; 1 for all.
 
     Raises:
         ArchitectureError: the model needs conditions that are not given.
@@ -86,10 +89,13 @@ class GuidedDenoiser:
         labels: Tensor | None = None,
         conditions: Mapping[str, Tensor] | None = None,
         guidance: float = 1.0,
+        reuse: int = 1,
     ) -> None:
         check_guidance(guidance)
+        check_reuse(reuse)
         self.model = checkpoint.model
         self.guidance = guidance
+        self._reuse = None if reuse == 1 else BlockReuse(checkpoint.anatomy, reuse)
         given = dict(conditions or {})
         self._without = {
             key.removeprefix(_NEGATIVE): given.pop(key)
@@ -114,15 +120,17 @@ class GuidedDenoiser:
         self, noisy: Tensor, timestep: Tensor, rows: slice, conditions: Mapping[str, Tensor]
     ) -> Tensor:
         device, dtype = noisy.device, self.model.dtype
-        output = self.model(
-            noisy.to(dtype),
-            timestep=timestep.to(device).expand(len(noisy)),
-            return_dict=False,
-            **{
-                key: value[rows].to(device, dtype if value.is_floating_point() else None)
-                for key, value in conditions.items()
-            },
-        )[0]
+        reuse = self._reuse
+        with contextlib.nullcontext() if reuse is None else reuse.step(self.model, timestep):
+            output = self.model(
+                noisy.to(dtype),
+                timestep=timestep.to(device).expand(len(noisy)),
+                return_dict=False,
+                **{
+                    key: value[rows].to(device, dtype if value.is_floating_point() else None)
+                    for key, value in conditions.items()
+                },
+            )[0]
         return output[:, : noisy.shape[1]].float()
 
     def _check(self) -> None:
@@ -196,6 +204,7 @@ def sample(
     seed: int = 0,
     guidance: float = 1.0,
     conditions: Mapping[str, Tensor] | None = None,
+    reuse: int = 1,
     batch_size: int = 250,
     wrap: Callable[[Any], Any] | None = None,
     progress: Progress | None = None,
@@ -212,6 +221,7 @@ def sample(
         seed: of the noise.
         guidance: classifier-free guidance; 1 is none.
         conditions: what a model without classes is conditioned on, see :class:`GuidedDenoiser`; one row serves all.
+        reuse: the model's blocks run at every so many timesteps; 1 for all.
         batch_size: images at a time; the images are the same for any, up to rounding.
         wrap: makes of the scheduler the one to use, for example one that corrects it.
         progress: where to show it.
@@ -228,7 +238,9 @@ def sample(
     shape = image_shape(checkpoint.model)
     classes = labels_of(checkpoint.model, labels, count)
     conditions = rows_of(conditions, count)
-    denoiser = GuidedDenoiser(checkpoint, labels=classes, conditions=conditions, guidance=guidance)
+    denoiser = GuidedDenoiser(
+        checkpoint, labels=classes, conditions=conditions, guidance=guidance, reuse=reuse
+    )
     scheduler = build_scheduler(checkpoint.scheduler, sampler)
     check_steps(scheduler, steps)
     name = sampler_of(scheduler) or type(scheduler).__name__
