@@ -12,7 +12,9 @@
     |   |-- RunDirectoryError       a run directory that belongs to another model, method or data
     |   |-- StageError              a stage of a recipe failed; carries why
     |   `-- StoreError              a tensor store or index: damaged, unfinished, of another version, model or data
+    |-- NoSpaceError                the disk is full; what was there before is untouched
     |-- MissingDependencyError      an optional library is needed; names the extra to install
+    |-- RankError                   another process of torchrun raised something or was lost
     `-- VerificationError           what was written, read again, does not compute what it was made from
 
 A message says what was found, what was expected, and what to do next.
@@ -29,9 +31,11 @@ __all__ = [
     "DataError",
     "InputError",
     "MissingDependencyError",
+    "NoSpaceError",
     "NonFiniteError",
     "OutputExistsError",
     "PostludeError",
+    "RankError",
     "RunDirectoryError",
     "SettingsError",
     "StageError",
@@ -84,10 +88,27 @@ class StoreError(InputError):
     """A tensor store or index that cannot be used as it is."""
 
 
+class NoSpaceError(PostludeError, OSError):
+    """A file that could not be written because the disk, or a quota, is full."""
+
+
 class MissingDependencyError(PostludeError, ImportError):
     """An optional library that is not installed."""
 
     exit_code = 2
+
+
+class RankError(PostludeError):
+    """Another process of the same run raised something, or was lost.
+
+    Args:
+        message: what happened to which rank.
+        told: whether that rank is there to say it itself.
+    """
+
+    def __init__(self, message: str, told: bool = False) -> None:
+        super().__init__(message)
+        self.told = told
 
 
 class VerificationError(PostludeError):

@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from postlude.errors import StoreError
+from postlude.errors import NoSpaceError, StoreError
 from postlude.runs import store as module
 from postlude.runs.store import TensorStore
 
@@ -225,7 +225,7 @@ def test_a_full_disk_breaks_nothing(
     with monkeypatch.context() as patch:
         patch.setattr(module, "save_file", half)
         with pytest.raises(
-            StoreError, match=r"no space left while writing shard 1 of 3 .* run the same command"
+            NoSpaceError, match=r"no space left while writing shard 1 of 3 .* run the same command"
         ):
             store.write(1, content(1))
     assert files(path) == before
@@ -252,7 +252,7 @@ def test_a_file_that_may_not_grow_breaks_nothing(tmp_path: Path) -> None:
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (4096, old[1]))
-        with pytest.raises(StoreError, match="no space left"):
+        with pytest.raises(NoSpaceError, match="no space left"):
             store.write(1, {"x": torch.ones(4, 80000)})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, old)

@@ -71,7 +71,8 @@ def attribute(
     Raises:
         SettingsError: settings that the method, or this model, cannot do.
         DataError: examples that cannot be used; names the line.
-        StoreError: ``out`` holds something else, or the disk is full.
+        StoreError: ``out`` holds something else.
+        NoSpaceError: the disk is full.
     """
     settings = _attributor(method)
     chosen = collection or Collection()

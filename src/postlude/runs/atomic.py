@@ -9,6 +9,7 @@ which a kill leaves no directory of that name.
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 import shutil
 import socket
@@ -18,19 +19,21 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from postlude.errors import OutputExistsError
+from postlude.errors import NoSpaceError, OutputExistsError
 
 __all__ = [
     "atomic_directory",
     "atomic_write",
     "check_replaceable",
     "discard",
+    "is_full",
     "is_partial",
     "sync_directory",
 ]
 
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @contextmanager
@@ -39,6 +42,9 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
 
     An old file of that name is replaced. If the block raises, the temporary file is removed and
     ``path`` is as before.
+
+    Raises:
+        NoSpaceError: the disk is full.
     """
     target = Path(os.path.realpath(path))
     _remove_stale(target)
@@ -47,8 +53,9 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
         yield temporary
         _sync_file(temporary)
         os.replace(temporary, target)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        _say_if_full(error, target)
         raise
     sync_directory(target.parent)
 
@@ -71,6 +78,7 @@ def atomic_directory(
     Raises:
         OutputExistsError: before anything is written, if ``target`` may not be replaced; after the
             block, if it appeared meanwhile.
+        NoSpaceError: the disk is full.
     """
     final = Path(os.path.realpath(target))
     check_replaceable(final, overwrite, marker)
@@ -83,8 +91,9 @@ def atomic_directory(
         _sync_tree(temporary)
         check_replaceable(final, overwrite, marker)
         _put_in_place(temporary, final)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
+        _say_if_full(error, final)
         raise
     sync_directory(final.parent)
     # After an exchange the temporary name holds the old directory.
@@ -117,6 +126,24 @@ def sync_directory(path: str | os.PathLike[str]) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def is_full(error: BaseException) -> bool:
+    """Whether an error says that a file could not be written because a disk, a quota or a limit is full."""
+    if isinstance(error, NoSpaceError):
+        return True
+    # The libraries that write safetensors and tokenizers pass the system's message on, not its number.
+    return getattr(error, "errno", None) in _FULL or any(
+        os.strerror(code) in str(error) for code in _FULL
+    )
+
+
+def _say_if_full(error: BaseException, target: Path) -> None:
+    if is_full(error) and not isinstance(error, NoSpaceError):
+        raise NoSpaceError(
+            f"No space left to write {target} ({error}). Nothing of it is there, and what was there before is "
+            "untouched: make room and run the same command again."
+        ) from error
 
 
 def is_partial(path: Path) -> bool:

@@ -14,7 +14,6 @@ contiguous in its file and is read through a memory map: a pass over one tensor 
 from __future__ import annotations
 
 import dataclasses
-import errno
 import hashlib
 import json
 import logging
@@ -29,8 +28,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from postlude.errors import StoreError
-from postlude.runs.atomic import atomic_write, is_partial, sync_directory
+from postlude.errors import NoSpaceError, StoreError
+from postlude.runs.atomic import atomic_write, is_full, is_partial, sync_directory
 from postlude.runs.directory import differences, hash_file
 
 __all__ = ["Damage", "Shard", "TensorStore"]
@@ -273,7 +272,8 @@ class TensorStore:
             tensors: each ``[rows, ...]``; stored on the CPU.
 
         Raises:
-            StoreError: rows that do not fit, or no space left; what was there before is untouched.
+            StoreError: rows that do not fit.
+            NoSpaceError: what was there before is untouched.
         """
         wrong = {name: len(x) for name, x in tensors.items() if len(x) != self.rows[number]}
         if wrong:
@@ -294,6 +294,7 @@ class TensorStore:
 
         Raises:
             StoreError: a shard is missing.
+            NoSpaceError: there is no room for the list.
         """
         files = {number: (file, sha) for number, file, sha in self._files()}
         missing = [number for number in range(len(self.rows)) if number not in files]
@@ -445,15 +446,10 @@ def _as_bytes(value: Mapping[str, Any]) -> bytes:
 
 def _full(error: Exception, number: int | None, store: TensorStore) -> Exception:
     """What to raise where writing failed: an error that says how to go on, if the disk is full."""
-    code = getattr(error, "errno", None)
-    # The library that writes safetensors passes the system's message on, not its number.
-    full = code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or any(
-        os.strerror(one) in str(error) for one in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-    )
-    if not full:
+    if not is_full(error):
         return error
     what = "the list of shards" if number is None else f"shard {number} of {len(store.rows)}"
-    return StoreError(
-        f"no space left while writing {what} of {store.path} ({error}). The shards before it are whole: "
-        "make room and run the same command again; it goes on from there."
+    return NoSpaceError(
+        f"no space left while writing {what} of {store.path} ({error.__cause__ or error}). The shards before it are "
+        "whole: make room and run the same command again; it goes on from there."
     )
