@@ -13,6 +13,7 @@ from postlude.runs.progress import Progress
 from postlude.tuning.adapters import Adapter
 from postlude.tuning.examples import read_examples
 from postlude.tuning.prior import compute_prior
+from postlude.tuning.recordings import recordings_for
 from postlude.tuning.run import Tuned, TuneRun
 from postlude.tuning.run import tune as _tune
 from postlude.tuning.supervised import Goal, length_of, objective_of
@@ -115,7 +116,7 @@ def tune_prior(
     chosen = dtype_of(dtype)
     opened = open_checkpoint(reference)
     length = length_of(max_length, opened.context)
-    examples = read_examples(data, opened.tokenizer, length, progress)
+    examples = read_examples(data, opened.tokenizer, length, progress, recordings_for(opened))
     return compute_prior(
         opened,
         examples,

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from postlude.errors import ArchitectureError
-from postlude.surgery.anatomy import LanguageAnatomy
+from postlude.surgery.anatomy import AudioAnatomy, LanguageAnatomy
+from postlude.surgery.shared_encoder import encode_once
 
 __all__ = ["LanguageHead"]
 
@@ -44,6 +45,7 @@ class LanguageHead:
                 "out of adapters and quantization."
             )
         self.model = model
+        self.anatomy = anatomy
         self.module: nn.Linear = head
 
     @property
@@ -56,14 +58,24 @@ class LanguageHead:
         """``[V]``, or None."""
         return self.module.bias
 
-    def states(self, caller: Any = None, **inputs: Any) -> Tensor:
+    def states(
+        self, caller: Any = None, *, recordings: Tensor | None = None, **inputs: Any
+    ) -> Tensor:
         """``[rows, length, D]``: what the head reads.
 
         Args:
             caller: what to call instead of the model: a wrapper around it.
+            recordings: of an audio language model, which rows of its features are equal, see ``encode_once``.
             inputs: of the model's forward.
         """
-        with self._off():
+        shared = contextlib.nullcontext()
+        if recordings is not None and isinstance(self.anatomy, AudioAnatomy):
+            shared = encode_once(self.model, self.anatomy, recordings)  # type: ignore[assignment]
+            inputs = {
+                name: value.to(self.weight.dtype) if value.is_floating_point() else value
+                for name, value in inputs.items()
+            }
+        with self._off(), shared:
             output = (self.model if caller is None else caller)(**inputs, use_cache=False)
         states: Tensor = output.logits
         return states

@@ -23,7 +23,7 @@ from postlude.tuning.examples import Examples
 if TYPE_CHECKING:
     from postlude.tuning.run import TuneRun
 
-__all__ = ["Plan", "collate", "make_plan", "pack"]
+__all__ = ["Plan", "collate", "make_plan", "model_inputs", "pack"]
 
 _OPEN_ROWS = 64
 
@@ -56,7 +56,8 @@ def make_plan(examples: Examples, run: TuneRun, max_length: int, *, ranks: int =
     """Lay a run out.
 
     Each epoch has its own order, drawn from ``run.seed``. The rows of a step are sorted by length before they are
-    divided into micro-batches: that changes nothing but the padding.
+    divided into micro-batches: that changes nothing but the padding. Examples of one recording stand together where
+    the batch has room for several recordings, so that each is encoded once.
 
     Args:
         examples: the data.
@@ -77,6 +78,8 @@ def make_plan(examples: Examples, run: TuneRun, max_length: int, *, ranks: int =
     while len(targets) < run.steps if run.steps is not None else epoch < run.epochs:
         generator = torch.Generator().manual_seed(run.seed * 1_000_003 + epoch)
         order = torch.randperm(len(examples), generator=generator).tolist()
+        if examples.recordings is not None:
+            order = examples.recordings.together(order, run.batch_size)
         rows = pack(order, lengths, max_length) if run.packing else [[index] for index in order]
         steps = math.ceil(len(rows) / whole)
         if run.steps is not None:
@@ -142,7 +145,8 @@ def collate(
         ``input_ids [R, S]``; ``attention_mask`` where padded on the left; ``position_ids`` where it is needed or a row
         holds several sequences, which then do not see each other. For the ``T`` learned tokens: ``predictors [T]``,
         the place of the state that predicts each in ``[R * S]``; ``targets [T]``; ``sequences [T]``, the number of
-        its sequence in this batch; and each column ``[T]`` under ``column.NAME``.
+        its sequence in this batch; and each column ``[T]`` under ``column.NAME``. What is heard of recordings is under
+        ``audio.NAME``, and which rows of it are equal under ``recordings``.
     """
     ids = [torch.cat([examples.ids(index) for index in row]) for row in rows]
     longest = max((len(row) for row in ids), default=1)
@@ -177,6 +181,8 @@ def collate(
         batch["position_ids"] = position_ids
     elif padding == "left" and not bool(attended.all()):
         batch["position_ids"], batch["attention_mask"] = position_ids, attended
+    if examples.recordings is not None:
+        batch |= examples.recordings.inputs([index for row in rows for index in row])
     if columns:
         bounds = examples.target_starts.tolist()
         chosen = [slice(bounds[i], bounds[i + 1]) for row in rows for i in row]
@@ -184,3 +190,10 @@ def collate(
             pieces = [column[one] for one in chosen]
             batch[f"column.{name}"] = torch.cat(pieces) if pieces else column[:0]
     return batch
+
+
+def model_inputs(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What of a batch goes to :meth:`postlude.surgery.head.LanguageHead.states`."""
+    names = ("input_ids", "attention_mask", "position_ids", "recordings")
+    heard = {n.partition(".")[2]: v for n, v in batch.items() if n.startswith("audio.")}
+    return {**{name: batch[name] for name in names if name in batch}, **heard}

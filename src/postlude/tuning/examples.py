@@ -1,8 +1,9 @@
 """Demonstrations from a .jsonl file, as tokens and which of them are the response.
 
-One JSON object a line, in one of three forms, told apart by their keys:
+One JSON object a line, in one of these forms, told apart by their keys:
 
     {"prompt": "...", "completion": "..."}      or both as lists of messages
+    {"audio": "wav/1.wav", "prompt": "...", "completion": "..."}      for audio language models
     {"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}
     {"text": "..."}
 
@@ -35,6 +36,7 @@ from torch import Tensor
 from postlude.errors import DataError, SettingsError
 from postlude.runs.documents import encode
 from postlude.runs.progress import Progress
+from postlude.tuning.recordings import AUDIO, Recordings
 
 __all__ = ["Examples", "Row", "read_examples", "read_rows"]
 
@@ -68,6 +70,7 @@ class Examples:
         truncated: sequences that lost their end.
         lost_tokens: how many tokens they lost.
         retokenized: sequences whose prompt and completion had to be tokenized apart.
+        recordings: what is heard before them, of an audio language model.
     """
 
     tokens: Tensor
@@ -76,6 +79,7 @@ class Examples:
     truncated: int = 0
     lost_tokens: int = 0
     retokenized: int = 0
+    recordings: Recordings | None = None
 
     def __post_init__(self) -> None:
         # The first token of a sequence is never predicted.
@@ -113,13 +117,15 @@ class Examples:
         return self.starts[1:] - self.starts[:-1]
 
     def digest(self) -> str:
-        """A SHA-256 over tokens, bounds and which are learned, in hexadecimal."""
+        """A SHA-256 over tokens, bounds, which are learned and recordings, in hexadecimal."""
         found = hashlib.sha256()
         for tensor in (self.tokens, self.starts, self.response.to(torch.uint8)):
             found.update(tensor.contiguous().numpy().tobytes())
+        if self.recordings is not None:
+            found.update(self.recordings.digest().encode())
         return found.hexdigest()
 
-    def counts(self) -> dict[str, int]:
+    def counts(self) -> dict[str, Any]:
         """What was read, in numbers."""
         return {
             "sequences": len(self),
@@ -128,6 +134,7 @@ class Examples:
             "truncated": self.truncated,
             "lost_tokens": self.lost_tokens,
             "retokenized": self.retokenized,
+            **({} if self.recordings is None else self.recordings.counts()),
         }
 
 
@@ -165,6 +172,7 @@ def read_examples(
     tokenizer: Any,
     max_length: int,
     progress: Progress | None = None,
+    recordings: Recordings | None = None,
 ) -> Examples:
     """Read and tokenize demonstrations; see the top of this file.
 
@@ -173,10 +181,12 @@ def read_examples(
         tokenizer: of the model.
         max_length: sequences beyond it lose their end.
         progress: where to show a bar.
+        recordings: of an audio language model, what reads those that lines name; it is filled.
 
     Raises:
-        DataError: names file and line: not one of the three forms, a completion that is empty or that truncation
-            leaves nothing of, messages that the template refuses.
+        DataError: names file and line: not one of the forms, a completion that is empty or that truncation
+            leaves nothing of, messages that the template refuses, a recording that cannot be read, or one for a model
+            that hears nothing.
         SettingsError: ``max_length`` below 2.
     """
     if max_length < 2:
@@ -189,7 +199,12 @@ def read_examples(
         )
     read: list[_Tokens] = []
     for row in rows if progress is None else progress.iterate(rows, "read data"):
-        read.append(_form(row)(tokenizer, row))
+        if AUDIO in row.fields:
+            read.append(_about_recording(tokenizer, row, recordings))
+        else:
+            read.append(_form(row)(tokenizer, row))
+        if recordings is not None:
+            recordings.note(row)
     _refuse([row for row, one in zip(rows, read, strict=True) if not any(one.content)], "is empty")
     kept = [one.cut(max_length) for one in read]
     _refuse(
@@ -204,6 +219,7 @@ def read_examples(
         truncated=sum(len(one.ids) > max_length for one in read),
         lost_tokens=sum(len(one.ids) for one in read) - sum(lengths),
         retokenized=sum(one.retokenized for one in read),
+        recordings=recordings if recordings is not None and recordings.features else None,
     )
 
 
@@ -457,6 +473,43 @@ def _by_prefix(
         _check_prefix(row, before, after, index + 1)
         _check_prefix(row, after, text, index + 1)
         borders += [len(before), len(after)]
+    return _divided(tokenizer, text, borders)
+
+
+def _about_recording(tokenizer: Any, row: Row, recordings: Recordings | None) -> _Tokens:
+    if recordings is None:
+        raise DataError(
+            f'{row.where} has a recording ("{AUDIO}"), and the model hears none. Give an audio language model with its '
+            "processor (docs/speech.md), or demonstrations without recordings."
+        )
+    if not {"prompt", "completion"} <= row.fields.keys():
+        raise DataError(
+            f'{row.where} has keys {sorted(row.fields)}; expected "{AUDIO}", "prompt" and "completion".'
+        )
+    prompt, completion = _string(row, "prompt"), _string(row, "completion")
+    listener, features = recordings.listener, recordings.read(row)
+    try:
+        given = listener.written(prompt)
+        whole = listener.written(prompt, completion)
+    except DataError as error:
+        raise DataError(f"{row.where}: {error}") from error
+    _check_prefix(row, given, whole, 2)
+    given, whole = listener.heard(given, features), listener.heard(whole, features)
+    ids, response, apart = _divided(tokenizer, whole, [0, len(given), len(whole)])
+    says = [a and b for a, b in zip(response, _says(tokenizer, ids), strict=True)]
+    if not completion.strip():
+        says = [False] * len(says)
+    return _Tokens(ids, response, says, retokenized=apart)
+
+
+def _divided(
+    tokenizer: Any, text: str, borders: Sequence[int]
+) -> tuple[list[int], list[bool], bool]:
+    """Tokens of a text, which are the assistant's, and whether its pieces had to be tokenized apart.
+
+    Args:
+        borders: where pieces start and the last one ends; the assistant's is every second one.
+    """
     pieces = [
         text[start:stop] for start, stop in zip(borders, [*borders[1:], len(text)], strict=True)
     ]

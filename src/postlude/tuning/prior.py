@@ -38,7 +38,7 @@ from postlude.runs.checkpoint import Checkpoint
 from postlude.runs.directory import RunDirectory
 from postlude.runs.progress import Progress
 from postlude.surgery.head import LanguageHead
-from postlude.tuning.batches import collate
+from postlude.tuning.batches import collate, model_inputs
 from postlude.tuning.examples import Examples
 
 __all__ = [
@@ -84,8 +84,7 @@ class Reference:
     def __call__(self, batch: Mapping[str, Tensor]) -> Head:
         """States ``[T, D]`` of the learned tokens of a batch of ``collate``, and the head."""
         device = self.head.weight.device
-        names = ("input_ids", "attention_mask", "position_ids")
-        inputs = {name: batch[name].to(device) for name in names if name in batch}
+        inputs = {name: value.to(device) for name, value in model_inputs(batch).items()}
         training = self.model.training
         if training:
             self.model.eval()

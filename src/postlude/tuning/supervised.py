@@ -18,10 +18,12 @@ import torch
 
 from postlude import registry
 from postlude.errors import DataError, SettingsError
+from postlude.runs.ranks import ranks
 from postlude.surgery.head import LanguageHead
 from postlude.tuning.batches import make_plan
 from postlude.tuning.examples import Examples, read_examples
 from postlude.tuning.prior import Prior, Reference, check_tokens, check_vocabulary, identity
+from postlude.tuning.recordings import recordings_for
 from postlude.tuning.run import Job, Objective, Outcome
 from postlude.tuning.trainer import Batches, TokenLoss, arguments, joined, only, seeded
 from postlude.tuning.weighting import TokenRule, TokenWeighting
@@ -105,7 +107,10 @@ class WeightedLikelihood(Objective):
 
         checkpoint, run = job.checkpoint, job.run
         length = length_of(run.max_length, checkpoint.context)
-        examples = read_examples(job.data, checkpoint.tokenizer, length, job.progress)
+        examples = read_examples(
+            job.data, checkpoint.tokenizer, length, job.progress, recordings_for(checkpoint)
+        )
+        _say_converted(job, examples)
         head = LanguageHead(checkpoint.model, checkpoint.language)
         check_tokens(examples, checkpoint.model)
         head.check(examples.ids(0))
@@ -114,7 +119,7 @@ class WeightedLikelihood(Objective):
         columns = None
         if prior is not None:
             columns = {name: prior.columns[name] for name in weighting.reference_columns}
-        plan = make_plan(examples, run, length, ranks=int(os.environ.get("WORLD_SIZE", "1")))
+        plan = make_plan(examples, run, length, ranks=ranks())
         with seeded(run.seed):
             trainer = joined(TokenLoss, Trainer)(
                 model=job.model,
@@ -234,6 +239,13 @@ def length_of(max_length: int | None, context: int) -> int:
             f"max_length is {max_length}, but the model takes at most {context} tokens: choose a shorter one"
         )
     return max_length
+
+
+def _say_converted(job: Job, examples: Examples) -> None:
+    if examples.recordings is None or job.progress is None:
+        return
+    for what, count in examples.counts()["converted"].items():
+        job.progress.log(f"{count} recordings converted: {what}")
 
 
 def _ends_unlearned(numbers: Mapping[str, Any], examples: Examples, eos_ids: Sequence[int]) -> bool:

@@ -38,7 +38,7 @@ from postlude.numerics.weighted_likelihood import TokenColumns
 from postlude.runs.atomic import atomic_directory, sync_directory
 from postlude.runs.progress import Progress
 from postlude.surgery.head import LanguageHead
-from postlude.tuning.batches import Plan, collate
+from postlude.tuning.batches import Plan, collate, model_inputs
 from postlude.tuning.examples import Examples
 from postlude.tuning.states import (
     STEP,
@@ -437,9 +437,7 @@ class TokenLoss(Steady):
         num_items_in_batch: Any = None,
     ) -> Tensor:
         """The loss of a micro-batch, over the tokens of the whole step."""
-        names = ("input_ids", "attention_mask", "position_ids")
-        given = {name: inputs[name] for name in names if name in inputs}
-        states = self._head.states(model, **given).flatten(0, 1)
+        states = self._head.states(model, **model_inputs(inputs)).flatten(0, 1)
         hidden = states.index_select(0, inputs["predictors"])
         targets = inputs["targets"]
         tokens = TargetTokens(
