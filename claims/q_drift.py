@@ -192,7 +192,7 @@ def measure(
     name = f"{sampler.replace('+', 'p')}-{seed}"
     floats = claim.measured(kept, f"{name}-float", lambda: drawn(models[source], count, **shared))
     exact = floats["images"]
-    numbers = {"float": _numbers(exact, labels)}
+    numbers = {"float": numbers_of(exact, labels)}
     for quantizer in QUANTIZERS:
         model = models[f"{source} {quantizer}"]
 
@@ -205,14 +205,14 @@ def measure(
         base.set_timesteps(DIT_STEPS)
         known = replace(DriftStatistics.of_variance(base, 0.0), **fitted)
         for variant, settings in {"plain": None, **variants(sampler, quantizer)}.items():
-            wrap = None if settings is None else _wrapped(known, settings)
+            wrap = None if settings is None else wrapped(known, settings)
             key = f"{name}-{quantizer}-{''.join(c if c.isalnum() else '-' for c in variant)}"
             found = claim.measured(
                 kept,
                 key,
                 lambda model=model, wrap=wrap: drawn(model, count, wrap=wrap, **shared),  # type: ignore[misc]
             )
-            row = _numbers(found["images"], labels, exact)
+            row = numbers_of(found["images"], labels, exact)
             if settings == QDrift():
                 scheduler = correct(build_scheduler(model.scheduler, sampler), known)
                 scheduler.set_timesteps(DIT_STEPS)
@@ -222,11 +222,11 @@ def measure(
     return numbers
 
 
-def _wrapped(known: DriftStatistics, settings: QDrift) -> Callable[[Any], Any]:
+def wrapped(known: DriftStatistics, settings: QDrift) -> Callable[[Any], Any]:
     return lambda scheduler: correct(scheduler, known, settings)
 
 
-def _numbers(images: Tensor, labels: Tensor, reference: Tensor | None = None) -> dict[str, float]:
+def numbers_of(images: Tensor, labels: Tensor, reference: Tensor | None = None) -> dict[str, float]:
     found = judge_samples(images, labels, reference=reference)
     numbers = {name: float(found[name]) for name in METRICS if found[name] is not None}
     return {**numbers, "variance": float(images.flatten(1).var(0).sum())}
