@@ -2,9 +2,12 @@ from __future__ import annotations
 
 import functools
 import gc
+import json
 import os
 import shutil
-from collections.abc import Callable
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -150,3 +153,32 @@ def tiny_llama_copy(tiny_llama_dir: Path, tmp_path: Path) -> Path:
 def some_text() -> str:
     """About 900 characters, each a token of the tiny tokenizer."""
     return TEXT * 5
+
+
+@pytest.fixture(scope="session")
+def on_ranks() -> Iterator[Callable[..., dict[str, Any]]]:
+    """Runs a command line on several ranks (``rank_server.py``), which have imported everything once for the session."""
+    server = subprocess.Popen(
+        [sys.executable, str(Path(__file__).with_name("rank_server.py"))],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+    )
+    assert server.stdin is not None
+    assert server.stdout is not None
+    ready = server.stdout.readline()
+    if not ready:
+        server.communicate()
+        pytest.fail("rank_server.py does not start; see the captured standard error")
+
+    def run(arguments: list[str], size: int = 2, **job: Any) -> dict[str, Any]:
+        server.stdin.write(json.dumps({"argv": arguments, "size": size, **job}) + "\n")
+        server.stdin.flush()
+        answer: dict[str, Any] = json.loads(server.stdout.readline())
+        return answer
+
+    yield run
+    server.stdin.close()
+    server.stdout.close()
+    server.wait()

@@ -11,7 +11,6 @@ import pytest
 import torch
 from rich.console import Console
 
-from postlude.cli import run
 from postlude.cli._output import Result, plain, to_json
 
 
@@ -101,14 +100,3 @@ def test_a_data_class_at_the_top() -> None:
         ["path", "a"],
         ["values", "1,", "1"],
     ]
-
-
-def test_of_several_processes_the_first_prints(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setenv("RANK", "1")
-    assert run(["methods", "rtn", "--json"]) == 0
-    assert capsys.readouterr().out == ""
-    monkeypatch.setenv("RANK", "0")
-    assert run(["methods", "rtn", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)

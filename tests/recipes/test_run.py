@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from postlude.errors import DataError, RunDirectoryError, SettingsError, StageError
+from postlude.errors import DataError, RunDirectoryError, StageError
 from postlude.recipes.commands import Command, Parameter
 from postlude.recipes.recipe import Recipe, read
 from postlude.recipes.run import pending, run, state
@@ -157,14 +157,6 @@ def test_another_directory_is_left_alone(recipe: Recipe, tmp_path: Path) -> None
     assert [one.name for one in mine.iterdir()] == ["thesis.txt"]
     with pytest.raises(RunDirectoryError, match="is a file"):
         run(recipe, mine / "thesis.txt", Machine())
-
-
-def test_several_processes_are_refused(
-    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(SettingsError, match="torchrun started several"):
-        run(recipe, tmp_path / "run", Machine())
 
 
 def test_a_record_says_what_was_run(recipe: Recipe, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from postlude.recipes import forecast as _forecast
 from postlude.recipes.recipe import Recipe, read
 from postlude.recipes.run import Done
 from postlude.recipes.run import run as _run
+from postlude.runs.processes import Processes
 
 __all__ = ["forecast", "report", "run"]
 
@@ -39,8 +40,10 @@ def run(
         StageError: a stage failed; those before it are kept.
         RunDirectoryError: ``out`` holds something else.
     """
-    done = _run(_read(recipe, variables, seed), out, _line().invoke, notify)
-    report([out])
+    with Processes() as processes:
+        tell = notify if processes.is_first else lambda _: None
+        done = _run(_read(recipe, variables, seed), out, _line().invoke, tell)
+        processes.first(lambda: report([out]), lambda: None)
     return done
 
 

@@ -101,7 +101,7 @@ def build(
         resumed = len(records) - sum(rows[number] for number in missing)
         if resumed and missing:
             shown.log(f"resuming: {resumed} of {len(records)} examples are in {store.path}")
-        mine = missing[processes.rank :: processes.size]
+        mine = processes.share(missing)
         task = shown.task("examples", total=sum(rows[number] for number in mine))
         if mine:
             with representation.recorder(checkpoint, collection) as record:

@@ -34,9 +34,10 @@ from postlude.cli import (
     signals,
     tune,
 )
-from postlude.cli._group import OrderedGroup
+from postlude.cli._group import PLAIN, OrderedGroup
 from postlude.cli._output import Result, plain, to_json
-from postlude.errors import PostludeError, SettingsError
+from postlude.errors import PostludeError, RankError, SettingsError
+from postlude.runs.ranks import alone, rank, ranks
 
 __all__ = ["app", "invoke", "main", "run"]
 
@@ -103,6 +104,44 @@ def _command() -> Any:
     return typer.main.get_command(app)
 
 
+def _executed(arguments: Sequence[str]) -> Any:
+    """Run a command, on all ranks of torchrun where there are several and the command is for them."""
+    if ranks() == 1:
+        return _command()(list(arguments), prog_name="postlude", standalone_mode=False)
+    from postlude.runs.processes import Processes
+
+    def execute() -> Any:
+        return _command()(list(arguments), prog_name="postlude", standalone_mode=False)
+
+    def execute_alone() -> Any:
+        with alone():
+            return execute()
+
+    # Entered here, so that what goes wrong on one rank before it does its share is told to the others.
+    with Processes() as processes:
+        if _for_ranks(arguments):
+            return execute()
+        if processes.is_first:
+            print(
+                f"postlude: one process does this; the other {processes.size - 1} of torchrun wait.",
+                file=sys.stderr,
+            )
+        return processes.first(execute_alone, lambda: None)
+
+
+# Commands whose work ranks share.
+_FOR_RANKS = ("tune", "quantize", "attribute build", "evaluate", "run")
+
+
+def _for_ranks(arguments: Sequence[str]) -> bool:
+    words = list(arguments[:2])
+    group = _command().commands.get(words[0]) if words else None
+    nested = getattr(group, "commands", {})
+    if words[1:] and (words[1] not in nested or words[1] == PLAIN):
+        del words[1:]
+    return " ".join(words) in _FOR_RANKS and "--dry-run" not in arguments
+
+
 def run(arguments: Sequence[str]) -> int:
     """Run one command line and return its exit code."""
     as_json = "--json" in arguments
@@ -111,7 +150,12 @@ def run(arguments: Sequence[str]) -> int:
     quiet = contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext()
     try:
         with quiet:
-            outcome = _command()(list(arguments), prog_name="postlude", standalone_mode=False)
+            outcome = _executed(arguments)
+    except RankError as error:
+        # The rank that stopped says why itself.
+        if rank() and error.told:
+            return error.exit_code
+        return _fail(type(error).__name__, str(error), error.exit_code, as_json)
     except PostludeError as error:
         return _fail(type(error).__name__, str(error), error.exit_code, as_json)
     except typer.TyperException as error:
@@ -123,7 +167,7 @@ def run(arguments: Sequence[str]) -> int:
         return _fail("Abort", "Aborted.", 1, as_json)
     if isinstance(outcome, Result):
         # Of the processes that torchrun starts, one prints.
-        if os.environ.get("RANK", "0") != "0":
+        if rank():
             return 0
         if as_json:
             print(to_json(outcome.value), file=stdout)
@@ -145,7 +189,7 @@ def invoke(arguments: Sequence[str]) -> Any:
     """
     try:
         with contextlib.redirect_stdout(sys.stderr):
-            outcome = _command()(list(arguments), prog_name="postlude", standalone_mode=False)
+            outcome = _executed(arguments)
     except typer.TyperException as error:
         raise SettingsError(f"postlude {' '.join(arguments)}: {error.format_message()}") from error
     except typer.Abort as error:
@@ -154,8 +198,9 @@ def invoke(arguments: Sequence[str]) -> Any:
 
 
 def _fail(kind: str, message: str, code: int, as_json: bool) -> int:
-    print(f"postlude: {message}", file=sys.stderr)
-    if as_json:
+    number = f" (rank {rank()})" if rank() else ""
+    print(f"postlude{number}: {message}", file=sys.stderr)
+    if as_json and not rank():
         print(to_json({"error": {"type": kind, "message": message}}))
     return code
 

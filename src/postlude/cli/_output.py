@@ -75,12 +75,14 @@ def to_json(value: object) -> str:
 
 
 def write_json(value: object, path: str | None, *, overwrite: bool) -> None:
-    """Write ``value`` to ``path``; nothing happens without a path.
+    """Write ``value`` to ``path``; nothing happens without a path, or on another rank than the first.
 
     Raises:
         OutputExistsError: the file exists and may not be replaced.
     """
-    if path is None:
+    from postlude.runs.ranks import rank
+
+    if path is None or rank():
         return
     from postlude.runs.atomic import atomic_write
 
@@ -119,6 +121,9 @@ def tables(value: Any) -> list[Any]:
 
     parts: list[Any] = []
     single = Table(show_header=False, box=None, pad_edge=False)
+    single.add_column()
+    # A path that is cut off is of no use.
+    single.add_column(overflow="fold")
     for name, item in (value if isinstance(value, Mapping) else plain(value)).items():
         if _is_renderable(item):
             parts += [Text(f"\n{name}", style="bold"), item]

@@ -18,6 +18,9 @@ probable token are taken chunk by chunk over the vocabulary and never hold all t
 
 A model that quantizes activations per tensor has one range for all of a forward pass, so its result
 would depend on how sequences are batched and padded. Such a model is run one sequence at a time.
+
+Under torchrun every rank runs the batches ``rank, rank + ranks, ...``. Their sums are added in the order of the batches
+whoever ran them, so the numbers are those of one rank, bit for bit.
 """
 
 from __future__ import annotations
@@ -39,6 +42,7 @@ from postlude.evaluation.size import size_of
 from postlude.numerics.likelihood import kl_divergence, token_log_probability
 from postlude.runs.checkpoint import Checkpoint
 from postlude.runs.documents import encode, read_documents, text_files
+from postlude.runs.processes import Processes
 from postlude.runs.progress import Progress
 from postlude.surgery.layers import QuantizedLinear
 
@@ -48,6 +52,7 @@ Protocol = Literal["auto", "windows", "documents"]
 
 _DEFAULT_LENGTH = 2048
 _PROBE_TOKENS = 16
+_SUMS = ("loss", "reference_loss", "kl", "top1_agreement")
 _EXPECTED_REFERENCE = "expected the float model that this one was made from"
 
 
@@ -122,32 +127,20 @@ def evaluate(
             f"The model predicts {len(model.weight)} tokens and the reference "
             f"{len(other.weight)}, so they cannot be compared: {_EXPECTED_REFERENCE}."
         )
-    sums = dict.fromkeys(("loss", "reference_loss", "kl", "top1_agreement"), 0.0)
-    tokens = 0
-    with _shown(progress) as shown:
+    with Processes() as processes, _shown(progress) as shown:
         joint = any(scorer.mixes_rows for scorer in (model, other) if scorer is not None)
-        batches = _batches(sequences.tokens, 1 if joint else batch_tokens)
-        for batch in shown.iterate(batches, "evaluate"):
-            targets = batch.targets
-            hidden = model.hidden(batch)
-            sums["loss"] += float(model.losses(hidden, targets).sum())
-            tokens += len(targets)
-            if other is None:
-                continue
-            expected = other.hidden(batch)
-            sums["reference_loss"] += float(other.losses(expected, targets).sum())
-            kl, agree = kl_divergence(
-                expected.to(hidden.device),
-                other.weight.to(hidden.device),
-                hidden,
-                model.weight,
-                bias_p=None if other.bias is None else other.bias.to(hidden.device),
-                bias_q=model.bias,
-            )
-            sums["kl"] += float(kl.double().sum())
-            sums["top1_agreement"] += float(agree.sum())
+        batches = list(enumerate(_batches(sequences.tokens, 1 if joint else batch_tokens)))
+        mine = processes.share(batches)
+        parts = {
+            number: _sums(batch, model, other)
+            for number, batch in shown.iterate(mine, "evaluate", len(mine))
+        }
+        found = processes.gather([[number, part] for number, part in parts.items()])
+    in_order = sorted((number, part) for share in found for number, part in share)
+    sums = [sum(column) for column in zip(*(part for _, part in in_order), strict=True)]
+    tokens = sum(len(sequence) - 1 for sequence in sequences.tokens)
 
-    means = {name: value / tokens for name, value in sums.items()}
+    means = {name: value / tokens for name, value in zip(_SUMS, sums, strict=False)}
     result: dict[str, Any] = {
         "loss": means["loss"],
         "perplexity": _exp(means["loss"]),
@@ -164,6 +157,30 @@ def evaluate(
         result["reference_loss"] = means["reference_loss"]
         result["reference_perplexity"] = _exp(means["reference_loss"])
     return result
+
+
+def _sums(batch: _Batch, model: _Scorer, reference: _Scorer | None) -> list[float]:
+    """Over the targets of a batch: what ``_SUMS`` names, only the first without a reference."""
+    targets = batch.targets
+    hidden = model.hidden(batch)
+    found = [float(model.losses(hidden, targets).sum())]
+    if reference is None:
+        return found
+    expected = reference.hidden(batch)
+    kl, agree = kl_divergence(
+        expected.to(hidden.device),
+        reference.weight.to(hidden.device),
+        hidden,
+        model.weight,
+        bias_p=None if reference.bias is None else reference.bias.to(hidden.device),
+        bias_q=model.bias,
+    )
+    return [
+        *found,
+        float(reference.losses(expected, targets).sum()),
+        float(kl.double().sum()),
+        float(agree.sum()),
+    ]
 
 
 def cut(

@@ -15,6 +15,7 @@ any other starts in an empty folder.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import os
@@ -25,10 +26,11 @@ from pathlib import Path
 from typing import Any
 
 import postlude
-from postlude.errors import PostludeError, RunDirectoryError, SettingsError, StageError
+from postlude.errors import PostludeError, RankError, RunDirectoryError, StageError
 from postlude.recipes.recipe import Recipe, Stage
 from postlude.runs.atomic import atomic_write
 from postlude.runs.directory import hash_file
+from postlude.runs.processes import Processes
 
 __all__ = ["Done", "Execute", "command_line", "keys", "pending", "run", "state"]
 
@@ -103,29 +105,37 @@ def run(
 
     Raises:
         RunDirectoryError: ``out`` holds something else.
-        SettingsError: several processes of torchrun.
         StageError: a stage failed; those before it are kept.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise SettingsError(
-            "a recipe runs in one process, and torchrun started several. Run its commands under torchrun one by one: "
-            "--dry-run prints them."
-        )
-    directory = _prepared(Path(os.path.realpath(out)))
-    _write(directory / _RECIPE, recipe.text)
-    names = keys(recipe)
+    with Processes() as processes:
+        return _run(recipe, Path(os.path.realpath(out)), execute, notify, processes)
+
+
+def _run(
+    recipe: Recipe,
+    place: Path,
+    execute: Execute,
+    notify: Callable[[str], object],
+    processes: Processes,
+) -> list[Done]:
+    """All ranks of torchrun go through the stages; the first one keeps the records."""
+    directory = processes.first(lambda: _prepared(place), lambda: place)
+    if processes.is_first:
+        _write(directory / _RECIPE, recipe.text)
+    names = processes.agree(lambda: keys(recipe))
     outputs: dict[str, str] = {}
     done: list[Done] = []
     for number, stage in enumerate(recipe.stages, 1):
         folder = directory / _STAGES / stage.name
         title = f"[{number}/{len(recipe.stages)}] {stage.name}"
-        found = _finished(folder, names[stage.name])
-        if found is None:
+        record = processes.agree(functools.partial(_kept, folder, names[stage.name]))
+        if record is None:
             words = command_line(stage, folder, outputs)
             notify(f"{title}: postlude {' '.join(words)}")
-            found = _run_stage(stage, folder, names[stage.name], words, execute)
+            found = _run_stage(stage, folder, names[stage.name], words, execute, processes)
         else:
             notify(f"{title}: unchanged, done before")
+            found = _from_record(stage.name, record)
         done.append(found)
         if stage.command.output:
             outputs[stage.name] = str(_output(stage, folder))
@@ -136,7 +146,8 @@ def run(
         "stages": [stage.name for stage in recipe.stages],
         "version": postlude.__version__,
     }
-    _write(directory / _RUN, json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
+    if processes.is_first:
+        _write(directory / _RUN, json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
     return done
 
 
@@ -181,7 +192,7 @@ def pending(recipe: Recipe, directory: Path) -> set[str]:
     return {
         stage.name
         for stage in recipe.stages
-        if _finished(directory / _STAGES / stage.name, names[stage.name]) is None
+        if _kept(directory / _STAGES / stage.name, names[stage.name]) is None
     }
 
 
@@ -202,8 +213,40 @@ def _prepared(directory: Path) -> Path:
 
 
 def _run_stage(
-    stage: Stage, folder: Path, key: str, words: Sequence[str], execute: Execute
+    stage: Stage,
+    folder: Path,
+    key: str,
+    words: Sequence[str],
+    execute: Execute,
+    processes: Processes,
 ) -> Done:
+    processes.first(lambda: _start(folder, key), lambda: None)
+    begin = time.monotonic()
+    try:
+        result = execute(words)
+    except RankError:
+        raise
+    except PostludeError as error:
+        raise StageError(stage.name, stage.line, error) from error
+    seconds = time.monotonic() - begin
+
+    def finish() -> dict[str, Any]:
+        record = {
+            "key": key,
+            "command": list(words),
+            "seconds": seconds,
+            "result": result,
+            "files": _files(folder),
+        }
+        _write(folder / _DONE, json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+        return record
+
+    done = _from_record(stage.name, processes.agree(finish))
+    return dataclasses.replace(done, reused=False)
+
+
+def _start(folder: Path, key: str) -> None:
+    """A folder in which a stage begins, or goes on if it was this very work that stopped there."""
     started = _read(folder / _STARTED)
     if started is None or started.get("key") != key:
         # Renamed first: a kill while it is being removed must not leave half of it under this name.
@@ -215,24 +258,14 @@ def _run_stage(
         folder.mkdir(parents=True)
         _write(folder / _STARTED, json.dumps({"key": key}) + "\n")
     (folder / _DONE).unlink(missing_ok=True)
-    begin = time.monotonic()
-    try:
-        result = execute(words)
-    except PostludeError as error:
-        raise StageError(stage.name, stage.line, error) from error
-    done = Done(stage.name, key, tuple(words), time.monotonic() - begin, result, _files(folder))
-    record = dataclasses.asdict(done)
-    del record["reused"], record["stage"]
-    _write(folder / _DONE, json.dumps(record, indent=1, ensure_ascii=False) + "\n")
-    return done
 
 
-def _finished(folder: Path, key: str) -> Done | None:
+def _kept(folder: Path, key: str) -> dict[str, Any] | None:
     """The record of a stage, if it is of this work and its files are as they were."""
     record = _read(folder / _DONE)
     if record is None or record.get("key") != key or record.get("files") != _files(folder):
         return None
-    return _from_record(folder.name, record)
+    return record
 
 
 def _from_record(name: str, record: Mapping[str, Any]) -> Done:

@@ -13,6 +13,8 @@ from collections.abc import Iterable, Iterator, Sized
 from types import TracebackType
 from typing import TYPE_CHECKING, Self, TextIO, TypeVar
 
+from postlude.runs.ranks import rank
+
 if TYPE_CHECKING:
     from rich.progress import Progress as RichProgress
     from rich.progress import TaskID
@@ -90,7 +92,8 @@ class Progress:
     def __init__(self, show: bool | None = None, stream: TextIO | None = None) -> None:
         self._stream = sys.stderr if stream is None else stream
         self._terminal = self._stream.isatty()
-        self.shown = self._terminal if show is None else show
+        # Of the processes that torchrun starts, one speaks.
+        self.shown = (self._terminal if show is None else show) and rank() == 0
         self._rich: RichProgress | None = None
         self._depth = 0
 

@@ -11,7 +11,6 @@ import contextlib
 import dataclasses
 import logging
 import math
-import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -21,6 +20,7 @@ from torch import Tensor
 
 from postlude.errors import DataError, MissingDependencyError, SettingsError
 from postlude.runs.quiet import quiet_transformers
+from postlude.runs.ranks import ranks
 from postlude.tuning.trainer import Steady, seeded
 
 if TYPE_CHECKING:
@@ -85,11 +85,6 @@ def length_limit(job: Job) -> int:
     """Longest sequence of a run in tokens."""
     context = job.checkpoint.context
     return min(2048, context) if job.run.max_length is None else min(job.run.max_length, context)
-
-
-def ranks() -> int:
-    """How many processes train."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def keep_activations(config: type) -> dict[str, bool]:

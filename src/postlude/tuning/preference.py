@@ -41,6 +41,7 @@ from torch.utils.data import DataLoader
 
 from postlude.errors import DataError, SettingsError
 from postlude.registry import method
+from postlude.runs.ranks import ranks
 from postlude.tuning import on_trl
 from postlude.tuning.examples import Row, read_rows
 from postlude.tuning.run import Job, Objective, Outcome
@@ -157,7 +158,7 @@ class DPO(Objective):
         kept = [pair for pair in pairs if pair.weight > 0 and pair.chosen != pair.rejected]
         if not kept:
             raise DataError(f"{job.data}: no pair has a weight and two different answers.")
-        size = job.run.batch_size * job.run.accumulate * on_trl.ranks()
+        size = job.run.batch_size * job.run.accumulate * ranks()
         with on_trl.training(job):
             args = arguments(
                 job.run,

@@ -19,7 +19,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -36,13 +36,17 @@ from postlude.errors import (
 from postlude.runs.atomic import check_replaceable, discard
 from postlude.runs.checkpoint import Checkpoint
 from postlude.runs.directory import RunDirectory, run_beside
+from postlude.runs.processes import Processes
 from postlude.runs.progress import Progress
 from postlude.runs.quiet import quiet_transformers
+from postlude.runs.ranks import rank, ranks
 from postlude.surgery.layers import quantized_linears
 from postlude.tuning import adapters
 from postlude.tuning.adapters import Adapter
+from postlude.tuning.encoder import check_encoder, hold_fixed
 from postlude.tuning.output import MARKER, Report, finished, keep_model, plain, save
 from postlude.tuning.prior import cast, frozen
+from postlude.tuning.recordings import recordings_digest
 
 __all__ = [
     "Job",
@@ -169,7 +173,13 @@ class Outcome:
 
 
 class Objective(abc.ABC):
-    """What is minimised or maximised."""
+    """What is minimised or maximised.
+
+    Attributes:
+        hears: whether lines may name recordings (``audio``), for audio language models.
+    """
+
+    hears: ClassVar[bool] = False
 
     @property
     def needs_reference(self) -> bool:
@@ -214,6 +224,7 @@ def tune(
     merge: bool = False,
     reference: Checkpoint | None = None,
     dtype: torch.dtype | None = None,
+    encoder: str | None = None,
     out: str | os.PathLike[str] | None = None,
     overwrite: bool = False,
     inplace: bool = False,
@@ -237,6 +248,7 @@ def tune(
         merge: add the adapter to the weights at the end.
         reference: a frozen model for objectives that read one; None for the model to start from.
         dtype: to train and to store in.
+        encoder: of an audio language model: ``trained`` (as where nothing is said) or ``frozen``.
         out: the directory to write: model, tokenizer, ``tune.json``, ``steps.jsonl`` and the report.
         overwrite: replace ``out``, and start a run of something else afresh.
         inplace: train the given model rather than a copy of it.
@@ -253,9 +265,13 @@ def tune(
     """
     final = None if out is None else Path(os.path.realpath(out))
     _check(checkpoint, adapter, merge, final, overwrite)
-    manifest = _manifest(checkpoint, data, objective, run, adapter, reference, dtype)
+    encoder = check_encoder(checkpoint, encoder)
+    manifest = _manifest(checkpoint, data, objective, run, adapter, reference, dtype, encoder)
     stored = checkpoint.model.dtype if dtype is None else dtype
-    with _directory(final, manifest, overwrite) as directory:
+    with (
+        Processes() as processes,
+        _directory(final, manifest, overwrite, processes) as directory,
+    ):
         job = _job(
             checkpoint,
             Path(data),
@@ -264,6 +280,7 @@ def tune(
             adapter,
             reference,
             dtype,
+            encoder,
             inplace,
             directory,
             progress,
@@ -275,7 +292,8 @@ def tune(
             adapters.check_mergeable(job.model)
         objective.check(job)
         trained = sum(one.numel() for one in job.model.parameters() if one.requires_grad)
-        uses_cache = job.checkpoint.model.config.use_cache
+        configuration = job.checkpoint.model.config.get_text_config()
+        uses_cache = configuration.use_cache
         try:
             with quiet_transformers():
                 outcome = objective.train(job)
@@ -285,7 +303,7 @@ def tune(
             place = keep_model(job, directory.parent / _MODEL)
             raise NonFiniteError(f"{error} The model as it was then is in {place}.") from error
         finally:
-            job.checkpoint.model.config.use_cache = uses_cache
+            configuration.use_cache = uses_cache
         model, differs = finished(job, merge, stored)
         result = {
             "output": None if out is None else os.fspath(out),
@@ -294,6 +312,7 @@ def tune(
             **outcome.result,
             "trained_parameters": trained,
             "adapter": None if adapter is None else adapter.name,
+            **({} if encoder is None else {"encoder": encoder}),
             "merged": merge,
             "merge_difference": differs,
             "seed": run.seed,
@@ -306,13 +325,13 @@ def tune(
         if final is not None and main_process():
             save(tuned, job, manifest, final, overwrite, report)
             discard(directory.parent, final)
-        _wait()
+        processes.wait()
     return tuned
 
 
 def main_process() -> bool:
     """Whether this is the process that writes: the only one, or the first of torchrun's."""
-    return int(os.environ.get("RANK", "0")) == 0
+    return rank() == 0
 
 
 def data_files(path: str | os.PathLike[str]) -> list[Path]:
@@ -363,8 +382,15 @@ def _manifest(
     adapter: Adapter | None,
     reference: Checkpoint | None,
     dtype: torch.dtype | None,
+    encoder: str | None,
 ) -> dict[str, Any]:
     """Everything that decides the result."""
+    heard = recordings_digest(checkpoint, Path(data))
+    if heard is not None and not objective.hears:
+        raise SettingsError(
+            f"{registry.info_of(objective).name} reads no recordings, and lines of {data} name some: use an objective "
+            "that does (sft)."
+        )
     digest = hashlib.sha256()
     for file in data_files(data):
         if file.is_file():
@@ -380,33 +406,24 @@ def _manifest(
             "reference": None if reference is None else reference.fingerprint(),
             "data": digest.hexdigest(),
             "dtype": None if dtype is None else str(dtype).removeprefix("torch."),
+            **({} if encoder is None else {"encoder": encoder, "recordings": heard}),
             "device": checkpoint.model.device.type,
-            "ranks": _ranks(),
+            "ranks": ranks(),
         }
     )
 
 
 @contextlib.contextmanager
-def _directory(final: Path | None, manifest: Mapping[str, Any], overwrite: bool) -> Iterator[Path]:
+def _directory(
+    final: Path | None, manifest: Mapping[str, Any], overwrite: bool, processes: Processes
+) -> Iterator[Path]:
     """Where states are kept: beside the output, or for a run that is not saved nowhere for long."""
     if final is None:
         with tempfile.TemporaryDirectory(prefix="postlude-tune-") as name:
             yield Path(name)
         return
     path = run_beside(final)
-    if main_process():
-        try:
-            RunDirectory(path, manifest)
-        except RunDirectoryError:
-            if not overwrite:
-                raise
-            shutil.rmtree(path / _STATES, ignore_errors=True)
-            shutil.rmtree(path / _MODEL, ignore_errors=True)
-            RunDirectory(path, manifest, overwrite=True)
-    if _ranks() > 1:
-        from accelerate import PartialState
-
-        PartialState(cpu=manifest["device"] == "cpu").wait_for_everyone()
+    processes.first(lambda: _opened(path, manifest, overwrite), lambda: None)
     try:
         yield path / _STATES
     except (NonFiniteError, OutputExistsError):
@@ -423,6 +440,18 @@ def _directory(final: Path | None, manifest: Mapping[str, Any], overwrite: bool)
         raise
 
 
+def _opened(path: Path, manifest: Mapping[str, Any], overwrite: bool) -> None:
+    """The run directory, made, found, or started afresh."""
+    try:
+        RunDirectory(path, manifest)
+    except RunDirectoryError:
+        if not overwrite:
+            raise
+        shutil.rmtree(path / _STATES, ignore_errors=True)
+        shutil.rmtree(path / _MODEL, ignore_errors=True)
+        RunDirectory(path, manifest, overwrite=True)
+
+
 def _job(
     checkpoint: Checkpoint,
     data: Path,
@@ -431,6 +460,7 @@ def _job(
     adapter: Adapter | None,
     reference: Checkpoint | None,
     dtype: torch.dtype | None,
+    encoder: str | None,
     inplace: bool,
     directory: Path,
     progress: Progress | None,
@@ -456,17 +486,6 @@ def _job(
         parameter.requires_grad_(True)
     work = dataclasses.replace(checkpoint, model=model)
     with seeded(run.seed):
-        trained = model if adapter is None else adapters.attach(work, adapter)
+        trained = model if adapter is None else adapters.attach(work, adapter, encoder)
+    hold_fixed(work, encoder, adapters=adapter is not None)
     return Job(work, trained, data, run, reference, directory, progress)
-
-
-# ------------------------------------------------------------------------------------------------------- ranks
-
-
-def _ranks() -> int:
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def _wait() -> None:
-    if _ranks() > 1 and torch.distributed.is_initialized():
-        torch.distributed.barrier()

@@ -12,7 +12,7 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -47,6 +47,8 @@ class WeightedLikelihood(Objective):
         keep_eos: the token that ends a text weighs 1 whatever the rule says of it.
         save_every: steps from one kept state to the next; None for twenty a run, at most one a minute.
     """
+
+    hears: ClassVar[bool] = True
 
     weighting: TokenWeighting
     prior: Path | None = None

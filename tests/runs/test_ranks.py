@@ -1,0 +1,144 @@
+"""What several ranks make is what one makes, and what they do when one of them is gone."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytestmark = [
+    pytest.mark.skipif(os.name == "nt", reason="there is no SIGKILL and no fork"),
+    pytest.mark.timeout(300),
+]
+
+Ranks = Callable[..., dict[str, Any]]
+# Seconds of silence after which a rank counts as lost, and the most that the others may then take to stop.
+SILENCE, BOUND = 3, 30
+QUICK = {"POSTLUDE_RANK_TIMEOUT": str(SILENCE)}
+
+
+def contents(directory: Path) -> dict[str, str]:
+    return {
+        str(file.relative_to(directory)): hashlib.sha256(file.read_bytes()).hexdigest()
+        for file in sorted(directory.rglob("*"))
+        if file.is_file()
+    }
+
+
+def value(answer: dict[str, Any]) -> dict[str, Any]:
+    """The one JSON object of a run; no other rank prints."""
+    assert set(answer["codes"]) == {0}, answer
+    assert answer["out"][1:] == [""] * (len(answer["out"]) - 1)
+    assert answer["err"][1:] == [""] * (len(answer["err"]) - 1)
+    found: dict[str, Any] = json.loads(answer["out"][0])
+    for name in ("seconds", "output"):
+        found.pop(name, None)
+    return found
+
+
+@pytest.fixture(scope="module")
+def train(tmp_path_factory: pytest.TempPathFactory, some_text: str) -> Path:
+    path = tmp_path_factory.mktemp("data") / "train.jsonl"
+    rows = [{"text": some_text[13 * n : 13 * n + 20 + 7 * (n % 5)]} for n in range(14)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+# ------------------------------------------------------------------------------------------------ the same results
+
+
+def test_evaluate_gives_the_numbers_of_one_rank(
+    on_ranks: Ranks, tiny_llama_dir: Path, train: Path, tmp_path: Path
+) -> None:
+    model = str(tiny_llama_dir)
+    line = ["evaluate", model, "--reference", model, "--text", str(train), "--json"]
+    one = value(on_ranks(line, size=1))
+    for size in (2, 3):
+        out = tmp_path / f"{size}.json"
+        found = value(on_ranks([*line, "-o", str(out)], size=size))
+        assert found == one
+        assert json.loads(out.read_text())["loss"] == one["loss"]
+
+
+def test_attribute_build_writes_the_bytes_of_one_rank(
+    on_ranks: Ranks, tiny_llama_dir: Path, train: Path, tmp_path: Path
+) -> None:
+    line = ["attribute", "build", str(tiny_llama_dir), str(train), "--shard-examples", "3"]
+    made = {
+        size: value(on_ranks([*line, "--json", "-o", str(tmp_path / f"{size}")], size=size))
+        for size in (1, 2)
+    }
+    assert made[1] == made[2]
+    assert contents(tmp_path / "1") == contents(tmp_path / "2")
+
+
+def test_what_one_process_does_is_done_once(on_ranks: Ranks) -> None:
+    assert value(on_ranks(["methods", "rtn", "--json"], size=1))["methods"][0]["name"] == "rtn"
+    both = on_ranks(["methods", "rtn", "--json"])
+    assert both["codes"] == [0, 0]
+    assert json.loads(both["out"][0])["methods"][0]["name"] == "rtn"
+    assert both["out"][1] == ""
+    assert "one process does this; the other 1 of torchrun wait" in both["err"][0]
+
+
+# ------------------------------------------------------------------------------------------------- when one is gone
+
+
+def test_bad_input_is_said_once(on_ranks: Ranks) -> None:
+    answer = on_ranks(["evaluate", "nothing/here", "--text", "x.txt", "--json"])
+    assert 0 not in answer["codes"]
+    assert json.loads(answer["out"][0])["error"]["type"] == "CheckpointError"
+    assert answer["out"][1] == answer["err"][1] == ""
+
+
+def killed(answer: dict[str, Any], rank: int) -> str:
+    """What the other of two ranks said when this one was killed; it stopped in a bounded time."""
+    assert answer["codes"][rank] == -signal.SIGKILL, answer
+    assert answer["codes"][1 - rank] not in (0, -signal.SIGKILL), answer
+    assert answer["seconds"][1 - rank] - answer["seconds"][rank] < BOUND
+    said: str = answer["err"][1 - rank]
+    assert "run the same command again" in said, answer
+    return said
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_killed_build_is_noticed_and_resumes(
+    on_ranks: Ranks, tiny_llama_dir: Path, train: Path, tmp_path: Path, rank: int
+) -> None:
+    line = ["attribute", "build", str(tiny_llama_dir), str(train), "--shard-examples", "3"]
+    line += ["--json", "-o", str(tmp_path / "index")]
+    fault = {"kill": {"rank": rank, "step": 6}, "environment": QUICK}
+    said = killed(on_ranks(line, **fault), rank)
+    assert ("rank 1 of 2 has not been heard of" if rank else "lost the store") in said
+    whole = [*line[:-1], str(tmp_path / "whole")]
+    found = value(on_ranks(line))
+    assert found["examples"] == 14
+    value(on_ranks(whole, size=1))
+    assert contents(tmp_path / "index") == contents(tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_a_rank_that_hangs_counts_as_lost(
+    on_ranks: Ranks, tiny_llama_dir: Path, train: Path, tmp_path: Path
+) -> None:
+    line = ["attribute", "build", str(tiny_llama_dir), str(train), "--shard-examples", "3"]
+    line += ["-o", str(tmp_path / "index")]
+    answer = on_ranks(line, stop={"rank": 1, "step": 6}, environment=QUICK)
+    assert answer["codes"][0] not in (0, -signal.SIGKILL)
+    assert "rank 1 of 2 has not been heard of" in answer["err"][0]
+
+
+def test_an_error_of_one_rank_is_told_to_the_others(
+    on_ranks: Ranks, tiny_llama_dir: Path, train: Path, tmp_path: Path
+) -> None:
+    line = ["attribute", "build", str(tiny_llama_dir), str(train), "--shard-examples", "3"]
+    answer = on_ranks([*line, "-o", str(tmp_path / "index")], fail={"rank": 1, "step": 6})
+    assert 0 not in answer["codes"]
+    assert "no space left" in answer["err"][1]
+    assert "rank 1 of 2 stopped: StoreError: no space left" in answer["err"][0]
