@@ -43,6 +43,7 @@ __all__ = [
     "calibration_pairs",
     "parse",
     "parse_score",
+    "part_text",
     "phrase",
     "question",
     "read_phrase",
@@ -185,10 +186,11 @@ class Parsed:
 def write(assessment: Assessment) -> str:
     """The long answer. Times are rounded to a tenth of a second; nothing becomes shorter than that."""
     scores = " ".join(f"{one.key}={assessment.scores[one.key]}" for one in SCORES)
-    return " | ".join([scores, *(_written(part, assessment.findings[part.key]) for part in PARTS)])
+    return " | ".join([scores, *(part_text(part, assessment.findings[part.key]) for part in PARTS)])
 
 
-def _written(part: Part, finding: Finding) -> str:
+def part_text(part: Part, finding: Finding) -> str:
+    """What a long answer says of a part: ``noise hum 0.8-1.6``."""
     if not finding.present:
         return f"{part.key} {_NONE}"
     return " ".join([part.key, *([finding.type] if finding.type else []), *_ranges(finding.times)])
