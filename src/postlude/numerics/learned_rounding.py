@@ -7,11 +7,15 @@ AdaRound (arXiv:2004.10568) keeps the scale ``s`` of a grid and gives every entr
 
 It starts at the float weight, ``h = w / s - floor(w / s)``; the second term drives every ``h`` to 0 or 1, where
 rounding it changes nothing any more. What the loss is, the caller says: the output of a layer, or the whole picture.
+
+:class:`StraightThrough` trains the weight itself instead, so that an entry may move by more than one step; what it is
+rounded to is what the loss sees, and gradients pass as if nothing was rounded.
 """
 
 from __future__ import annotations
 
 import math
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -19,9 +23,75 @@ from torch import Tensor
 from postlude.errors import SettingsError
 from postlude.numerics.formats import Encoded, Integer, Scheme
 
-__all__ = ["Rounding", "annealed_power"]
+__all__ = [
+    "Parameters",
+    "Rounding",
+    "StraightThrough",
+    "Trained",
+    "annealed_power",
+    "straight_through",
+]
 
 _LOW, _HIGH = -0.1, 1.1
+
+# Scale and zero point of a grid.
+Parameters = tuple[Tensor, Tensor | None]
+
+
+class Trained(Protocol):
+    """A weight whose codes are trained."""
+
+    variables: Tensor
+
+    def soft(self) -> Tensor:
+        """The weight that the loss sees, differentiable in the variables."""
+
+    def encode(self) -> Encoded:
+        """The codes that are stored."""
+
+
+class _PassThrough(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, rounded: Tensor) -> Tensor:
+        return rounded.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return gradients[0], None
+
+
+def straight_through(x: Tensor, rounded: Tensor) -> Tensor:
+    """``rounded`` bit for bit, with the gradient of ``x``."""
+    passed: Tensor = _PassThrough.apply(x, rounded.detach())
+    return passed
+
+
+class StraightThrough:
+    """A weight that is trained while its grid stays.
+
+    Args:
+        weight: ``[out_features, in_features]``, where it starts.
+        scheme: any grid.
+        parameters: scale and zero point; from the range of the weight where there are none.
+
+    Attributes:
+        variables: the weight, to be trained.
+    """
+
+    def __init__(
+        self, weight: Tensor, scheme: Scheme, parameters: Parameters | None = None
+    ) -> None:
+        self.scheme = scheme
+        self._parameters = parameters or scheme.parameters(weight)
+        self.variables = weight.detach().float().clone().requires_grad_()
+
+    def soft(self) -> Tensor:
+        """The rounded weight, fp32."""
+        return straight_through(self.variables, self.encode().decode())
+
+    def encode(self) -> Encoded:
+        """Its codes."""
+        return self.scheme.encode(self.variables.detach(), self._parameters)
 
 
 class Rounding:
@@ -30,6 +100,7 @@ class Rounding:
     Args:
         weight: ``[out_features, in_features]``.
         scheme: an integer grid.
+        parameters: scale and zero point; from the range of the weight where there are none.
 
     Attributes:
         variables: ``V``, in the shape of the weight's groups; to be trained.
@@ -38,13 +109,15 @@ class Rounding:
         SettingsError: the grid is not one of integers: its neighbours are not one step apart.
     """
 
-    def __init__(self, weight: Tensor, scheme: Scheme) -> None:
+    def __init__(
+        self, weight: Tensor, scheme: Scheme, parameters: Parameters | None = None
+    ) -> None:
         if not isinstance(scheme.format, Integer):
             raise SettingsError(
                 f"learned rounding needs an integer grid, got {scheme.format.kind}; round to nearest instead"
             )
         self.scheme, self._shape = scheme, weight.shape
-        self._scale, self._zero_point = scheme.parameters(weight)
+        self._scale, self._zero_point = parameters or scheme.parameters(weight)
         steps = scheme.granularity.split(weight.detach().float()) / self._scale.unsqueeze(-1)
         # A range that was clipped leaves entries beyond the grid: they have no second neighbour.
         lowest, highest = self._limits(scheme.format)

@@ -330,8 +330,8 @@ class BlockWalk:
             for _, module in blocks:
                 del module.forward  # the class's own method again
 
-    def _call(self, block: Block, index: int) -> tuple[Tensor, ...]:
-        """Output of the block for one batch; its attention is replayed if it was frozen."""
+    def call(self, block: Block, index: int) -> tuple[Tensor, ...]:
+        """Streams that the current block gives for one batch; its attention is replayed if it was frozen."""
         args, kwargs = self._calls[block.index, self._keys[index]].with_streams(self._states[index])
         with self._replaying(block, index):
             return _streams(block, self._model.get_submodule(block.name)(*args, **kwargs))
@@ -376,14 +376,24 @@ class BlockWalk:
         with _site_hooks(self._model, hooks, stop=True), hold_dense(module):
             for index in range(len(self._states)):
                 with contextlib.suppress(_Stop):
-                    self._call(block, index)
+                    self.call(block, index)
         if freeze_attention:
             self._mixed = mixed
+
+    @torch.no_grad()
+    def outputs(self, block: Block) -> list[tuple[Tensor, ...]]:
+        """Streams that the current block gives now, batch by batch."""
+        with hold_dense(self._model.get_submodule(block.name)):
+            return [self.call(block, index) for index in range(len(self._states))]
+
+    def advance_to(self, outputs: list[tuple[Tensor, ...]]) -> None:
+        """Move on with what the block gave when it was asked."""
+        self._states, self._mixed = outputs, None
 
     @torch.no_grad()
     def advance(self, block: Block) -> None:
         """Run the block and keep its output as the hidden states before the next one."""
         with hold_dense(self._model.get_submodule(block.name)):
             for index in range(len(self._states)):
-                self._states[index] = self._call(block, index)
+                self._states[index] = self.call(block, index)
         self._mixed = None

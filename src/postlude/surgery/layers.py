@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, Protocol
 
 import torch
@@ -37,6 +37,7 @@ __all__ = [
     "build_transform",
     "check_scales",
     "hold_dense",
+    "hold_weights",
     "quantized_linears",
 ]
 
@@ -192,6 +193,19 @@ def hold_dense(module: nn.Module) -> Iterator[None]:
     finally:
         for layer in layers:
             layer._held = None
+
+
+@contextlib.contextmanager
+def hold_weights(weights: Mapping[QuantizedLinear, Tensor]) -> Iterator[None]:
+    """Let layers compute with other weights ``[out_features, in_features]``, through which gradients may flow."""
+    before = {layer: layer._held for layer in weights}
+    try:
+        for layer, weight in weights.items():
+            layer._held = weight
+        yield
+    finally:
+        for layer, held in before.items():
+            layer._held = held
 
 
 def check_scales(model: nn.Module, *, positive: bool = True) -> None:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from postlude.numerics.activation_grids import ActivationGrid
+from postlude.numerics.learned_rounding import straight_through
 
 __all__ = [
     "OPERANDS",
@@ -67,7 +68,8 @@ class StaticQuantizer(nn.Module):
         """The same shape and type."""
         if not self.quantize:
             return x
-        return self.grid.round_trip(x, self.parameters_of_grid())
+        rounded = self.grid.round_trip(x.detach(), self.parameters_of_grid())
+        return straight_through(x, rounded) if x.requires_grad else rounded
 
     def _apply(self, fn: Any, recurse: bool = True) -> StaticQuantizer:
         """Move with the model, and stay in fp32."""
