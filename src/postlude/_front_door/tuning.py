@@ -34,6 +34,7 @@ def tune(
     adapter: str | Adapter | None = None,
     merge: bool = False,
     dtype: str | torch.dtype = "auto",
+    encoder: str | None = None,
     out: Path_ | None = None,
     overwrite: bool = False,
     save_every: int | None = None,
@@ -55,6 +56,8 @@ def tune(
         adapter: train this beside frozen weights: a name of the peft library, or settings.
         merge: add the adapter to the weights at the end.
         dtype: to train and to store in; ``"auto"`` trains in fp32 and stores as the checkpoint is stored.
+        encoder: of an audio language model: ``"trained"``, whole, also beside an adapter (as where nothing is said), or
+            ``"frozen"``.
         out: where to save the result with its log and report. The same call after a kill resumes.
         overwrite: replace ``out``, and start a run of something else afresh.
         save_every: steps from one kept state to the next.
@@ -81,6 +84,7 @@ def tune(
         merge=merge,
         reference=None if reference is None else open_checkpoint(reference),
         dtype=chosen if isinstance(chosen, torch.dtype) else None,
+        encoder=encoder,
         out=out,
         overwrite=overwrite,
         inplace=inplace or opened is not checkpoint,

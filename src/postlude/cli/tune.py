@@ -146,6 +146,14 @@ def tune(
     merge: Annotated[
         bool, typer.Option("--merge", help="Add the adapter to the weights and save a whole model.")
     ] = False,
+    encoder: Annotated[
+        str | None,
+        typer.Option(
+            "--encoder",
+            metavar="trained|frozen",
+            help="Of an audio language model: train its encoder whole, also beside an adapter, or leave it.",
+        ),
+    ] = None,
     epochs: Annotated[float, typer.Option("--epochs", help="Passes over the data.")] = 1.0,
     steps: Annotated[
         int | None, typer.Option("--steps", min=1, help="Optimiser steps, instead of --epochs.")
@@ -261,6 +269,7 @@ def tune(
         else Adapter(adapter, rank, alpha, layers, words["adapter"]),
         merge=merge,
         dtype=dtype,
+        encoder=encoder,
         out=output,
         overwrite=overwrite,
         save_every=save_every,

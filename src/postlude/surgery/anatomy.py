@@ -349,6 +349,7 @@ class AudioAnatomy(LanguageAnatomy):
 
     Attributes:
         encoder: path of what reads log-mel features.
+        positions: last part of the path of its table of positions, which is not learned.
         projector: path of what makes embeddings of the decoder from what the encoder gives.
         projection: path of its last linear.
         audio_token: token whose embeddings are replaced by those of the audio.
@@ -356,6 +357,7 @@ class AudioAnatomy(LanguageAnatomy):
 
     kind: Kind = "audio"
     encoder: str
+    positions: str
     projector: str
     projection: str
     audio_token: int

@@ -17,7 +17,7 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ from postlude.errors import (
 from postlude.runs.checkpoint import Checkpoint
 from postlude.runs.loading import load
 from postlude.runs.quiet import quiet_transformers
+from postlude.tuning.encoder import restricted
 from postlude.tuning.quantized_base import (
     check_adaptable,
     is_quantized,
@@ -58,6 +59,9 @@ _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _RANKS = ("r", "rank")
 _ALPHAS = ("lora_alpha", "alpha")
 _PROBES, _PROBE_TOKENS = 4, 64
+
+# Tokens [length], or arguments of the model's forward for one row.
+Probe = Tensor | Mapping[str, Tensor]
 
 # Largest difference of logits, relative to the largest logit, between a model with its adapter on and the merged one.
 # In 16 bits the merged weights are rounded.
@@ -158,15 +162,16 @@ def adapter_fields(name: str) -> list[str]:
     return [field.name for field in dataclasses.fields(kind) if field.name not in own]
 
 
-def attach(checkpoint: Checkpoint, adapter: Adapter) -> Any:
+def attach(checkpoint: Checkpoint, adapter: Adapter, encoder: str | None = None) -> Any:
     """peft's model around the one of a checkpoint, whose linear layers are replaced in place.
 
-    Random starts come from the global generator.
+    Random starts come from the global generator. ``encoder``: of an audio language model, see
+    :mod:`postlude.tuning.encoder`.
 
     Raises:
         SettingsError: layers that there are not, or that this adapter cannot adapt; nothing to train.
     """
-    configuration = adapter.configuration(checkpoint.model)
+    configuration = restricted(checkpoint, adapter.configuration(checkpoint.model), encoder)
     peft = _peft()
     if is_quantized(checkpoint.model):
         check_adaptable(checkpoint.model, adapter.name)
@@ -197,23 +202,33 @@ def attach(checkpoint: Checkpoint, adapter: Adapter) -> Any:
 
 
 @torch.no_grad()
-def logits(model: Any, probes: list[Tensor]) -> list[Tensor]:
+def logits(model: Any, probes: Sequence[Probe]) -> list[Tensor]:
     """Logits ``[length, V]`` of each probe, in fp32 on the CPU, without dropout."""
     training = model.training
     model.eval()
     try:
         found = [
-            model(input_ids=one[None].to(model.device), use_cache=False).logits[0].float().cpu()
-            for one in probes
+            model(**_inputs(model, one), use_cache=False).logits[0].float().cpu() for one in probes
         ]
     finally:
         model.train(training)
     return found
 
 
-def probes(sequences: list[Tensor], vocabulary: int) -> list[Tensor]:
-    """A few short sequences to compare two models on; some tokens in a row where there are none."""
-    chosen = [one[:_PROBE_TOKENS] for one in sequences[:_PROBES]]
+def _inputs(model: Any, probe: Probe) -> dict[str, Any]:
+    inputs = {"input_ids": probe[None]} if isinstance(probe, Tensor) else probe
+    return {
+        name: one.to(model.device, model.dtype if one.is_floating_point() else None)
+        for name, one in inputs.items()
+    }
+
+
+def probes(sequences: Sequence[Probe], model: Any) -> list[Probe]:
+    """A few short inputs to compare two models on; some tokens in a row where there are none."""
+    chosen = [
+        one[:_PROBE_TOKENS] if isinstance(one, Tensor) else one for one in sequences[:_PROBES]
+    ]
+    vocabulary = len(model.get_input_embeddings().weight)
     return chosen or [torch.arange(_PROBE_TOKENS) % vocabulary]
 
 
@@ -234,19 +249,19 @@ def same_logits(found: list[Tensor], expected: list[Tensor], tolerance: float, w
     return worst
 
 
-def merge(model: Any, sequences: list[Tensor]) -> tuple[Any, float]:
+def merge(model: Any, sequences: Sequence[Probe]) -> tuple[Any, float]:
     """The model with its adapter merged into the weights, and how far its logits are from those with the adapter on.
 
     Args:
         model: peft's; not to be used afterwards.
-        sequences: tokens to compare on.
+        sequences: what to compare on.
 
     Raises:
         SettingsError: this adapter cannot be merged.
         VerificationError: the merged model is another one.
     """
     name = next(iter(model.peft_config.values())).peft_type.value.lower()
-    tried = probes(sequences, model.config.vocab_size)
+    tried = probes(sequences, model)
     before = logits(model, tried)
     codes = is_quantized(model)
     try:

@@ -23,11 +23,9 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -37,26 +35,12 @@ from postlude.errors import DataError, SettingsError
 from postlude.runs.documents import encode
 from postlude.runs.progress import Progress
 from postlude.tuning.recordings import AUDIO, Recordings
+from postlude.tuning.rows import FORMS, Row, read_rows
 
 __all__ = ["Examples", "Row", "read_examples", "read_rows"]
 
 _GENERATION = re.compile(r"\{%-?\s*generation\b")
-_FORMS = '"prompt" and "completion", "messages", or "text"'
 _NAMED = 5
-
-
-@dataclasses.dataclass(frozen=True)
-class Row:
-    """One line of a .jsonl file."""
-
-    file: Path
-    line: int
-    fields: Mapping[str, Any]
-
-    @property
-    def where(self) -> str:
-        """``FILE line N``."""
-        return f"{self.file} line {self.line}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,35 +120,6 @@ class Examples:
             "retokenized": self.retokenized,
             **({} if self.recordings is None else self.recordings.counts()),
         }
-
-
-def read_rows(path: str | os.PathLike[str]) -> list[Row]:
-    """The objects of a .jsonl file, or of every .jsonl file of a directory in sorted order; blank lines are left out.
-
-    A .json file with a list of objects will do as well; the number of an object stands for its line.
-
-    Raises:
-        DataError: no such file, another kind of file, a line that is no JSON object, or no line at all.
-    """
-    source = Path(path)
-    if source.is_dir():
-        files = sorted(file for file in source.glob("*.jsonl") if file.is_file())
-        if not files:
-            raise DataError(f"{source} holds no .jsonl file: expected {_FORMS}, one object a line.")
-    elif not source.is_file():
-        raise DataError(f"There is no data at {source}: expected a .jsonl file.")
-    elif source.suffix == ".json":
-        return _listed(source)
-    elif source.suffix != ".jsonl":
-        raise DataError(
-            f"{source} ends in {source.suffix or 'nothing'}; expected .jsonl with one JSON object a line."
-        )
-    else:
-        files = [source]
-    rows = [row for file in files for row in _rows(file)]
-    if not rows:
-        raise DataError(f"{source} holds no line: expected one JSON object a line.")
-    return rows
 
 
 def read_examples(
@@ -260,49 +215,6 @@ def _refuse(rows: Sequence[Row], what: str) -> None:
     )
 
 
-def _content(file: Path) -> str:
-    try:
-        return file.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"{file} is not UTF-8: byte {error.start} is 0x{error.object[error.start]:02x}. "
-            "Expected UTF-8 text; convert it first (iconv -f ... -t utf-8)."
-        ) from error
-
-
-def _listed(file: Path) -> list[Row]:
-    try:
-        content = json.loads(_content(file))
-    except ValueError as error:
-        raise DataError(f"{file} is not valid JSON: {error}.") from error
-    if not isinstance(content, list) or not all(isinstance(one, dict) for one in content):
-        raise DataError(
-            f"{file} holds no list of objects; expected one, or a .jsonl file with an object a line."
-        )
-    if not content:
-        raise DataError(f"{file} holds an empty list: expected objects.")
-    return [Row(file, number, fields) for number, fields in enumerate(content, start=1)]
-
-
-def _rows(file: Path) -> list[Row]:
-    content = _content(file)
-    rows = []
-    # Not splitlines: JSON strings may hold U+2028 and other separators as they are.
-    for line, text in enumerate(content.split("\n"), start=1):
-        if not text.strip():
-            continue
-        try:
-            fields = json.loads(text)
-        except ValueError as error:
-            raise DataError(f"{file} line {line} is not valid JSON: {error}.") from error
-        if not isinstance(fields, dict):
-            raise DataError(
-                f"{file} line {line} is a JSON {type(fields).__name__}; expected an object with {_FORMS}."
-            )
-        rows.append(Row(file, line, fields))
-    return rows
-
-
 def _form(row: Row) -> Callable[[Any, Row], _Tokens]:
     keys = row.fields.keys()
     if "messages" in keys:
@@ -312,7 +224,7 @@ def _form(row: Row) -> Callable[[Any, Row], _Tokens]:
         return _messages if any(isinstance(part, list) for part in both) else _completion
     if "text" in keys:
         return _text
-    raise DataError(f"{row.where} has keys {sorted(keys)}; expected {_FORMS}.")
+    raise DataError(f"{row.where} has keys {sorted(keys)}; expected {FORMS}.")
 
 
 def _string(row: Row, name: str) -> str:

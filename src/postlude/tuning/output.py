@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
 from postlude.runs.atomic import atomic_directory
 from postlude.runs.documents import encode
 from postlude.runs.loading import load
 from postlude.tuning import adapters
 from postlude.tuning.prior import cast
+from postlude.tuning.recordings import recorded_probes
 
 if TYPE_CHECKING:
     from postlude.tuning.run import Job, Tuned
@@ -38,10 +38,13 @@ def finished(job: Job, merge: bool, stored: torch.dtype) -> tuple[Any, float | N
     return model.eval(), differs
 
 
-def _sequences(job: Job) -> list[Tensor]:
-    """Some tokens to compare models on: the data, read as plain text."""
+def _sequences(job: Job) -> list[adapters.Probe]:
+    """What to compare models on: the data, read as plain text, and as recordings where the model hears some."""
     if job.checkpoint.tokenizer is None:
         return []
+    heard = recorded_probes(job.checkpoint, job.data, _LINES)
+    if heard:
+        return list(heard)
     source = sorted(job.data.glob("*"))[0] if job.data.is_dir() else job.data
     with open(source, encoding="utf-8", errors="replace") as file:
         texts = [file.readline(_LETTERS) for _ in range(_LINES)]
@@ -99,7 +102,7 @@ def _read_again(job: Job, model: Any, directory: Path, alone: bool) -> float:
         loaded = adapters.load_adapter(directory, dtype, model.device, merged=False)
     else:
         loaded = load(directory, device=model.device)
-    tried = adapters.probes(_sequences(job), model.config.vocab_size)
+    tried = adapters.probes(_sequences(job), model)
     expected = adapters.logits(model, tried)
     found = adapters.logits(loaded.model, tried)
     # The same weights in the same types, so the same sums; adapters may have been stored in another type.

@@ -13,7 +13,7 @@ import os
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,11 +23,16 @@ from postlude.runs.audio import read_wav
 from postlude.runs.checkpoint import Checkpoint
 from postlude.runs.listening import Features, Listener, join_features, window_numbers
 from postlude.surgery.anatomy import AudioAnatomy
+from postlude.tuning.rows import Row, read_rows
 
-if TYPE_CHECKING:
-    from postlude.tuning.examples import Row
-
-__all__ = ["AUDIO", "Recordings", "audio_path", "recordings_for"]
+__all__ = [
+    "AUDIO",
+    "Recordings",
+    "audio_path",
+    "recorded_probes",
+    "recordings_digest",
+    "recordings_for",
+]
 
 AUDIO = "audio"
 # Rows about one recording stand together from so many recordings in a batch on: fewer would make steps too much alike.
@@ -60,6 +65,30 @@ def recordings_for(checkpoint: Checkpoint) -> Recordings | None:
     if not isinstance(checkpoint.anatomy, AudioAnatomy) or checkpoint.processor is None:
         return None
     return Recordings(Listener(checkpoint))
+
+
+def recorded_probes(checkpoint: Checkpoint, data: Path, count: int) -> list[dict[str, Tensor]]:
+    """Arguments of the model's forward for the first lines that ask about a recording; none for a model that is deaf."""
+    recordings = recordings_for(checkpoint)
+    rows = [] if recordings is None else [row for row in read_rows(data) if AUDIO in row.fields]
+    if recordings is None:
+        return []
+    return [
+        recordings.listener.prepare([recordings.read(row)], [str(row.fields["prompt"])])
+        for row in rows[:count]
+    ]
+
+
+def recordings_digest(checkpoint: Checkpoint, data: Path) -> str | None:
+    """A SHA-256 over the recordings that lines name, in hexadecimal; None where there are none."""
+    if not isinstance(checkpoint.anatomy, AudioAnatomy):
+        return None
+    paths = {audio_path(row): None for row in read_rows(data) if AUDIO in row.fields}
+    found = hashlib.sha256()
+    for path in paths:
+        if path.is_file():
+            found.update(path.read_bytes())
+    return found.hexdigest() if paths else None
 
 
 class Recordings:

@@ -19,10 +19,11 @@ import torch
 from postlude import registry
 from postlude.errors import DataError, SettingsError
 from postlude.runs.ranks import ranks
+from postlude.runs.vocabulary import check_vocabulary
 from postlude.surgery.head import LanguageHead
 from postlude.tuning.batches import make_plan
 from postlude.tuning.examples import Examples, read_examples
-from postlude.tuning.prior import Prior, Reference, check_tokens, check_vocabulary, identity
+from postlude.tuning.prior import Prior, Reference, check_tokens, identity
 from postlude.tuning.recordings import recordings_for
 from postlude.tuning.run import Job, Objective, Outcome
 from postlude.tuning.trainer import Batches, TokenLoss, arguments, joined, only, seeded

@@ -37,6 +37,7 @@ def audio_llm(model: Any) -> AudioAnatomy:
         family="audio_llm",
         head="lm_head",
         encoder="model.audio_tower",
+        positions="embed_positions.weight",
         projector=_PROJECTOR,
         projection=f"{_PROJECTOR}.{last}",
         audio_token=config.audio_token_id,
