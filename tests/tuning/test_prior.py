@@ -11,6 +11,7 @@ import torch
 
 from postlude.errors import DataError, OutputExistsError, RunDirectoryError, SettingsError
 from postlude.numerics.weighted_likelihood import COLUMNS
+from postlude.runs.vocabulary import check_vocabulary
 from postlude.surgery.head import LanguageHead
 from postlude.tuning import prior as module
 from postlude.tuning.batches import collate
@@ -19,7 +20,6 @@ from postlude.tuning.prior import (
     Prior,
     Reference,
     cast,
-    check_vocabulary,
     columns_of,
     compute_prior,
     identity,

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from postlude._front_door.attributing import (
         attribute,
+        attribution_damage,
         attribution_learn_weights,
         attribution_plan,
         attribution_query,
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "attribute",
+    "attribution_damage",
     "attribution_learn_weights",
     "attribution_plan",
     "attribution_query",
@@ -68,6 +70,7 @@ __all__ = [
 
 _FILES = {
     "attribute": "attributing",
+    "attribution_damage": "attributing",
     "attribution_learn_weights": "attributing",
     "attribution_plan": "attributing",
     "attribution_query": "attributing",

@@ -12,6 +12,8 @@ from postlude import registry
 from postlude._front_door.opening import Path_, open_checkpoint
 from postlude.attribution import plan as _plan
 from postlude.attribution.build import build as _build
+from postlude.attribution.damage import Worst
+from postlude.attribution.damage import worst as _worst
 from postlude.attribution.data import Data, open_data
 from postlude.attribution.engine import Attributor
 from postlude.attribution.examples import Collection
@@ -30,6 +32,7 @@ from postlude.runs.progress import Progress
 __all__ = [
     "Examples",
     "attribute",
+    "attribution_damage",
     "attribution_learn_weights",
     "attribution_plan",
     "attribution_query",
@@ -230,6 +233,7 @@ def attribution_select(
     method: str | Attributor | None = None,
     changes: Mapping[str, Any] | None = None,
     checkpoint: Path_ | Checkpoint | None = None,
+    reference: Path_ | Checkpoint | None = None,
     keep: bool = True,
     overwrite: bool = False,
     progress: Progress | None = None,
@@ -242,6 +246,8 @@ def attribution_select(
         out: a ``.jsonl`` file.
         top: how many are chosen.
         drop: write the others.
+        reference: ask about the divergence of the queries from this model rather than about their loss: which examples
+            would bring a compressed model back to the one it was made from.
         method, changes, checkpoint, keep: as for :func:`attribution_query`.
         overwrite: replace the file.
         progress: where to show it.
@@ -258,7 +264,50 @@ def attribution_select(
         drop=drop,
         method=settings,
         checkpoint=model,
+        reference=None if reference is None else open_checkpoint(reference),
         keep=keep,
+        overwrite=overwrite,
+        progress=progress,
+    )
+
+
+def attribution_damage(
+    checkpoint: Path_ | Checkpoint,
+    source: Examples,
+    out: Path_,
+    *,
+    reference: Path_ | Checkpoint,
+    top: int,
+    by: str = "kl",
+    collection: Collection | None = None,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> Worst:
+    """Write the texts that a model lost most against the one it was made from.
+
+    Args:
+        checkpoint: a quantized, pruned or tuned language model, loaded or a path.
+        source: a ``.jsonl`` file with ``text``, or ``prompt`` and ``completion``, a line; or such records; or texts.
+        out: a ``.jsonl`` file.
+        reference: the model it was made from.
+        top: how many are chosen.
+        by: ``kl`` (divergence of the predictions), ``gap`` (added loss) or ``loss`` (of the model alone), in nats a
+            token.
+        collection: length, and which tokens are predicted.
+        overwrite: replace the file.
+        progress: where to show it.
+
+    Raises:
+        SettingsError, DataError, OutputExistsError, UnknownNameError: see :func:`postlude.attribution.damage.worst`.
+    """
+    return _worst(
+        open_checkpoint(checkpoint),
+        open_checkpoint(reference),
+        source,
+        out,
+        top=top,
+        by=by,
+        collection=collection,
         overwrite=overwrite,
         progress=progress,
     )

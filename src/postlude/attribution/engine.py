@@ -32,6 +32,7 @@ from postlude.attribution.curvature import (
 from postlude.attribution.data import Data, batches, open_data
 from postlude.attribution.explain import Parts, influence_parts
 from postlude.attribution.index import Index, LayerSource
+from postlude.attribution.outputs import Maker
 from postlude.attribution.representation import GradientRepresentation, Representation, Rows
 from postlude.errors import SettingsError
 from postlude.runs.checkpoint import Checkpoint
@@ -389,17 +390,21 @@ def _unit(module: str) -> str:
     return "".join(letter if letter.isalnum() or letter in "._-" else "_" for letter in module)
 
 
-def record_queries(index: Index, checkpoint: Checkpoint, source: Any) -> Queries:
+def record_queries(
+    index: Index, checkpoint: Checkpoint, source: Any, output: Maker | None = None
+) -> Queries:
     """Run queries through the model as the training examples were, but keep them in full precision.
 
     Args:
         index: what they are recorded for.
         checkpoint: the model of the index.
         source: queries, opened or as :func:`postlude.attribution.data.open_data` takes them.
+        output: what is asked about instead of what the index keeps of its examples.
 
     Raises:
         StoreError: another model than the index was built with.
         DataError: an empty query, or one that does not fit the model.
+        SettingsError: another output for an index whose examples are not kept by the gradients of their loss.
     """
     index.check_model(checkpoint)
     data: Data = open_data(source, checkpoint.kind)
@@ -407,7 +412,17 @@ def record_queries(index: Index, checkpoint: Checkpoint, source: Any) -> Queries
     data.check(checkpoint, collection)
     examples = data.examples(checkpoint, collection)
     full = index.representation.full_precision()
-    with full.recorder(checkpoint, collection) as record:
+    if output is None:
+        context = full.recorder(checkpoint, collection)
+    elif isinstance(full, GradientRepresentation) and full.output == "loss":
+        context = full.recorder_of(checkpoint, collection, output(checkpoint, collection))
+    else:
+        raise SettingsError(
+            f"{index.path} was built for {index.manifest['method']['name']}, which keeps no gradients of the loss of "
+            "its examples, so only what it was built for can be asked of it. Build one for lorif, logra, graddot or "
+            "gradcos."
+        )
+    with context as record:
         tensors = record_rows(record, examples, collection.tokens_per_batch)
     return Queries(examples, tensors, full, index.layers, checkpoint)
 

@@ -22,6 +22,7 @@ from postlude.runs.checkpoint import Checkpoint
 from postlude.surgery.capture import device_of
 
 __all__ = [
+    "Maker",
     "Output",
     "Predictions",
     "check_output",

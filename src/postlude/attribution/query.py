@@ -25,6 +25,7 @@ from postlude.attribution.engine import Attributor, InfluenceAttributor, Queries
 from postlude.attribution.explain import Parts
 from postlude.attribution.index import Index
 from postlude.attribution.layer_weights import LayerWeights, Learning, learn
+from postlude.attribution.outputs import Maker
 from postlude.errors import SettingsError
 from postlude.runs.checkpoint import Checkpoint
 from postlude.runs.documents import token_pieces
@@ -254,14 +255,19 @@ def scores(
     weights: LayerWeights | str | os.PathLike[str] | None = None,
     checkpoint: Checkpoint | None = None,
     keep: bool = False,
+    output: Maker | None = None,
     progress: Progress | None = None,
 ) -> Tensor:
-    """Scores of all training examples for every query: fp32 ``[queries, examples]``; arguments as for :func:`query`."""
+    """Scores of all training examples for every query: fp32 ``[queries, examples]``; arguments as for :func:`query`.
+
+    ``output`` is what is asked about instead of the loss of a query, see
+    :func:`postlude.attribution.engine.record_queries`.
+    """
     method = method_of(index) if method is None else method
     method.check(index)
     named = _weights(weights, index, method)
     checkpoint = model_of(index) if checkpoint is None else checkpoint
-    queries = record_queries(index, checkpoint, _opened(source, checkpoint))
+    queries = record_queries(index, checkpoint, _opened(source, checkpoint), output)
     return method.score(index, queries.weighted(named), keep=keep, progress=progress).total
 
 

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from postlude import registry
 from postlude.attribution.examples import Collection
-from postlude.attribution.outputs import check_output, output_function
+from postlude.attribution.outputs import Output, check_output, output_function
 from postlude.errors import SettingsError, StoreError
 from postlude.numerics.factorize import batched_power_iteration
 from postlude.numerics.formats import Granularity, Integer, Scheme
@@ -326,10 +326,18 @@ class GradientRepresentation(Representation):
 
     @contextlib.contextmanager
     def recorder(self, checkpoint: Checkpoint, collection: Collection) -> Iterator[Recorder]:
+        output = output_function(self.output, checkpoint.kind)(checkpoint, collection)
+        with self.recorder_of(checkpoint, collection, output) as record:
+            yield record
+
+    @contextlib.contextmanager
+    def recorder_of(
+        self, checkpoint: Checkpoint, collection: Collection, output: Output
+    ) -> Iterator[Recorder]:
+        """The recorder of the gradients of another output than the one that the index keeps."""
         collector = self._collector(checkpoint, collection)
         self.check(collector.layers)
         keep = self.keeper(collection)
-        output = output_function(self.output, checkpoint.kind)(checkpoint, collection)
 
         def record(batch: Any) -> dict[str, Tensor]:
             losses: list[Tensor] = []

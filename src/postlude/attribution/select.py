@@ -18,12 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from postlude.attribution.damage import divergence
 from postlude.attribution.engine import Attributor
 from postlude.attribution.examples import Records
 from postlude.attribution.index import Index
 from postlude.attribution.query import Source, scores
 from postlude.errors import DataError, SettingsError
-from postlude.runs.atomic import atomic_write, check_replaceable
+from postlude.runs.atomic import atomic_write, check_replaceable_file
 from postlude.runs.checkpoint import Checkpoint
 from postlude.runs.progress import Progress
 
@@ -73,6 +74,7 @@ def select(
     drop: bool = False,
     method: Attributor | None = None,
     checkpoint: Checkpoint | None = None,
+    reference: Checkpoint | None = None,
     data: Source | None = None,
     keep: bool = True,
     overwrite: bool = False,
@@ -87,6 +89,8 @@ def select(
         top: how many examples are chosen.
         drop: leave them out rather than keep them alone.
         method, checkpoint, data, keep, progress: see :func:`postlude.attribution.query.query`.
+        reference: ask which examples lower the divergence of the queries from this model, rather than their loss; see
+            :mod:`postlude.attribution.damage`.
         overwrite: replace the file.
 
     Raises:
@@ -95,7 +99,7 @@ def select(
         OutputExistsError: the file exists.
         StoreError: another model than that of the index, or data that have changed since the build.
     """
-    check_replaceable(Path(os.path.realpath(out)), overwrite, None)
+    check_replaceable_file(Path(os.path.realpath(out)), overwrite)
     if not 1 <= top <= len(index):
         raise SettingsError(f"top is {top}; expected 1 to {len(index)}, the examples of the index")
     if drop and top == len(index):
@@ -106,7 +110,13 @@ def select(
             f"{index.path} is an index of {records.kind}, and only records of texts can be written"
         )
     found = scores(
-        index, source, method=method, checkpoint=checkpoint, keep=keep, progress=progress
+        index,
+        source,
+        method=method,
+        checkpoint=checkpoint,
+        keep=keep,
+        output=None if reference is None else divergence(reference),
+        progress=progress,
     )
     values, order = strength(found).sort(descending=True, stable=True)
     numbers = order[:top].tolist()

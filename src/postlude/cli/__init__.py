@@ -74,6 +74,7 @@ app.add_typer(tune.app, name="tune")
 app.command("quantize")(quantize.quantize)
 app.add_typer(sample.app, name="sample")
 attribute.app.command("select")(selection.select)
+attribute.app.command("damage")(selection.damage)
 app.add_typer(attribute.app, name="attribute")
 app.add_typer(evaluate.app, name="evaluate")
 app.command("generate")(generate.generate)
@@ -174,7 +175,9 @@ def run(arguments: Sequence[str]) -> int:
         else:
             from rich.console import Console
 
-            outcome.show(Console(file=stdout, highlight=False, soft_wrap=not stdout.isatty()))
+            # What a file or another program reads is not folded, and no path in it cut off.
+            wide = {} if stdout.isatty() else {"width": 10_000, "soft_wrap": True}
+            outcome.show(Console(file=stdout, highlight=False, **wide))
         return 0
     if outcome == 130:
         print("Interrupted.", file=sys.stderr)

@@ -38,6 +38,7 @@ _FILES = {
     "sample calibrate": "drift.safetensors",
     "attribute learn-weights": "weights.safetensors",
     "attribute select": "examples.jsonl",
+    "attribute damage": "examples.jsonl",
     "fit": "picture.inr",
     "render": "picture.png",
 }

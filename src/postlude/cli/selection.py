@@ -1,8 +1,8 @@
-"""``postlude attribute select``: the training examples that queries point at, or all but those, as a file."""
+"""``postlude attribute select`` and ``damage``: training examples that queries point at, and texts that were lost."""
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -10,7 +10,7 @@ from postlude.cli import _options as options
 from postlude.cli._output import Result
 from postlude.cli.attribute import Index, Keep, Method, Moved, opened_index
 
-__all__ = ["select"]
+__all__ = ["damage", "select"]
 
 
 def select(
@@ -38,6 +38,15 @@ def select(
     drop: Annotated[
         bool, typer.Option("--drop", help="Write all the others: leave the chosen ones out.")
     ] = False,
+    reference: Annotated[
+        str | None,
+        typer.Option(
+            "--reference",
+            metavar="CHECKPOINT",
+            help="The model that this one was made from: ask which examples would bring the queries' predictions back "
+            "to its own, rather than which support the queries.",
+        ),
+    ] = None,
     method: Method = None,
     set_: options.Set = None,
     checkpoint: Moved = None,
@@ -66,6 +75,9 @@ def select(
             method=asked,
             changes=changes,
             checkpoint=loaded,
+            reference=None
+            if reference is None
+            else _front_door.load(reference, dtype=dtype, device=device),
             keep=keep,
             overwrite=overwrite,
             progress=progress,
@@ -80,6 +92,97 @@ def select(
             "chosen": [
                 {"id": id, "strength": value}
                 for id, value in zip(found.ids, found.strengths, strict=True)
+            ],
+        }
+    )
+
+
+def damage(
+    checkpoint: options.Checkpoint,
+    data: Annotated[
+        str,
+        typer.Argument(
+            metavar="DATA",
+            help='Texts: a .jsonl file, a line each with "text", or "prompt" and "completion".',
+            show_default=False,
+        ),
+    ],
+    reference: Annotated[
+        str,
+        typer.Option(
+            "--reference",
+            metavar="CHECKPOINT",
+            help="The model that this one was made from.",
+            show_default=False,
+        ),
+    ],
+    output: Annotated[
+        str,
+        typer.Option(
+            "--output", "-o", metavar="FILE.jsonl", help="Where to write.", show_default=False
+        ),
+    ],
+    top: Annotated[
+        int,
+        typer.Option("--top", "-n", min=1, help="How many texts are written.", show_default=False),
+    ],
+    by: Annotated[
+        Literal["kl", "gap", "loss"],
+        typer.Option(
+            "--by",
+            help="Nats a token: how far predictions moved, the loss added, or the model's own loss.",
+        ),
+    ] = "kl",
+    max_length: Annotated[
+        int,
+        typer.Option("--max-length", min=0, help="Tokens at which a text is cut; 0: context."),
+    ] = 0,
+    dtype: options.Dtype = "auto",
+    device: options.Device = None,
+    overwrite: options.Overwrite = False,
+    seed: options.Seed = 0,
+    json: options.Json = False,
+) -> Result:
+    """Write the texts that a compressed model lost most, as queries for `select` or as data to tune on.
+
+    Nothing here is random: --seed is taken for uniformity.
+    """
+    from postlude import _front_door
+    from postlude.attribution.examples import Collection
+    from postlude.runs.progress import Progress
+
+    model, exact = (
+        _front_door.load(one, dtype=dtype, device=device) for one in (checkpoint, reference)
+    )
+    with Progress(show=True) as progress:
+        found = _front_door.attribution_damage(
+            model,
+            data,
+            output,
+            reference=exact,
+            top=top,
+            by=by,
+            collection=Collection(max_length=max_length),
+            overwrite=overwrite,
+            progress=progress,
+        )
+    measured = found.damage
+    return Result(
+        {
+            "output": output,
+            "texts": len(found.numbers),
+            "of": len(measured.tokens),
+            "by": by,
+            **{name: measured.mean(name) for name in ("kl", "gap", "loss")},
+            "chosen": [
+                {
+                    "id": id,
+                    **{
+                        name: float(getattr(measured, name)[number])
+                        for name in ("kl", "gap", "loss")
+                    },
+                }
+                for id, number in zip(found.ids, found.numbers, strict=True)
             ],
         }
     )

@@ -25,6 +25,7 @@ __all__ = [
     "atomic_directory",
     "atomic_write",
     "check_replaceable",
+    "check_replaceable_file",
     "discard",
     "is_full",
     "is_partial",
@@ -186,6 +187,22 @@ def _is_alive(process: int) -> bool:
     except PermissionError:
         return True
     return True
+
+
+def check_replaceable_file(target: Path, overwrite: bool) -> None:
+    """Refuse, before any work is done, an output file that may not be replaced.
+
+    Raises:
+        OutputExistsError: says what is in the way.
+    """
+    if target.is_dir():
+        raise OutputExistsError(
+            f"{target} is a directory, and the output is a file: choose another output."
+        )
+    if target.exists() and not overwrite:
+        raise OutputExistsError(
+            f"{target} already exists. Choose another output, or pass --overwrite to replace it."
+        )
 
 
 def check_replaceable(target: Path, overwrite: bool, marker: str | tuple[str, ...] | None) -> None:
