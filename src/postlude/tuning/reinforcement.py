@@ -32,7 +32,7 @@ import copy
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -79,6 +79,8 @@ class GRPO(Objective):
             speaks of; for a reward with dimensions, on an audio language model.
         sentence_encoder: directory of the sentence encoder that ``speech-similarity`` compares descriptions with.
     """
+
+    hears: ClassVar[bool] = True
 
     reward: tuple[str, ...] = ()
     generations: int = 8
