@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import os
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from postlude.quantization.engine import quantize as _quantize
 from postlude.runs.atomic import check_replaceable, discard
 from postlude.runs.checkpoint import MARKERS, Checkpoint
 from postlude.runs.directory import RunDirectory, run_beside
+from postlude.runs.processes import Processes
 from postlude.runs.progress import Progress
 
 __all__ = ["quantize"]
@@ -82,31 +84,42 @@ def quantize(
             f"{out} is the model itself, which would be lost: choose another output."
         )
     check_kind(settings, opened)
-    unit: Unit = compute_unit
     source = None
     if settings.needs_calibration:
         source = Calibrating(opened, calibration, samples, length, timesteps, seed)
     directory = run_beside(out) if run is None and out is not None else run
-    if directory is not None:
-        manifest = _manifest(opened, settings, source, seed)
-        elsewhere = "output (-o)" if run is None else "run directory (--run)"
-        kept = RunDirectory(directory, manifest, overwrite=overwrite, elsewhere=elsewhere)
-        unit = kept.unit
-        if progress is not None and kept.finished():
-            progress.log(f"resuming: {len(kept.finished())} finished steps in {kept.path}")
-    work = opened if inplace or opened is not checkpoint else _copy(opened)
-    try:
-        data = None if source is None else source.read(unit, progress)
-        small = _quantize(work, settings, data, seed=seed, progress=progress, unit=unit)
-    except InputError:
-        # The same call would fail again, and another one is another run.
-        if out is not None and run is None:
-            discard(run_beside(out), out)
-        raise
-    if out is not None:
-        small.save(out, overwrite=overwrite, check=check)
-        if run is None:
-            discard(run_beside(out), out)
+    with Processes() as all_processes:
+        unit: Unit = compute_unit
+        # Without a directory ranks have nowhere to find each other's work: each does it all.
+        processes = Processes() if directory is None else all_processes
+        if directory is not None:
+            manifest = _manifest(opened, settings, source, seed)
+            elsewhere = "output (-o)" if run is None else "run directory (--run)"
+            open_run = functools.partial(RunDirectory, directory, manifest, elsewhere=elsewhere)
+            kept = processes.first(lambda: open_run(overwrite=overwrite), open_run)
+            unit = kept.unit
+            if progress is not None and kept.finished():
+                progress.log(f"resuming: {len(kept.finished())} finished steps in {kept.path}")
+        work = opened if inplace or opened is not checkpoint else _copy(opened)
+        try:
+            data = None if source is None else source.read(processes.once(unit), progress)
+            small = _quantize(
+                work, settings, data, seed=seed, progress=progress, unit=unit, processes=processes
+            )
+        except InputError:
+            # The same call would fail again, and another one is another run.
+            if out is not None and run is None and all_processes.is_first:
+                discard(run_beside(out), out)
+            raise
+
+        def save(place: Path_) -> None:
+            small.save(place, overwrite=overwrite, check=check)
+            if run is None:
+                discard(run_beside(place), place)
+
+        if out is not None:
+            all_processes.first(lambda: save(out), lambda: None)
+            small.path = Path(os.path.realpath(out))
     return small
 
 

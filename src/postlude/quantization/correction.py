@@ -75,6 +75,10 @@ class Correction(Quantizer):
         return super().reads_inputs or self.metric != "identity"
 
     @property
+    def rounds_apart(self) -> bool:
+        return type(self).round_site is Correction.round_site
+
+    @property
     def branch_format(self) -> BranchFormat:
         return BranchFormat.parse(self.branch)
 

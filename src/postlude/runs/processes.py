@@ -108,11 +108,17 @@ class Processes:
         self.wait()
         return (work if others is None else others)()
 
+    def once(
+        self, unit: Callable[[str, Callable[[], Any]], T]
+    ) -> Callable[[str, Callable[[], Any]], T]:
+        """A function that keeps units of work, of which the first process computes each and the others read it."""
+        return lambda name, compute: self.first(lambda: unit(name, compute))
+
     def together(
         self,
-        unit: Callable[[str, Callable[[], T]], T],
+        unit: Callable[[str, Callable[[], Any]], T],
         name: str,
-        compute: Callable[[], T],
+        compute: Callable[[], Any],
     ) -> T:
         """A unit of work (:meth:`postlude.runs.directory.RunDirectory.unit`) that takes all processes to compute.
 
@@ -130,7 +136,7 @@ class Processes:
             return unit(name, compute)
         called = False
 
-        def announced() -> T:
+        def announced() -> Any:
             nonlocal called
             called = self.agree(lambda: True)
             return compute()

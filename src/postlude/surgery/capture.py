@@ -353,13 +353,19 @@ class BlockWalk:
 
     @torch.no_grad()
     def observe(
-        self, block: Block, observers: Mapping[str, Observer], *, freeze_attention: bool = False
+        self,
+        block: Block,
+        observers: Mapping[str, Observer],
+        *,
+        freeze_attention: bool = False,
+        before: Callable[[int], None] = lambda _: None,
     ) -> None:
         """Run the block and show site inputs to observers, stopping after the last one.
 
         Args:
             block: the current one.
             observers: by site name; called with ``[batch, length, width]``.
+            before: called with the number of each batch before it is run.
             freeze_attention: keep what the output projection reads and use it again until ``advance``, for a
                 caller that changes nothing before that projection any more; ``o_in`` must be the last site.
                 Saves time in language models; elsewhere attention is computed again.
@@ -375,6 +381,7 @@ class BlockWalk:
         module = self._model.get_submodule(block.name)
         with _site_hooks(self._model, hooks, stop=True), hold_dense(module):
             for index in range(len(self._states)):
+                before(index)
                 with contextlib.suppress(_Stop):
                     self.call(block, index)
         if freeze_attention:
