@@ -33,6 +33,7 @@ from torch import Tensor
 
 from postlude.errors import DataError, SettingsError
 from postlude.runs.documents import encode
+from postlude.runs.listening import Features, Listener
 from postlude.runs.progress import Progress
 from postlude.tuning.recordings import AUDIO, Recordings
 from postlude.tuning.rows import FORMS, Row, read_rows
@@ -400,6 +401,17 @@ def _about_recording(tokenizer: Any, row: Row, recordings: Recordings | None) ->
         )
     prompt, completion = _string(row, "prompt"), _string(row, "completion")
     listener, features = recordings.listener, recordings.read(row)
+    # A few questions, answers and lengths make up most data sets.
+    key = (prompt, completion, features.embeddings)
+    if key not in recordings.tokens:
+        recordings.tokens[key] = _question(tokenizer, row, listener, features, prompt, completion)
+    found: _Tokens = recordings.tokens[key]
+    return found
+
+
+def _question(
+    tokenizer: Any, row: Row, listener: Listener, features: Features, prompt: str, completion: str
+) -> _Tokens:
     try:
         given = listener.written(prompt)
         whole = listener.written(prompt, completion)

@@ -98,12 +98,14 @@ class Recordings:
         listener: of the model.
         of: for each example the number of its recording; -1 for none.
         features: of each recording.
+        tokens: of a question, its answer and the number of embeddings between, for whoever makes them.
     """
 
     def __init__(self, listener: Listener) -> None:
         self.listener = listener
         self.of: list[int] = []
         self.features: list[Features] = []
+        self.tokens: dict[tuple[str, str, int], Any] = {}
         self.seconds = 0.0
         self._known: dict[Path, int] = {}
         self._converted: Counter[str] = Counter()

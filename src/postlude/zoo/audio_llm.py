@@ -43,6 +43,7 @@ RATE = 16_000
 MEL_BANDS = 64
 WINDOW = 5  # seconds
 HOP = 320  # samples
+_LONGEST = 30  # seconds
 _AUDIO, _END, _PAD = "<sound>", "<|end|>", "<|pad|>"
 _TURNS = ("<|user|>", "<|assistant|>", "<|system|>")
 _TYPES = {
@@ -80,8 +81,13 @@ def _texts() -> Iterator[str]:
             yield phrase(part, findings[part.key])
 
 
-def build_processor() -> Any:
-    """The ``AudioFlamingo3Processor`` of the small model; the same every time."""
+def build_processor(window: int = WINDOW, mel_bands: int = MEL_BANDS) -> Any:
+    """The ``AudioFlamingo3Processor`` of the small model; the same every time.
+
+    Args:
+        window: seconds that the encoder reads at once.
+        mel_bands: of the features.
+    """
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import (
         AudioFlamingo3Processor,
@@ -111,10 +117,10 @@ def build_processor() -> Any:
         extra_special_tokens=[_AUDIO, *_TURNS],
     )
     extractor = WhisperFeatureExtractor(
-        feature_size=MEL_BANDS, sampling_rate=RATE, hop_length=HOP, chunk_length=WINDOW
+        feature_size=mel_bands, sampling_rate=RATE, hop_length=HOP, chunk_length=window
     )
     return AudioFlamingo3Processor(
-        extractor, tokenizer, chat_template=_TEMPLATE, audio_token=_AUDIO, max_audio_len=6 * WINDOW
+        extractor, tokenizer, chat_template=_TEMPLATE, audio_token=_AUDIO, max_audio_len=_LONGEST
     )
 
 
