@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import html
-import json
 import re
-import shutil
-import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -17,9 +12,7 @@ from postlude.attribution.d_trak import DTRAK
 from postlude.report.attribution import render
 
 from .attributed import TEXT, answer
-
-NAMES = ("chromium", "chromium-browser", "google-chrome")
-WIDTHS = (360, 1440)
+from .browser import Browser
 
 
 class Reader(HTMLParser):
@@ -168,87 +161,37 @@ def test_nothing_that_stands_out_is_said() -> None:
     assert "None stands out" in words(render(results))
 
 
-@pytest.fixture(scope="module")
-def chromium() -> str:
-    for name in NAMES:
-        path = shutil.which(name)
-        if path is not None:
-            return path
-    pytest.skip(f"no browser: none of {', '.join(NAMES)} is installed")
+# What there is to see of marked words and of the bars of layers.
+SEEN = """(() => {
+  const box = element => element.getBoundingClientRect();
+  const bars = [...document.querySelectorAll(".bars > span")].map(box);
+  const drawn = [...document.querySelectorAll(".bars > span > span")].map(box);
+  return {
+    marks: [...document.querySelectorAll("i[title]")].filter(mark => box(mark).width > 0).length,
+    lines: new Set([...document.querySelectorAll("i.p6, i.n6")].map(
+      mark => getComputedStyle(mark).borderBottomStyle)).size,
+    bars: bars.length,
+    narrowest: Math.min(...bars.map(bar => bar.width)),
+    outside: drawn.filter((bar, n) => bar.top < bars[n].top - 1 || bar.bottom > bars[n].bottom + 1).length,
+    tallest: Math.max(...drawn.map(bar => bar.height)),
+    hits: document.querySelectorAll("ol.hits > li").length,
+  };
+})()"""
 
 
-# Frames of both widths in one page, so that the browser starts once.
-HOST = """<!doctype html><link rel="icon" href="data:,"><body>{frames}<script>
-addEventListener("load", () => {{
-  const found = [...document.querySelectorAll("iframe")].map(frame => {{
-    const page = frame.contentDocument, root = page.documentElement;
-    const box = element => element.getBoundingClientRect();
-    const bars = [...page.querySelectorAll(".bars > span")].map(box);
-    const drawn = [...page.querySelectorAll(".bars > span > span")].map(box);
-    return {{
-      visible: root.clientWidth,
-      needed: root.scrollWidth,
-      marks: [...page.querySelectorAll("i[title]")].filter(mark => box(mark).width > 0).length,
-      lines: new Set([...page.querySelectorAll("i.p6, i.n6")].map(
-        mark => frame.contentWindow.getComputedStyle(mark).borderBottomStyle)).size,
-      bars: bars.length,
-      narrowest: Math.min(...bars.map(bar => bar.width)),
-      outside: drawn.filter((bar, n) => bar.top < bars[n].top - 1 || bar.bottom > bars[n].bottom + 1).length,
-      tallest: Math.max(...drawn.map(bar => bar.height)),
-      hits: page.querySelectorAll("ol.hits > li").length,
-    }};
-  }});
-  document.body.innerHTML = "<pre id=found>" + JSON.stringify(found) + "</pre>";
-}});
-</script>"""
-
-
-def test_the_page_in_a_browser(chromium: str, tmp_path: Path) -> None:
-    results = answer(title="a-model-with-a-name-that-nobody-would-want-to-type-twice")
-    results["environment"]["processor"] = "x" * 200
-    results["queries"][0]["results"][2] |= {
-        "id": "y" * 150,
-        "tokens": [{"text": "of" * 300, "score": 1.0}],
-    }
-    page = render(results)
-    frames = "".join(
-        f'<iframe width="{width}" height="800" style="border:0" srcdoc="{html.escape(page)}"></iframe>'
-        for width in WIDTHS
-    )
-    file = tmp_path / "host.html"
-    file.write_text(HOST.format(frames=frames), encoding="utf-8")
-    arguments = [
-        "--headless=new",
-        "--no-sandbox",
-        "--disable-gpu",
-        "--disable-background-networking",
-        "--disable-dev-shm-usage",
-        "--hide-scrollbars",
-        f"--user-data-dir={tmp_path / 'profile'}",
-        "--window-size=1600,900",
-        "--virtual-time-budget=5000",
-        "--enable-logging=stderr",
-        "--dump-dom",
-    ]
-    done = subprocess.run(
-        [chromium, *arguments, file.as_uri()], capture_output=True, text=True, timeout=100
-    )
-    found = re.search(r'<pre id="found">(.*?)</pre>', done.stdout, re.DOTALL)
-    assert found, f"{done.returncode}: {done.stderr[-2000:]}"
-    # What a page says on the console is logged with the word CONSOLE.
-    assert not [line for line in done.stderr.splitlines() if "CONSOLE" in line]
-    phone, desk = json.loads(html.unescape(found[1]))
-    assert (phone["visible"], desk["visible"]) == WIDTHS
-    for seen, width in ((phone, 360), (desk, 1440)):
-        measured: dict[str, Any] = seen
-        assert measured["needed"] == width
-        assert measured["hits"] == 3
-        assert measured["marks"] > 20
-        assert measured["lines"] == 2  # solid and dotted
-        assert measured["bars"] == 3 * 9
-        assert measured["outside"] == 0
-        assert measured["tallest"] > 20
-    assert phone["narrowest"] > 4
+@pytest.mark.parametrize("width", [360, 1440])
+def test_the_page_in_a_browser(window: Browser, width: int, tmp_path: Path) -> None:
+    file = tmp_path / "page.html"
+    file.write_text(render(answer()), encoding="utf-8")
+    window.open(file, width)
+    seen = window.evaluate(SEEN)
+    assert seen["hits"] == 3
+    assert seen["marks"] > 20
+    assert seen["lines"] == 2  # solid and dotted
+    assert seen["bars"] == 3 * 9
+    assert seen["outside"] == 0
+    assert seen["tallest"] > 20
+    assert seen["narrowest"] > 4
 
 
 PICTURE = "data:image/png;base64,iVBORw0KGgo="

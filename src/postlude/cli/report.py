@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Annotated
 
 import typer
@@ -33,6 +34,8 @@ def report(
     json: options.Json = False,
 ) -> Result:
     """Write the page of one run of a recipe, or of several side by side."""
+    import webbrowser
+
     from postlude import _front_door
     from postlude.errors import SettingsError
 
@@ -41,5 +44,7 @@ def report(
     refuse_existing(output, overwrite=overwrite)
     page = _front_door.report(runs, output)
     if open_:
-        typer.launch(str(page))
+        address = page.resolve().as_uri()
+        if not webbrowser.open(address):
+            print(f"postlude: there is no browser to show {address} with.", file=sys.stderr)
     return Result({"report": str(page)})

@@ -167,11 +167,13 @@ def _sections(run: _Run, folder: Path | None, prefix: str) -> Iterator[dict[str,
         name = f"{run.name}: {done.stage}" if prefix else done.stage
         yield {
             "identifier": f"stage-{prefix}{done.stage}",
+            "run": run.name,
+            "name": done.stage,
             "title": name,
             "sentence": f"postlude {_verb(done)}, {done.seconds:.1f} s.",
             "links": links,
             "pictures": list(_pictures(inside, done)),
-            "rows": [(measure, _text(value)) for measure, value in _measures(done.result)],
+            "rows": [(_words(measure), _text(value)) for measure, value in _measures(done.result)],
             "command": folded(" ".join(["postlude", *done.command])),
         }
 
@@ -203,6 +205,10 @@ def _measures(result: Any, prefix: str = "") -> Iterator[tuple[str, float | int 
             yield path, "yes" if value else "no"
         elif isinstance(value, int | float) or (isinstance(value, str) and len(value) <= 80):
             yield path, value
+
+
+def _words(path: str) -> str:
+    return path.replace("_", " ").replace(".", ": ")
 
 
 def _numbers(done: Done) -> dict[str, float]:
@@ -260,7 +266,7 @@ def _comparison(runs: Sequence[_Run]) -> list[dict[str, Any]]:
                 cells = found.setdefault((done.stage, name), ["\u2013"] * len(runs))
                 cells[number] = _text(value)
     return [
-        {"stage": stage, "measure": measure, "cells": cells}
+        {"stage": stage, "measure": _words(measure), "cells": cells}
         for (stage, measure), cells in found.items()
         if len(set(cells)) > 1
     ]

@@ -12,6 +12,7 @@ import html
 import io
 import math
 import re
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -20,6 +21,7 @@ import matplotlib
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 __all__ = ["Line", "Plot", "bar_plot", "heat_map", "line_plot"]
@@ -185,7 +187,7 @@ def bar_plot(
         axes.invert_yaxis()
         axes.margins(x=0.18)
         axes.set_xlim(left=0)
-        axes.set_xlabel(x_label)
+        _labels(axes, x_label)
         axes.xaxis.set_major_formatter(FuncFormatter(_number))
         axes.locator_params(axis="x", nbins=5)
         axes.grid(axis="x", color=_GRID, linewidth=0.8)
@@ -193,7 +195,8 @@ def bar_plot(
         axes.spines[["top", "right", "bottom"]].set_visible(False)
         axes.tick_params(length=0)
         if len(groups) > 1:
-            figure.legend(loc="outside upper center", ncols=min(3, len(groups)), frameon=False)
+            beside = min(len(groups), 4 if size == _WIDE else 2)
+            figure.legend(loc="outside upper center", ncols=beside, frameon=False)
         return _svg(figure, f"{identifier}-{size[0]}", alt)
 
     with _settings():
@@ -242,8 +245,7 @@ def heat_map(
         axes.set_yticklabels(rows)
         axes.tick_params(length=0)
         axes.tick_params(axis="x", labelsize=_FONT - 2)
-        axes.set_xlabel(x_label)
-        axes.set_ylabel(y_label)
+        _labels(axes, x_label, y_label)
         axes.spines[:].set_visible(False)
         bar = figure.colorbar(image, ax=axes, fraction=0.05, pad=0.03, aspect=28)
         bar.set_label(scale_label)
@@ -276,24 +278,32 @@ def _settings() -> Iterator[None]:
 
 def _figure(size: tuple[int, int]) -> tuple[Figure, Any]:
     figure = Figure(figsize=(size[0] / 72, size[1] / 72), dpi=72, layout="constrained")
-    FigureCanvasSVG(figure)
     return figure, figure.add_subplot()
 
 
 def _axes(axes: Any, x_label: str, y_label: str, ticks: Sequence[str], logarithmic: bool) -> None:
-    axes.set_xlabel(x_label)
-    axes.set_ylabel(y_label)
+    _labels(axes, x_label, y_label)
     if logarithmic:
         axes.set_yscale("log")
     axes.grid(axis="y", color=_GRID, linewidth=0.8)
     axes.set_axisbelow(True)
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.tick_params(length=0)
-    # More than a dozen names do not fit beside each other.
-    step = max(1, math.ceil(len(ticks) / 12))
     if ticks:
+        # As many names as fit beside each other, with the values that lines may have at their ends.
+        width = 0.55 * axes.figure.bbox.width / (0.62 * _FONT)
+        fit = min(12, int(width / (1.5 + max(map(len, ticks)))))
+        step = math.ceil(len(ticks) / max(1, fit))
         axes.set_xticks(range(0, len(ticks), step))
         axes.set_xticklabels(list(ticks)[::step])
+
+
+def _labels(axes: Any, x_label: str, y_label: str = "") -> None:
+    """Words at the axes, in lines that fit beside what else the drawing holds."""
+    width, height = axes.figure.bbox.size
+    letter = 0.62 * _FONT
+    axes.set_xlabel(textwrap.fill(x_label, int(0.7 * width / letter)))
+    axes.set_ylabel(textwrap.fill(y_label, max(12, int(0.8 * height / letter))))
 
 
 def _decades(axes: Any) -> None:
@@ -344,6 +354,7 @@ def _name_ends(axes: Any, lines: Sequence[Line], logarithmic: bool) -> None:
     """Write every name right of its line's last point, moved apart where they would cover each other."""
     height = _FONT * 1.3
     low, high = axes.get_ylim()
+    left, right = axes.get_xlim()
     # Pixels are not known before the layout; a little over what is left of them after labels and ticks is near enough.
     pixels = axes.figure.bbox.height * 0.72
 
@@ -370,24 +381,27 @@ def _name_ends(axes: Any, lines: Sequence[Line], logarithmic: bool) -> None:
     places = _apart([end[0] for end in ends], height, pixels)
     for (_, index, x, y), place in zip(ends, places, strict=True):
         colour = _STYLES[int(index) % len(_STYLES)][0]
-        axes.annotate(
+        axes.text(
+            1.03,
+            place / pixels,
             lines[int(index)].name,
-            (x, y),
-            xycoords=("data", "axes fraction"),
-            xytext=(1.03, place / pixels),
-            textcoords="axes fraction",
+            transform=axes.transAxes,
             va="center",
             ha="left",
             fontsize=_FONT,
-            annotation_clip=False,
-            arrowprops={
-                "arrowstyle": "-",
-                "color": colour,
-                "linewidth": 1,
-                "shrinkA": 1,
-                "shrinkB": 5,
-            },
         )
+        # A plain line: an arrow that keeps its distance from both of its ends takes longer than all else.
+        pointer = Line2D(
+            [(x - left) / (right - left), 1.02],
+            [y, place / pixels],
+            transform=axes.transAxes,
+            color=colour,
+            linewidth=1,
+            clip_on=False,
+            zorder=1,
+        )
+        pointer.set_in_layout(False)
+        axes.add_artist(pointer)
 
 
 def _apart(wanted: Sequence[float], distance: float, top: float) -> list[float]:
@@ -413,9 +427,16 @@ def _readable(token: str) -> str:
 
 def _svg(figure: Figure, identifier: str, alt: str) -> str:
     """The drawing as an element of an HTML page: no declarations, ids of its own, a text for screen readers."""
+    # As savefig(transparent=True), which draws everything once more to place it.
+    for part in (figure, *figure.axes):
+        part.patch.set_visible(False)
+    engine = figure.get_layout_engine()
+    if engine is not None:
+        engine.execute(figure)
+        figure.set_layout_engine("none")
     buffer = io.StringIO()
     nothing = {"Date": None, "Creator": None, "Format": None, "Type": None}
-    figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
+    FigureCanvasSVG(figure).print_svg(buffer, metadata=nothing)
     body = buffer.getvalue()
     inner = body[body.index(">", body.index("<svg")) + 1 : body.rindex("</svg>")]
     inner = re.sub(r"<metadata>.*?</metadata>", "", inner, flags=re.DOTALL)
