@@ -111,8 +111,8 @@ class TuneRun:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise SettingsError(f"{name} is {value}; expected 1 or more")
-        if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
-            raise SettingsError(f"learning_rate is {self.learning_rate}; expected a number above 0")
+        if not (math.isfinite(self.learning_rate) and self.learning_rate >= 0):
+            raise SettingsError(f"learning_rate is {self.learning_rate}; expected 0 or more (0 changes nothing)")
         if not 0 <= self.warmup < 1:
             raise SettingsError(f"warmup is {self.warmup}; expected a share of the steps, 0 to 1")
         if self.schedule not in SCHEDULES:
