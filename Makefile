@@ -30,8 +30,9 @@ demo: install
 	$(BIN)/postlude demo -o runs/demo --overwrite
 	@echo "Report: $(CURDIR)/runs/demo/report.html"
 
+# As many processes as there are cores, one thread each: the tensors of tests are too small for more.
 test: install
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist worksteal
 
 check: format lint types contracts
 
