@@ -7,6 +7,7 @@ import os
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 # Before PyTorch is imported: children of a process with several threads may hang.
@@ -14,8 +15,8 @@ os.environ.update(
     OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", TOKENIZERS_PARALLELISM="false"
 )
 
-from faults import full_disk, inputs, kills  # noqa: E402
-from faults.suite import FAULTS, Trial, Work, table  # noqa: E402
+from faults import bit_flips, full_disk, hostile, inputs, kills, truncated  # noqa: E402
+from faults.suite import FAULTS, Fault, Trial, Work, table  # noqa: E402
 
 __all__ = ["main"]
 
@@ -40,7 +41,7 @@ def main() -> int:
             at = time.monotonic()
             count = max(1, round(one.count * options.times))
             trials = found.setdefault((one.family, one.name), [])
-            for trial in one.trials(work, count):
+            for trial in _done(one, work, count):
                 trials.append(trial)
                 if options.verbose or trial.outcome == "FAILED":
                     print(f"  {trial.outcome}: {trial.about}", file=sys.stderr, flush=True)
@@ -51,6 +52,13 @@ def main() -> int:
     failed = sum(trial.outcome == "FAILED" for trials in found.values() for trial in trials)
     print(f"\n{failed} failed, {time.monotonic() - began:.0f} s.")
     return 1 if failed else 0
+
+
+def _done(one: Fault, work: Work, count: int) -> Iterator[Trial]:
+    try:
+        yield from one.trials(work, count)
+    except RuntimeError as error:  # what the fault would have been done to fails by itself
+        yield Trial("FAILED", str(error))
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import functools
 import os
 import re
 import resource
+import shutil
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -56,16 +57,18 @@ def _no_larger_than(size: int) -> Callable[[], None]:
 
 def fill(work: Work, words: Words, count: int) -> Iterator[Trial]:
     """Run a command where there is room for a part of what it writes, make room, and run it again."""
-    whole = work.fresh("whole") / "out"
+    # Where the small file system will be, since some outputs say where they are.
+    folder = work.fresh("full")
+    whole = folder / "out"
     done = command(words(work, whole))
     if done.code:
         raise RuntimeError(done.shown())
     sizes = [one.stat().st_size for one in whole.rglob("*") if one.is_file()]
     expected = results(whole)
+    shutil.rmtree(folder)
     for number in range(count):
         share = (number + 0.5) / count
         if how() == "tmpfs":
-            folder = work.path / "full"
             with _tmpfs(folder, int(sum(sizes) * share)):
                 small = command(words(work, folder / "out"))
                 half = results(folder / "out")
@@ -73,7 +76,7 @@ def fill(work: Work, words: Words, count: int) -> Iterator[Trial]:
                 again = command(words(work, folder / "out"))
                 found = results(folder / "out")
         else:
-            folder = work.fresh()
+            work.fresh("full")
             limit = _no_larger_than(int(max(sizes) * share))
             small = command(words(work, folder / "out"), limit)
             half = results(folder / "out")

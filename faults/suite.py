@@ -29,12 +29,14 @@ __all__ = [
     "Ended",
     "Fault",
     "Trial",
+    "Words",
     "Work",
     "command",
     "contents",
     "ended",
     "fault",
     "fork",
+    "judge_damage",
     "judge_refusal",
     "table",
 ]
@@ -84,6 +86,8 @@ class Fault:
 
 
 FAULTS: list[Fault] = []
+# What a command says of the time it took.
+_CHANGING = re.compile(r'"[a-z_]*(seconds|per_second|memory)[a-z_]*": [0-9.e+-]+')
 
 
 def fault(
@@ -174,11 +178,26 @@ class Ended:
         return f"exit code {self.code} after {self.seconds:.1f} s: {self.message[-600:]}"
 
 
-def fork(words: Sequence[object], log: Path, before: Callable[[], None] | None = None) -> int:
+Words = Sequence[object] | Callable[[], object]
+
+
+def _called(work: Callable[[], object]) -> int:
+    """What no command does by itself, refused as a command refuses."""
+    from postlude.errors import PostludeError
+
+    try:
+        print(work())
+    except PostludeError as error:
+        print(f"postlude: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+def fork(words: Words, log: Path, before: Callable[[], None] | None = None) -> int:
     """Start a command line in a child; gives its process id.
 
     Args:
-        words: of the command line.
+        words: of the command line, or a call of the library.
         log: what it prints goes to ``log.out`` and ``log.err``.
         before: called in the child first.
     """
@@ -199,7 +218,7 @@ def fork(words: Sequence[object], log: Path, before: Callable[[], None] | None =
             before()
         from postlude.cli import run
 
-        code = run([str(word) for word in words])
+        code = _called(words) if callable(words) else run([str(word) for word in words])
     except BaseException:  # noqa: BLE001 a child must never go on as its parent
         traceback.print_exc()
     finally:
@@ -238,7 +257,7 @@ _LOG = Path(f"/tmp/postlude-faults-{os.getpid()}") if os.name != "nt" else Path(
 
 
 def command(
-    words: Sequence[object],
+    words: Words,
     before: Callable[[], None] | None = None,
     seconds: float = SECONDS,
 ) -> Ended:
@@ -291,6 +310,38 @@ def judge_refusal(
     if wrong:
         return Trial("FAILED", f"{'; '.join(wrong)}: {done.shown()}")
     return Trial("refused", done.message)
+
+
+def judge_damage(
+    work: Work, name: str, done: Ended, whole: Ended, kept: bool, at: str, says: str
+) -> Trial:
+    """What a command made of a damaged input.
+
+    Args:
+        work: of the suite.
+        name: of the row; one of ``UNPROTECTED`` may go unnoticed.
+        done: the command.
+        whole: the same command on the undamaged input.
+        kept: whether its inputs are as they were.
+        at: where the damage is.
+        says: a pattern that a refusal must hold.
+    """
+    wrong = harm(work, done)
+    if not kept:
+        wrong.append("files changed")
+    if done.code == 0 and not wrong:
+        if _CHANGING.sub("", done.out) == _CHANGING.sub("", whole.out):
+            return Trial("no effect", at)
+        if name in UNPROTECTED:
+            return Trial("not noticed", at)
+        wrong.append("another result, unnoticed")
+    elif done.code != 2:
+        wrong.append(f"exit code {done.code}")
+    elif not re.search(says, done.message):
+        wrong.append(f"the message lacks {says!r}")
+    if wrong:
+        return Trial("FAILED", f"{at}: {'; '.join(wrong)}: {done.shown()}")
+    return Trial("refused", f"{at}: {done.message}")
 
 
 def harm(work: Work, done: Ended) -> list[str]:
