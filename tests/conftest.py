@@ -157,7 +157,7 @@ def some_text() -> str:
 
 @pytest.fixture(scope="session")
 def on_ranks() -> Iterator[Callable[..., dict[str, Any]]]:
-    """Runs a command line on several ranks (``rank_server.py``), which have imported everything once for the session."""
+    """Runs a command line on several ranks (``rank_server.py``) that have imported everything once for the session."""
     server = subprocess.Popen(
         [sys.executable, str(Path(__file__).with_name("rank_server.py"))],
         stdin=subprocess.PIPE,

@@ -5,15 +5,18 @@ A job is a line of JSON on the standard input::
     {"argv": ["evaluate", ...], "size": 2, "environment": {}, "kill": {"rank": 1, "step": 7}, "threads": 1}
 
 With ``kill`` that rank is sent SIGKILL right before its ``step``-th write to the file system, with ``stop`` in its
-place SIGSTOP, and with ``fail`` it finds the disk full. The answer is a line of JSON: exit codes (minus the signal), standard output and error of each rank,
-seconds, and how many steps each took. The ranks meet as those of ``torchrun --standalone`` do, but nobody stops the
-others when one ends, so that what they notice by themselves can be seen.
+place SIGSTOP, and with ``fail`` it finds the disk full. With
+``"after": {"rank": 1, "calls": 5, "of": "postlude.quantization.blocks:Rounding.round"}`` it is killed at the end of
+the fifth call of that method. The answer is a line of JSON: exit codes (minus the signal), standard output and error of
+each rank, seconds, and how many steps each took. The ranks meet as those of ``torchrun --standalone`` do, but nobody
+stops the others when one ends, so that what they notice by themselves can be seen.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import importlib
 import json
 import os
 import signal
@@ -49,6 +52,24 @@ def interrupt(fault: str, at: int, seen: list[int]) -> None:
         setattr(os, name, wrap(getattr(os, name), name))
 
 
+def kill_after(calls: int, of: str) -> None:
+    """End this process by SIGKILL at the end of so many calls of a method."""
+    module, _, path = of.partition(":")
+    owner, _, name = path.partition(".")
+    kind = getattr(importlib.import_module(module), owner)
+    original = getattr(kind, name)
+    left = [calls]
+
+    def called(*args: Any, **kwargs: Any) -> Any:
+        result = original(*args, **kwargs)
+        left[0] -= 1
+        if not left[0]:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return result
+
+    setattr(kind, name, called)
+
+
 def child(job: dict[str, Any], rank: int, port: int, folder: Path) -> None:
     for stream, name in ((1, "out"), (2, "err")):
         os.dup2(os.open(folder / f"{name}{rank}", os.O_WRONLY | os.O_CREAT), stream)
@@ -66,6 +87,8 @@ def child(job: dict[str, Any], rank: int, port: int, folder: Path) -> None:
     seen = [0]
     faults = [name for name in FAULTS if job.get(name, {}).get("rank") == rank]
     interrupt(*((faults[0], job[faults[0]]["step"]) if faults else ("", 0)), seen)
+    if job.get("after", {}).get("rank") == rank:
+        kill_after(job["after"]["calls"], job["after"]["of"])
     from postlude.cli import run
 
     code = 1

@@ -95,7 +95,8 @@ METHODS = {
 
 
 @pytest.mark.parametrize(
-    "method", ["gptq", *(pytest.param(name, marks=pytest.mark.slow) for name in ("rtn", "svdquant"))]
+    "method",
+    ["gptq", *(pytest.param(name, marks=pytest.mark.slow) for name in ("rtn", "svdquant"))],
 )
 def test_quantize_writes_the_bytes_of_one_rank(
     on_ranks: Ranks, tiny_llama_dir: Path, text: Path, tmp_path: Path, method: str
@@ -109,6 +110,65 @@ def test_quantize_writes_the_bytes_of_one_rank(
         assert not (tmp_path / f".{size}.run").exists()
     assert made[1] == made[2]
     assert contents(tmp_path / "1") == contents(tmp_path / "2")
+
+
+@pytest.mark.slow
+def test_tune_learns_what_one_rank_learns(
+    on_ranks: Ranks, tiny_llama_dir: Path, train: Path, tmp_path: Path
+) -> None:
+    """Gradients of two halves of a batch are added in another order than those of one, so losses agree to 1e-5."""
+    line = ["tune", str(tiny_llama_dir), str(train), "--epochs", "2", "--json"]
+    made = {}
+    for size in (1, 2):
+        words = ["--batch-size", str(4 // size), "-o", str(tmp_path / f"{size}")]
+        made[size] = value(on_ranks([*line, *words], size=size))
+        assert not (tmp_path / f".{size}.run").exists()
+    assert made[2]["steps"] == made[1]["steps"] == 8
+    assert made[2]["loss"] == pytest.approx(made[1]["loss"], rel=1e-5)
+    rows = [(tmp_path / f"{size}" / "steps.jsonl").read_text().splitlines() for size in (1, 2)]
+    for one, two in zip(*rows, strict=True):
+        assert json.loads(two)["loss"] == pytest.approx(json.loads(one)["loss"], rel=1e-5)
+
+
+RECIPE = """
+stages:
+  measure:
+    evaluate: {model}
+    text: {text}
+  small:
+    quantize: {model}
+    method: rtn
+  look:
+    inspect: {model}
+    methods: signature
+  again:
+    evaluate: ${{small}}
+    text: {text}
+"""
+
+
+@pytest.mark.slow
+def test_a_recipe_runs_on_all_ranks(
+    on_ranks: Ranks, tiny_llama_dir: Path, train: Path, tmp_path: Path
+) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(RECIPE.format(model=tiny_llama_dir, text=train))
+    made = {}
+    for size in (1, 2):
+        out = tmp_path / f"{size}"
+        answer = on_ranks(["run", str(recipe), "--json", "-o", str(out)], size=size)
+        assert set(answer["codes"]) == {0}, answer
+        made[size] = json.loads(answer["out"][0])["stages"]
+        assert (out / "report.html").is_file()
+    for one, two in zip(made[1], made[2], strict=True):
+        for stage in (one, two):
+            stage["result"].pop("seconds", None)
+            stage["result"].pop("output", None)
+        assert one["result"] == two["result"]
+    folder = "stages/small/output"
+    assert contents(tmp_path / "1" / folder) == contents(tmp_path / "2" / folder)
+    again = on_ranks(["run", str(recipe), "--json", "-o", str(tmp_path / "2")])
+    assert [stage["reused"] for stage in json.loads(again["out"][0])["stages"]] == [True] * 4
 
 
 def test_what_one_process_does_is_done_once(on_ranks: Ranks) -> None:
@@ -154,6 +214,45 @@ def test_a_killed_build_is_noticed_and_resumes(
     assert found["examples"] == 14
     value(on_ranks(whole, size=1))
     assert contents(tmp_path / "index") == contents(tmp_path / "whole")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("method", ["rtn", "gptq"])
+def test_a_killed_quantize_resumes_with_the_same_bits(
+    on_ranks: Ranks, tiny_llama_dir: Path, text: Path, tmp_path: Path, method: str, rank: int
+) -> None:
+    line = ["quantize", str(tiny_llama_dir), "--method", method, *METHODS[method], "--no-check"]
+    line += ["--calibration", str(text)] if METHODS[method] else []
+    line += ["--json", "-o", str(tmp_path / "out")]
+    after = {"rank": rank, "calls": 1, "of": "postlude.quantization.blocks:Rounding.round"}
+    answer = on_ranks(line, after=after, environment=QUICK)
+    killed(answer, rank)
+    assert (tmp_path / ".out.run").is_dir()
+    assert not (tmp_path / "out").exists()
+    value(on_ranks(line))
+    value(on_ranks([*line[:-1], str(tmp_path / "whole")], size=1))
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_killed_tune_resumes_with_the_same_bits(
+    on_ranks: Ranks, tiny_llama_dir: Path, train: Path, tmp_path: Path, rank: int
+) -> None:
+    line = ["tune", str(tiny_llama_dir), str(train), "--epochs", "2", "--batch-size", "2", "--json"]
+    line += ["--save-every", "2", "-o"]
+    after = {"rank": rank, "calls": 5, "of": "postlude.tuning.trainer:Steady._write_row"}
+    answer = on_ranks([*line, str(tmp_path / "out")], after=after, environment=QUICK)
+    killed(answer, rank)
+    kept = tmp_path / ".out.run" / "states"
+    assert (kept / "step-4").is_dir()
+    resumed = on_ranks([*line, str(tmp_path / "out")])
+    assert "resuming at step 4 of 8" in resumed["err"][0]
+    value(on_ranks([*line, str(tmp_path / "whole")]))
+    model = "model.safetensors"
+    made = [contents(tmp_path / name)[model] for name in ("out", "whole")]
+    assert made[0] == made[1]
 
 
 @pytest.mark.slow

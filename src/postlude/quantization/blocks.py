@@ -234,7 +234,7 @@ def _merge(parts: dict[int, Seen]) -> Seen:
     total = parts[first]
     for number in rest:
         part = parts.pop(number)
-        if not isinstance(total, Statistic):
+        if not (isinstance(total, Statistic) and isinstance(part, Statistic)):
             raise TypeError(f"{type(total).__name__} cannot be put together from parts")
         total.merge(part)
     return total

@@ -385,7 +385,7 @@ class _Link:
         for other, (text, since) in enumerate(changed):
             if other == self.rank:
                 continue
-            state = json.loads(text) if text else {"beat": 0, "failed": None}
+            state: dict[str, Any] = json.loads(text) if text else {"beat": 0, "failed": None}
             if state["failed"] is not None:
                 said = f"rank {other} of {self.size} stopped: {state['failed']}"
                 return RankError(f"{said} {_AGAIN}", told=True)
