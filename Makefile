@@ -30,9 +30,10 @@ demo: install
 	$(BIN)/postlude demo -o runs/demo --overwrite
 	@echo "Report: $(CURDIR)/runs/demo/report.html"
 
-# As many processes as there are cores, one thread each: the tensors of tests are too small for more.
+# As many processes as there are cores, one thread each: the tensors of tests are too small for more. Compiled files
+# are kept whatever the environment says: without them every process of the tests compiles everything again.
 test: install
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist worksteal
+	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist worksteal
 
 check: format lint types contracts
 
