@@ -7,8 +7,13 @@ import torch
 
 from postlude.errors import SettingsError
 from postlude.numerics.formats import Granularity, Integer, Scheme, Ternary
-from postlude.numerics.learned_rounding import Rounding, annealed_power
-from postlude.numerics.rounding import nearest
+from postlude.numerics.learned_rounding import (
+    Rounding,
+    StraightThrough,
+    annealed_power,
+    straight_through,
+)
+from postlude.numerics.rounding import clip_search, nearest
 
 SCHEMES = [
     Scheme(Integer(3), Granularity("channel")),
@@ -87,3 +92,32 @@ def test_power_falls() -> None:
 def test_grids_without_equal_steps_are_refused() -> None:
     with pytest.raises(SettingsError, match="needs an integer grid, got ternary"):
         Rounding(weight(), Scheme(Ternary()))
+
+
+def test_straight_through_is_the_rounded_value_with_the_gradient_of_the_other() -> None:
+    x = weight().requires_grad_()
+    rounded = x.detach().round()
+    passed = straight_through(x, rounded)
+    assert torch.equal(passed, rounded)
+    slope = weight(1)
+    (passed.pow(2) * slope).sum().backward()
+    torch.testing.assert_close(x.grad, 2 * rounded * slope)
+
+
+@pytest.mark.parametrize("scheme", [*SCHEMES, Scheme(Ternary())], ids=str)
+def test_a_weight_trained_straight_through_keeps_its_grid(scheme: Scheme) -> None:
+    w = weight()
+    grid = scheme.parameters(w, clip_search(w, scheme))
+    trained = StraightThrough(w, scheme, grid)
+    assert torch.equal(trained.encode().codes, nearest(w, scheme, clip=True).codes)
+    with torch.no_grad():
+        trained.variables.mul_(1.3)
+    found = trained.encode()
+    assert torch.equal(found.scale, scheme.encode(w, grid).scale)
+    assert torch.equal(trained.soft(), found.decode())
+
+
+def test_learned_rounding_takes_a_grid_too() -> None:
+    w, scheme = weight(), SCHEMES[0]
+    grid = scheme.parameters(w, clip_search(w, scheme))
+    assert torch.equal(Rounding(w, scheme, grid).encode().scale, scheme.encode(w, grid).scale)

@@ -93,12 +93,14 @@ def reconstruct(
         share = (step - 1) / iterations
         optimizer.param_groups[0]["lr"] = learning_rate * 0.5 * (1 + math.cos(math.pi * share))
         index = int(torch.randint(len(targets), (1,), generator=generator))
-        optimizer.zero_grad()
         with torch.enable_grad():
             loss = scale * (output(index) - targets[index]).square().mean()
             if penalty is not None:
                 loss = loss + penalty(share)
-            loss.backward()  # type: ignore[no-untyped-call]
+        # Of these variables alone: what else the block holds is not to be given gradients.
+        gradients = torch.autograd.grad(loss, list(variables), allow_unused=True)
+        for variable, gradient in zip(variables, gradients, strict=True):
+            variable.grad = gradient
         optimizer.step()
         if step % every and step != iterations:
             continue

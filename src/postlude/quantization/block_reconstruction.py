@@ -13,20 +13,23 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Mapping
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from postlude.errors import SettingsError
 from postlude.numerics.formats import Scheme
-from postlude.numerics.learned_rounding import Parameters
+from postlude.numerics.learned_rounding import Parameters, Trained
 from postlude.numerics.rounding import clip_search
-from postlude.surgery.anatomy import Block
+from postlude.surgery.anatomy import Block, Site
 from postlude.surgery.capture import BlockWalk
 from postlude.surgery.layers import QuantizedLinear, hold_weights
 from postlude.surgery.rewrite import replace_module
 
-__all__ = ["BlockOutput", "Passage", "check_steps", "grid_of"]
+__all__ = ["BlockOutput", "Passage", "check_steps", "soft", "stored"]
+
+T = TypeVar("T", bound=Trained)
 
 # Weights of a block by path, as they are now.
 Weights = Callable[[], Mapping[str, Tensor]]
@@ -61,10 +64,12 @@ class BlockOutput:
 
     Attributes:
         weights: of the block's linears by path, ``[out_features, in_features]`` fp32; copies.
+        width: of the stream that the block writes to.
     """
 
     def __init__(self, model: nn.Module, block: Block) -> None:
         self._block = block
+        self.width = block.sites[0].width
         self._layers: dict[str, QuantizedLinear] = {}
         for path in (path for site in block.sites for path in site.modules):
             old = model.get_submodule(path)
@@ -79,6 +84,31 @@ class BlockOutput:
             path: layer.dense_weight().detach().float().clone()
             for path, layer in self._layers.items()
         }
+
+    def trained(
+        self,
+        kind: Callable[[Tensor, Scheme, Parameters], T],
+        scheme_of: Callable[[Site], Scheme | None],
+        *,
+        clip: bool,
+        start: Mapping[str, Tensor] | None = None,
+    ) -> dict[str, T]:
+        """What is trained of every weight that has a grid, by path.
+
+        Args:
+            kind: makes it of a weight, its scheme, and the scale and zero point that rounding to nearest would take.
+            scheme_of: of the readers of a site; None leaves them alone.
+            clip: search the range of every group.
+            start: weights in the place of the block's own.
+        """
+        made: dict[str, T] = {}
+        for site in self._block.sites:
+            scheme = scheme_of(site)
+            for path in site.modules if scheme is not None else ():
+                weight = (start or self.weights)[path].detach()
+                grid = scheme.parameters(weight, clip_search(weight, scheme) if clip else 1.0)
+                made[path] = kind(weight, scheme, grid)
+        return made
 
     def of(self, walk: BlockWalk, weights: Weights) -> Callable[[int], Tensor]:
         """What the block gives for a batch of a walk, differentiable in the weights."""
@@ -103,9 +133,14 @@ def check_steps(name: str, iterations: int, learning_rate: float) -> None:
         raise SettingsError(f"{name}: learning_rate is {learning_rate}; expected a positive number")
 
 
-def grid_of(weight: Tensor, scheme: Scheme, clip: bool) -> Parameters:
-    """Scale and zero point that rounding to nearest would take."""
-    return scheme.parameters(weight, clip_search(weight, scheme) if clip else 1.0)
+def soft(trained: Mapping[str, Trained]) -> Weights:
+    """The weights that the loss sees."""
+    return lambda: {path: one.soft() for path, one in trained.items()}
+
+
+def stored(trained: Mapping[str, Trained]) -> Weights:
+    """The weights as they will be stored."""
+    return lambda: {path: one.encode().decode() for path, one in trained.items()}
 
 
 def _joined(streams: tuple[Tensor, ...]) -> Tensor:

@@ -31,8 +31,9 @@ from torch import Tensor, nn
 from postlude.numerics.activation_grids import ActivationGrid, ShiftLog
 from postlude.numerics.learned_rounding import StraightThrough
 from postlude.numerics.reconstruction import mean_squared_error, reconstruct
-from postlude.quantization.block_reconstruction import BlockOutput, Passage, check_steps, grid_of
-from postlude.quantization.engine import FLOAT, Rounded
+from postlude.quantization.block_reconstruction import BlockOutput, Passage, check_steps, soft
+from postlude.quantization.quantizer import FLOAT
+from postlude.quantization.rounded import Rounded
 from postlude.quantization.vision import VisionQuantizer
 from postlude.registry import method
 from postlude.surgery.anatomy import Block
@@ -82,20 +83,13 @@ class IandSViT(VisionQuantizer):
                 generator=chance,
             )
 
-        def straight(start: Mapping[str, Tensor]) -> dict[str, StraightThrough]:
-            schemes = {
-                path: self.weight_scheme(site) for site in block.sites for path in site.modules
-            }
-            return {
-                path: StraightThrough(weight, scheme, grid_of(weight, scheme, self.clip))
-                for path, weight in start.items()
-                if (scheme := schemes[path]) is not None
-            }
+        def rounded(start: Mapping[str, Tensor]) -> dict[str, StraightThrough]:
+            return inside.trained(StraightThrough, self.weight_scheme, clip=self.clip, start=start)
 
         def output(trained: Mapping[str, StraightThrough]) -> Callable[[int], Tensor]:
-            return inside.of(passage.rounded, lambda: {p: one.soft() for p, one in trained.items()})
+            return inside.of(passage.rounded, soft(trained))
 
-        starts = [straight(inside.weights), straight({p: w.detach() for p, w in free.items()})]
+        starts = [rounded(inside.weights), rounded(free)]
         trained = min(starts, key=lambda one: mean_squared_error(output(one), targets))
         reconstruct(
             [one.variables for one in trained.values()],
