@@ -15,7 +15,7 @@ from postlude.runs.listening import Listener, generate, join_features
 from postlude.runs.loading import load
 from postlude.surgery.anatomy import AudioAnatomy
 
-from ..audio_models import KINDS, recording, write
+from ..surgery.audio_models import KINDS, recording, write
 
 PROMPTS = ["Rate the noise", "Rate the distortion of this speech"]
 
