@@ -12,7 +12,10 @@ from pathlib import Path
 
 # Before PyTorch is imported: children of a process with several threads may hang.
 os.environ.update(
-    OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", TOKENIZERS_PARALLELISM="false"
+    OMP_NUM_THREADS="1",
+    HF_HUB_OFFLINE="1",
+    TRANSFORMERS_OFFLINE="1",
+    TOKENIZERS_PARALLELISM="false",
 )
 
 from faults import bit_flips, full_disk, hostile, inputs, kills, truncated  # noqa: E402
@@ -27,7 +30,9 @@ def main() -> int:
     parser.add_argument("--only", default="", help="faults whose kind or name holds this")
     parser.add_argument("--seed", type=int, default=0, help="of everything drawn at random")
     parser.add_argument("--times", type=float, default=1.0, help="factor on how often each is done")
-    parser.add_argument("--write", action="store_true", help="store the table in docs/reliability.md")
+    parser.add_argument(
+        "--write", action="store_true", help="store the table in docs/reliability.md"
+    )
     parser.add_argument("-v", "--verbose", action="store_true", help="show what every trial said")
     options = parser.parse_args()
     began = time.monotonic()

@@ -198,7 +198,15 @@ def index(work: Work, count: int) -> Iterator[Trial]:
     for _ in range(count):
         file = places.choice(files)
         name = f"index {file} {places.random()}"
-        yield from read(work, name, source, file, lambda one: ["attribute", "verify", one, "--json"], 1, advice=".")
+        yield from read(
+            work,
+            name,
+            source,
+            file,
+            lambda one: ["attribute", "verify", one, "--json"],
+            1,
+            advice=".",
+        )
 
 
 @fault(_FAMILY, "an index, built again", 10)
@@ -221,7 +229,9 @@ def units(work: Work, count: int) -> Iterator[Trial]:
     def files(folder: Path) -> list[Path]:
         return sorted(one for one in (folder / "kept").rglob("*") if one.is_file())
 
-    yield from again(work, "units", words, files, count, lambda folder: shutil.rmtree(folder / "out"))
+    yield from again(
+        work, "units", words, files, count, lambda folder: shutil.rmtree(folder / "out")
+    )
 
 
 @fault(_FAMILY, "records and outputs of a recipe's stages", 12)

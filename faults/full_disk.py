@@ -99,7 +99,16 @@ def fill(work: Work, words: Words, count: int) -> Iterator[Trial]:
 
 
 def _prior(work: Work, out: Path) -> list[object]:
-    return ["tune", "prior", work.inputs / "model", work.inputs / "train.jsonl", "--max-length", "48", "-o", out]
+    return [
+        "tune",
+        "prior",
+        work.inputs / "model",
+        work.inputs / "train.jsonl",
+        "--max-length",
+        "48",
+        "-o",
+        out,
+    ]
 
 
 def _fit(work: Work, out: Path) -> list[object]:

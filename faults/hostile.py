@@ -49,7 +49,9 @@ def tried(work: Work, cases: list[Case]) -> Iterator[Trial]:
         else:
             wrong = harm(work, done) + ([f"exit code {done.code}"] if done.code else [])
             trial = (
-                Trial("FAILED", f"{'; '.join(wrong)}: {done.shown()}") if wrong else Trial("no effect")
+                Trial("FAILED", f"{'; '.join(wrong)}: {done.shown()}")
+                if wrong
+                else Trial("no effect")
             )
         yield dataclasses.replace(trial, about=f"{case.name}: {trial.about}")
 
@@ -132,23 +134,54 @@ def pickles(work: Work, count: int) -> Iterator[Trial]:
 
     def drift(work: Work, folder: Path) -> Words:
         (folder / "drift.safetensors").write_bytes(_pickle(work))
-        return ["sample", "zoo:tiny-dit", "--drift", folder / "drift.safetensors", "-o", folder / "x.safetensors"]
+        return [
+            "sample",
+            "zoo:tiny-dit",
+            "--drift",
+            folder / "drift.safetensors",
+            "-o",
+            folder / "x.safetensors",
+        ]
 
     def conditions(work: Work, folder: Path) -> Words:
         (folder / "c.safetensors").write_bytes(_pickle(work))
-        return ["sample", "zoo:tiny-dit", "--conditions", folder / "c.safetensors", "-o", folder / "x.safetensors"]
+        return [
+            "sample",
+            "zoo:tiny-dit",
+            "--conditions",
+            folder / "c.safetensors",
+            "-o",
+            folder / "x.safetensors",
+        ]
 
     def layer_weights(work: Work, folder: Path) -> Words:
         index = work.made("index", lambda out: build_words(work, out))
         (folder / "w.safetensors").write_bytes(_pickle(work))
-        words = ["attribute", "query", index, "Once", "--no-keep", "--weights", folder / "w.safetensors"]
+        words = [
+            "attribute",
+            "query",
+            index,
+            "Once",
+            "--no-keep",
+            "--weights",
+            folder / "w.safetensors",
+        ]
         return words
 
     def arrays(work: Work, folder: Path) -> Words:
         import numpy
 
         numpy.savez(folder / "x.npz", images=numpy.array([_Payload(work.sentinel)], dtype=object))
-        return ["attribute", "build", "zoo:tiny-dit", folder / "x.npz", "--method", "d-trak", "-o", folder / "i"]
+        return [
+            "attribute",
+            "build",
+            "zoo:tiny-dit",
+            folder / "x.npz",
+            "--method",
+            "d-trak",
+            "-o",
+            folder / "i",
+        ]
 
     safe = "not a safetensors file"
     yield from tried(
@@ -208,7 +241,9 @@ def _headers() -> list[Case]:
         header[twin]["data_offsets"] = header[last]["data_offsets"]
 
     def many(header: dict[str, Any]) -> bytes:
-        entries = ",".join(f'"t{n}":{{"dtype":"F32","shape":[0],"data_offsets":[0,0]}}' for n in range(400_000))
+        entries = ",".join(
+            f'"t{n}":{{"dtype":"F32","shape":[0],"data_offsets":[0,0]}}' for n in range(400_000)
+        )
         return ("{" + entries + "}").encode()
 
     billion = 10**9
@@ -222,8 +257,14 @@ def _headers() -> list[Case]:
         Case("a start after the end", with_header(offsets([64, 0])), "model.safetensors"),
         Case("a negative start", with_header(offsets([-64, 64])), "model.safetensors"),
         Case("tensors that overlap", with_header(overlapping), "model.safetensors"),
-        Case("no types", with_header(lambda h: first(h).pop("dtype") and None), "model.safetensors"),
-        Case("an unknown type", with_header(lambda h: first(h).update(dtype="F31")), "model.safetensors"),
+        Case(
+            "no types", with_header(lambda h: first(h).pop("dtype") and None), "model.safetensors"
+        ),
+        Case(
+            "an unknown type",
+            with_header(lambda h: first(h).update(dtype="F31")),
+            "model.safetensors",
+        ),
         Case("a list for a header", with_header(lambda _: b"[1, 2]"), "model.safetensors"),
         Case("a deep header", with_header(lambda _: b"[" * _DEEP), "model.safetensors"),
         Case("400 000 empty tensors", with_header(many), "model"),
@@ -269,7 +310,10 @@ def _sharded(work: Work, folder: Path, name: str) -> Words:
     shutil.move(model / "model.safetensors", outside)
     header, _ = _tensors(outside)
     names = [one for one in header if one != "__metadata__"]
-    index = {"metadata": {}, "weight_map": dict.fromkeys(names, name.replace("FOLDER", str(folder)))}
+    index = {
+        "metadata": {},
+        "weight_map": dict.fromkeys(names, name.replace("FOLDER", str(folder))),
+    }
     (model / "model.safetensors.index.json").write_text(json.dumps(index))
     return _evaluate(work, model)
 
@@ -301,7 +345,16 @@ def paths(work: Work, count: int) -> Iterator[Trial]:
             rows = [{"file": one.name} for one in sorted(images.iterdir())]
             rows.append({"file": name.replace("FOLDER", str(folder))})
             (images / "labels.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-            return ["attribute", "build", "zoo:tiny-dit", images, "--method", "d-trak", "-o", folder / "i"]
+            return [
+                "attribute",
+                "build",
+                "zoo:tiny-dit",
+                images,
+                "--method",
+                "d-trak",
+                "-o",
+                folder / "i",
+            ]
 
         return make
 
@@ -309,26 +362,6 @@ def paths(work: Work, count: int) -> Iterator[Trial]:
         def make(work: Work, folder: Path) -> Words:
             (folder / "recipe.yaml").write_text(text.replace("FOLDER", str(folder)))
             return ["run", folder / "recipe.yaml", "-o", folder / "run"]
-
-        return make
-
-    def poses(name: str) -> Callable[[Work, Path], Words]:
-        def make(work: Work, folder: Path) -> Words:
-            data = folder / "poses"
-            (data / "images").mkdir(parents=True)
-            shutil.copy(work.inputs / "picture.png", folder / "0.png")
-            label = {
-                "filename": name.replace("FOLDER", str(folder)), "q_vbs2tango_true": [1.0, 0.0, 0.0, 0.0],
-                "r_Vo2To_vbs_true": [0.0, 0.0, 8.0], "bbox": [0, 0, 16, 16], "window": [0, 0, 16, 16],
-            }  # fmt: skip
-            (data / "labels.json").write_text(json.dumps([label]))
-
-            def read() -> object:
-                from postlude.zoo.fastpose_vit.data import read_poses
-
-                return read_poses(data)
-
-            return read
 
         return make
 
@@ -350,18 +383,28 @@ def paths(work: Work, count: int) -> Iterator[Trial]:
         work,
         [
             Case("shards, ..", lambda w, f: _sharded(w, f, "../outside.safetensors"), shard),
-            Case("shards, absolute", lambda w, f: _sharded(w, f, "FOLDER/outside.safetensors"), shard),
-            Case("shards, backslashes", lambda w, f: _sharded(w, f, "..\\outside.safetensors"), shard),
+            Case(
+                "shards, absolute", lambda w, f: _sharded(w, f, "FOLDER/outside.safetensors"), shard
+            ),
+            Case(
+                "shards, backslashes", lambda w, f: _sharded(w, f, "..\\outside.safetensors"), shard
+            ),
             Case("an index, ..", stored("../../"), outside),
             Case("an index, absolute", stored("FOLDER/"), outside),
             Case("an index, a link", stored("", link=True), outside),
             Case("pictures, ..", pictures("../0.png"), "a file of this folder"),
             Case("pictures, absolute", pictures("FOLDER/0.png"), "a file of this folder"),
-            Case("recordings, ..", clips("../0.wav"), "folder"),
-            Case("recordings, absolute", clips("FOLDER/0.wav"), "folder"),
-            Case("a stage, ..", stage(f"stages:\n  ../out: {quantize}}}\n"), "line 2: a stage is named"),
+            Case("recordings, ..", clips("../0.wav"), "leads out of|folder"),
+            Case("recordings, absolute", clips("FOLDER/0.wav"), "leads out of|folder"),
+            Case(
+                "a stage, ..",
+                stage(f"stages:\n  ../out: {quantize}}}\n"),
+                "line 2: a stage is named",
+            ),
             Case("a stage, absolute", stage(f"stages:\n  FOLDER/out: {quantize}}}\n"), "line 2"),
-            Case("a stage's output", stage(f"stages:\n  a: {quantize}, output: ../out}}\n"), "line 2"),
+            Case(
+                "a stage's output", stage(f"stages:\n  a: {quantize}, output: ../out}}\n"), "line 2"
+            ),
         ],
     )
 
@@ -377,7 +420,10 @@ def templates(work: Work, count: int) -> Iterator[Trial]:
         def make(work: Work, folder: Path) -> Words:
             model = _model(work, folder)
             (model / "chat_template.jinja").write_text(text.replace("SENTINEL", str(work.sentinel)))
-            turns = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hello, you"}]
+            turns = [
+                {"role": "user", "content": "Hello"},
+                {"role": "assistant", "content": "Hello, you"},
+            ]
             (folder / "chat.jsonl").write_text(json.dumps({"messages": turns}) + "\n")
             return ["tune", model, folder / "chat.jsonl", "--steps", "1", "-o", folder / "out"]
 
@@ -391,14 +437,32 @@ def templates(work: Work, count: int) -> Iterator[Trial]:
         work,
         [
             Case("os by cycler", template("{{ " + builtins + "." + call + " }}"), "chat template"),
-            Case("os by lipsum", template("{{ lipsum.__globals__." + call + " }}"), "chat template"),
-            Case("subclasses", template("{{ " + classes + "[100]('SENTINEL', 'w') }}"), "chat template"),
-            Case("by attr", template("{{ ''|attr('__class__')|attr('__mro__') }}"), "chat template"),
-            Case("by format", template("{{ '{0.__class__.__mro__}'.format('') }}"), "chat template"),
+            Case(
+                "os by lipsum", template("{{ lipsum.__globals__." + call + " }}"), "chat template"
+            ),
+            Case(
+                "subclasses",
+                template("{{ " + classes + "[100]('SENTINEL', 'w') }}"),
+                "chat template",
+            ),
+            Case(
+                "by attr", template("{{ ''|attr('__class__')|attr('__mro__') }}"), "chat template|response is empty"
+            ),
+            Case(
+                "by format", template("{{ '{0.__class__.__mro__}'.format('') }}"), "chat template"
+            ),
             Case("a file", template("{% include '/etc/passwd' %}"), "chat template"),
             Case("an endless loop", template(loop), "chat template"),
-            Case("a range of 10^12", template("{% for a in range(10**12) %}x{% endfor %}"), "chat template"),
-            Case("recursion", template("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}"), "chat template"),
+            Case(
+                "a range of 10^12",
+                template("{% for a in range(10**12) %}x{% endfor %}"),
+                "chat template",
+            ),
+            Case(
+                "recursion",
+                template("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}"),
+                "chat template",
+            ),
             Case("no template", template("{% for %}"), "chat template"),
         ],
     )
@@ -421,7 +485,12 @@ def code(work: Work, count: int) -> Iterator[Trial]:
 
         return make
 
-    auto_model = {"auto_map": {"AutoConfig": "configuration_evil.C", "AutoModelForCausalLM": "modeling_evil.M"}}
+    auto_model = {
+        "auto_map": {
+            "AutoConfig": "configuration_evil.C",
+            "AutoModelForCausalLM": "modeling_evil.M",
+        }
+    }
     auto_tokenizer = {"auto_map": {"AutoTokenizer": ["tokenization_evil.T", "tokenization_evil.T"]}}
 
     def unknown(model: Path) -> None:
@@ -460,7 +529,11 @@ def code(work: Work, count: int) -> Iterator[Trial]:
     yield from tried(
         work,
         [
-            Case("auto_map of a known type", named(lambda m: _changed(m / "config.json", **auto_model)), None),
+            Case(
+                "auto_map of a known type",
+                named(lambda m: _changed(m / "config.json", **auto_model)),
+                None,
+            ),
             Case("auto_map of an unknown type", named(unknown), "evil"),
             Case("auto_map of a tokenizer", named(tokenizer), "tokenizer"),
             Case("a transformer of a library", pipeline({"transformer": ["evil", "M"]}), "not run"),
@@ -480,8 +553,22 @@ def rewards(work: Work, count: int) -> Iterator[Trial]:
             (folder / "prompts.jsonl").write_text(json.dumps({"prompt": "a"}) + "\n")
             if text is not None:
                 (folder / "rewards.py").write_text(text)
-            words = ["tune", work.inputs / "model", folder / "prompts.jsonl", "--objective", "grpo", "--reward"]
-            return [*words, name.replace("FOLDER", str(folder)), "--steps", "1", "-o", folder / "out"]
+            words = [
+                "tune",
+                work.inputs / "model",
+                folder / "prompts.jsonl",
+                "--objective",
+                "grpo",
+                "--reward",
+            ]
+            return [
+                *words,
+                name.replace("FOLDER", str(folder)),
+                "--steps",
+                "1",
+                "-o",
+                folder / "out",
+            ]
 
         return make
 
@@ -493,7 +580,11 @@ def rewards(work: Work, count: int) -> Iterator[Trial]:
             Case("no such function", reward("FOLDER/rewards.py:f", "x = 1\n"), "reward"),
             Case("no function", reward("FOLDER/rewards.py:x", "x = 1\n"), "reward"),
             Case("a module that fails", reward("FOLDER/rewards.py:f", "1 / 0\n"), "reward"),
-            Case("a module that ends", reward("FOLDER/rewards.py:f", "raise SystemExit(0)\n"), "reward"),
+            Case(
+                "a module that ends",
+                reward("FOLDER/rewards.py:f", "raise SystemExit(0)\n"),
+                "reward",
+            ),
             Case("no Python", reward("FOLDER/rewards.py:f", "def f(:\n"), "reward"),
         ],
     )
@@ -525,7 +616,11 @@ def yaml(work: Work, count: int) -> Iterator[Trial]:
         work,
         [
             Case("an object as a stage", recipe(f"stages:\n  a: {call}\n"), r"recipe\.yaml"),
-            Case("an object as a value", recipe(f"variables: {{x: {call}}}\n{stages}"), r"recipe\.yaml"),
+            Case(
+                "an object as a value",
+                recipe(f"variables: {{x: {call}}}\n{stages}"),
+                r"recipe\.yaml",
+            ),
             Case("an object as a name", recipe(f"? {call}\n: 1\n"), r"recipe\.yaml"),
             Case("an object by --set", recipe(variable, "--set", f"x={call}"), "x"),
             Case("a module", recipe("stages: !!python/module:antigravity\n"), r"recipe\.yaml"),
@@ -555,7 +650,14 @@ def json_bombs(work: Work, count: int) -> Iterator[Trial]:
     def rows(verb: tuple[str, ...], *more: str) -> Callable[[Work, Path], Words]:
         def make(work: Work, folder: Path) -> Words:
             (folder / "rows.jsonl").write_text('{"text": ' + deep + "}\n")
-            return [*verb, work.inputs / "model", folder / "rows.jsonl", *more, "-o", folder / "out"]
+            return [
+                *verb,
+                work.inputs / "model",
+                folder / "rows.jsonl",
+                *more,
+                "-o",
+                folder / "out",
+            ]
 
         return make
 
@@ -582,24 +684,55 @@ def json_bombs(work: Work, count: int) -> Iterator[Trial]:
     def run_directory(work: Work, folder: Path) -> Words:
         (folder / "kept").mkdir()
         (folder / "kept" / "manifest.json").write_text(deep)
-        words = ["quantize", work.inputs / "model", "--no-check", "--run", folder / "kept", "-o", folder / "out"]
+        words = [
+            "quantize",
+            work.inputs / "model",
+            "--no-check",
+            "--run",
+            folder / "kept",
+            "-o",
+            folder / "out",
+        ]
         return words
 
     def prior(work: Work, folder: Path) -> Words:
         source = work.made(
             "prior",
-            lambda out: ["tune", "prior", work.inputs / "model", work.inputs / "train.jsonl", "-o", out],
+            lambda out: [
+                "tune",
+                "prior",
+                work.inputs / "model",
+                work.inputs / "train.jsonl",
+                "-o",
+                out,
+            ],
         )
         copy = Path(shutil.copytree(source, folder / "prior"))
         manifest = next(one for one in copy.iterdir() if one.suffix == ".json")
         manifest.write_text(deep)
-        words = ["tune", work.inputs / "model", work.inputs / "train.jsonl", "--weights", "prift-mass", "--prior"]
+        words = [
+            "tune",
+            work.inputs / "model",
+            work.inputs / "train.jsonl",
+            "--weights",
+            "prift-mass",
+            "--prior",
+        ]
         return [*words, copy, "--steps", "1", "-o", folder / "out"]
 
     def pictures(work: Work, folder: Path) -> Words:
         images = Path(shutil.copytree(work.inputs / "images", folder / "images"))
         (images / "labels.jsonl").write_text(deep + "\n")
-        return ["attribute", "build", "zoo:tiny-dit", images, "--method", "d-trak", "-o", folder / "i"]
+        return [
+            "attribute",
+            "build",
+            "zoo:tiny-dit",
+            images,
+            "--method",
+            "d-trak",
+            "-o",
+            folder / "i",
+        ]
 
     yield from tried(
         work,
@@ -623,11 +756,15 @@ def json_bombs(work: Work, count: int) -> Iterator[Trial]:
 
 def _png(width: int, height: int) -> bytes:
     def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        return (
+            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        )
 
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     body = zlib.compress(b"\0" * 1000)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", body) + chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", body) + chunk(b"IEND", b"")
+    )
 
 
 @fault(_FAMILY, "pictures and arrays of enormous size", everyday=True)
@@ -637,7 +774,16 @@ def pictures(work: Work, count: int) -> Iterator[Trial]:
     def fit(width: int, height: int) -> Callable[[Work, Path], Words]:
         def make(work: Work, folder: Path) -> Words:
             (folder / "bomb.png").write_bytes(_png(width, height))
-            return ["fit", folder / "bomb.png", "--width", "16", "--steps", "1", "-o", folder / "x.inr"]
+            return [
+                "fit",
+                folder / "bomb.png",
+                "--width",
+                "16",
+                "--steps",
+                "1",
+                "-o",
+                folder / "x.inr",
+            ]
 
         return make
 
@@ -652,7 +798,16 @@ def pictures(work: Work, count: int) -> Iterator[Trial]:
     def attributed(work: Work, folder: Path) -> Words:
         (folder / "images").mkdir()
         (folder / "images" / "bomb.png").write_bytes(_png(60_000, 60_000))
-        return ["attribute", "build", "zoo:tiny-dit", folder / "images", "--method", "d-trak", "-o", folder / "i"]
+        return [
+            "attribute",
+            "build",
+            "zoo:tiny-dit",
+            folder / "images",
+            "--method",
+            "d-trak",
+            "-o",
+            folder / "i",
+        ]
 
     def array(work: Work, folder: Path) -> Words:
         import io
@@ -665,13 +820,22 @@ def pictures(work: Work, count: int) -> Iterator[Trial]:
         numpy.lib.format.write_array_header_1_0(head, described)
         with zipfile.ZipFile(folder / "x.npz", "w", zipfile.ZIP_DEFLATED) as archive:
             archive.writestr("images.npy", head.getvalue() + b"\0" * 1000)
-        return ["attribute", "build", "zoo:tiny-dit", folder / "x.npz", "--method", "d-trak", "-o", folder / "i"]
+        return [
+            "attribute",
+            "build",
+            "zoo:tiny-dit",
+            folder / "x.npz",
+            "--method",
+            "d-trak",
+            "-o",
+            folder / "i",
+        ]
 
     yield from tried(
         work,
         [
-            Case("fitted, 3.6 billion pixels", fit(60_000, 60_000), r"bomb\.png"),
-            Case("fitted, 10^18 pixels", fit(2**31 - 1, 2**31 - 1), r"bomb\.png"),
+            Case("fitted, 3.6 billion pixels", fit(60_000, 60_000), "60000 x 60000 pixels"),
+            Case("fitted, 10^18 pixels", fit(2**31 - 1, 2**31 - 1), "2147483647 pixels"),
             Case("to calibrate on", calibrated, r"bomb\.png"),
             Case("to attribute to", attributed, r"bomb\.png"),
             Case("an array of 10^12 bytes", array, r"x\.npz"),

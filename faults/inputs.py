@@ -30,7 +30,10 @@ def make(work: Work) -> None:
     zoo = resolve("zoo:tiny-lm")
     text = (zoo / "calibration.txt").read_text(encoding="utf-8")
     (work.inputs / "text.txt").write_text(text[:5000], encoding="utf-8")
-    rows = [{"prompt": text[i : i + 30], "completion": text[i + 30 : i + 90]} for i in range(0, 2160, 90)]
+    rows = [
+        {"prompt": text[i : i + 30], "completion": text[i + 30 : i + 90]}
+        for i in range(0, 2160, 90)
+    ]
     lines = "".join(json.dumps(row) + "\n" for row in rows)
     (work.inputs / "train.jsonl").write_text(lines, encoding="utf-8")
     (work.inputs / "recipe.yaml").write_text(RECIPE, encoding="utf-8")
@@ -92,7 +95,14 @@ def warm() -> None:
     registry.available()
     for name in _front_door.__all__:
         getattr(_front_door, name)
-    for name in ("accelerate", "peft", "diffusers", "transformers.trainer", "transformers.models.llama", "PIL.Image"):
+    for name in (
+        "accelerate",
+        "peft",
+        "diffusers",
+        "transformers.trainer",
+        "transformers.models.llama",
+        "PIL.Image",
+    ):
         importlib.import_module(name)
     assert app is not None
     sys.stdout.flush()

@@ -46,7 +46,9 @@ def tune_words(work: Work, out: Path) -> list[object]:
 
 def run_words(work: Work, out: Path) -> list[object]:
     given = {"model": "model", "data": "train.jsonl", "text": "text.txt"}
-    values = [word for name, file in given.items() for word in ("--set", f"{name}={work.inputs / file}")]
+    values = [
+        word for name, file in given.items() for word in ("--set", f"{name}={work.inputs / file}")
+    ]
     return ["run", work.inputs / "recipe.yaml", *values, "-o", out]
 
 
@@ -111,7 +113,9 @@ def _one(
     whole = after == expected
     # A run's directory grows stage by stage; every other output appears at once.
     if out.exists() and not whole and given[0] not in ("run", "attribute"):
-        return Trial("FAILED", f"killed after {moment:.2f} s: a part of the output is there: {sorted(after)}")
+        return Trial(
+            "FAILED", f"killed after {moment:.2f} s: a part of the output is there: {sorted(after)}"
+        )
     again = command(given)
     at = f"killed after {moment:.2f} s"
     refused_whole = whole and again.code == 2 and "already exists" in again.message
@@ -124,7 +128,9 @@ def _compare(work: Work, out: Path, expected: dict[str, str], at: str, code: int
     found = results(out)
     if found != expected:
         keys = sorted(k for k in found.keys() | expected.keys() if found.get(k) != expected.get(k))
-        return Trial("FAILED", f"{at}: differs in {keys[:5]}: {_difference(found, expected, keys[0])}")
+        return Trial(
+            "FAILED", f"{at}: differs in {keys[:5]}: {_difference(found, expected, keys[0])}"
+        )
     # Where the output was whole already, what is left of the work stays until the output is replaced.
     left = sorted(one.name for one in out.parent.iterdir() if one != out)
     if left and code == 0:
@@ -213,6 +219,8 @@ def replace(work: Work, count: int) -> Iterator[Trial]:
             yield Trial("FAILED", f"{at}: neither the old output nor the new one")
             continue
         again = command(given)
-        yield Trial("FAILED", f"{at}, then {again.shown()}") if again.code else _compare(
-            work, out, new, at, 0
+        yield (
+            Trial("FAILED", f"{at}, then {again.shown()}")
+            if again.code
+            else _compare(work, out, new, at, 0)
         )

@@ -228,9 +228,7 @@ def fork(words: Words, log: Path, before: Callable[[], None] | None = None) -> i
         os._exit(code)
 
 
-def ended(
-    process: int, log: Path, began: float | None = None, seconds: float = SECONDS
-) -> Ended:
+def ended(process: int, log: Path, began: float | None = None, seconds: float = SECONDS) -> Ended:
     """Wait for a child; one that takes longer than that is killed, which its signal tells."""
     began = time.monotonic() if began is None else began
     while True:

@@ -63,7 +63,20 @@ def _evaluate(work: Work) -> Callable[[Path], Words]:
 
 def _sample(work: Work, model: object, *more: object) -> Words:
     out = work.fresh("other") / "x.safetensors"
-    return ["sample", model, "--count", "1", "--steps", "2", "--sampler", "euler", "-o", out, *more, "--json"]
+    return [
+        "sample",
+        model,
+        "--count",
+        "1",
+        "--steps",
+        "2",
+        "--sampler",
+        "euler",
+        "-o",
+        out,
+        *more,
+        "--json",
+    ]
 
 
 def _open(name: str) -> str:
@@ -137,7 +150,16 @@ def lines(work: Work, count: int) -> Iterator[Trial]:
         return ["tune", "prior", model, one, "-o", work.fresh("other") / "prior", "--json"]
 
     def plan(one: Path) -> Words:
-        return ["attribute", "build", model, one, "--max-length", "32", "-o", work.fresh("other") / "index"]
+        return [
+            "attribute",
+            "build",
+            model,
+            one,
+            "--max-length",
+            "32",
+            "-o",
+            work.fresh("other") / "index",
+        ]
 
     yield from cut(work, _LINES, data, "", prior)
     yield from cut(work, _LINES, data, "", plan)
@@ -300,7 +322,9 @@ def pipeline(work: Work, count: int) -> Iterator[Trial]:
 def recipe(work: Work, count: int) -> Iterator[Trial]:
     """Checked without running it."""
     given = {"model": "model", "data": "train.jsonl", "text": "text.txt"}
-    values = [word for name, file in given.items() for word in ("--set", f"{name}={work.inputs / file}")]
+    values = [
+        word for name, file in given.items() for word in ("--set", f"{name}={work.inputs / file}")
+    ]
 
     def plan(one: Path) -> Words:
         return ["run", one, "--dry-run", *values]

@@ -287,7 +287,7 @@ class Records(Data):
                     raise DataError(
                         f"{where} is not UTF-8: {error.reason}. Expected UTF-8 text."
                     ) from error
-                except ValueError as error:
+                except (ValueError, RecursionError) as error:
                     raise DataError(f"{where} is not valid JSON: {error}.") from error
                 _check(record, where)
                 _check_id(record, ids, line, "line", where)

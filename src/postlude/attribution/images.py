@@ -302,7 +302,7 @@ def _lines(path: Path) -> list[Mapping[str, Any]]:
             continue
         try:
             record = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise DataError(f"{path} line {number} is not valid JSON: {error}.") from error
         name = record.get("file") if isinstance(record, dict) else None
         plain = isinstance(name, str) and name == Path(name).name
@@ -337,7 +337,12 @@ def _decode(path: Path) -> Tensor:
                 )
             wanted = {"1": "L", "P": "RGB"}.get(image.mode, image.mode)
             array = numpy.array(image.convert(wanted))
-    except (UnidentifiedImageError, OSError, SyntaxError) as error:
+    except (
+        UnidentifiedImageError,
+        OSError,
+        SyntaxError,
+        Image.DecompressionBombError,
+    ) as error:
         raise DataError(f"{path} cannot be read as an image: {error}.") from error
     pixels = torch.from_numpy(array)
     return _spread(pixels[None] if pixels.ndim == 2 else pixels.permute(2, 0, 1))

@@ -229,7 +229,14 @@ class LayerWeights:
                 header["method"],
                 header["learned"],
             )
-        except (SafetensorError, KeyError, ValueError, OSError, struct.error) as error:
+        except (
+            SafetensorError,
+            KeyError,
+            ValueError,
+            OSError,
+            RecursionError,
+            struct.error,
+        ) as error:
             if isinstance(error, StoreError):
                 raise
             raise StoreError(

@@ -21,6 +21,8 @@ __all__ = ["Recipe", "Stage", "read"]
 
 _NAME = re.compile(r"[a-z][a-z0-9-]{0,39}")
 _REFERENCE = re.compile(r"\$\{([^}]*)\}")
+# Values of a file, those repeated by reference counted each time; a long recipe has some hundred.
+_LARGEST = 20_000
 _TOP = ("name", "about", "variables", "stages")
 
 
@@ -116,6 +118,7 @@ class _Reader:
     def __init__(self, file: Path, text: str, commands: Mapping[str, Command], seed: int) -> None:
         self._file, self._text, self._commands, self._seed = file, text, commands, seed
         self._lines: dict[tuple[Any, ...], int] = {}
+        self._nodes = 0
 
     def _error(self, where: tuple[Any, ...], message: str) -> DataError:
         while where and where not in self._lines:
@@ -156,6 +159,10 @@ class _Reader:
             content = None if node is None else self._value(node, ())
         except yaml.YAMLError as error:
             raise DataError(f"{self._file} is not YAML: {error}") from error
+        except RecursionError as error:
+            raise DataError(
+                f"{self._file} is no recipe: its lists and mappings lie too deep in each other."
+            ) from error
         if not isinstance(content, dict):
             raise DataError(
                 f"{self._file} is no recipe: expected a mapping with `stages:`, found "
@@ -165,6 +172,13 @@ class _Reader:
 
     def _value(self, node: yaml.Node, where: tuple[Any, ...]) -> Any:
         """The plain value of a node; notes the line of every key on the way."""
+        self._nodes += 1
+        if self._nodes > _LARGEST:
+            line = node.start_mark.line + 1
+            raise DataError(
+                f"{self._file}, line {line}: more than {_LARGEST} values, since what `*` repeats holds repetitions; "
+                "expected a recipe."
+            )
         if isinstance(node, yaml.MappingNode):
             value: dict[Any, Any] = {}
             for key_node, item in node.value:
@@ -212,7 +226,22 @@ class _Reader:
                 ("variables", missing[0]),
                 f"the variable {missing[0]!r} has no value: give one (--set {missing[0]}=VALUE).",
             )
-        return {**own, **{name: yaml.safe_load(value) for name, value in given.items()}}
+        return {**own, **{name: self._given(name, value) for name, value in given.items()}}
+
+    def _given(self, name: str, value: str) -> Any:
+        """The value of a variable on the command line."""
+        try:
+            found = yaml.safe_load(value)
+        except (yaml.YAMLError, RecursionError) as error:
+            reason = str(error).splitlines()[0]
+            raise DataError(
+                f"--set {name}={value[:80]}: not a value that YAML reads ({reason}). Quote it if it is a word."
+            ) from error
+        if isinstance(found, dict | list):
+            raise DataError(
+                f"--set {name}={value[:80]}: a {type(found).__name__}; expected one value. Quote it if it is a word."
+            )
+        return found
 
     def _stage(
         self, name: str, value: Any, variables: Mapping[str, Any], done: Mapping[str, Stage]

@@ -311,7 +311,7 @@ def _read(file: Path) -> dict[str, Any] | None:
     """A record, or None where there is none that can be read; it is then made again."""
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     return value if isinstance(value, dict) else None
 

@@ -309,7 +309,7 @@ def _rows(table: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
 def _json(content: str, table: Path, number: int) -> Any:
     try:
         return json.loads(content)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{table} row {number} is not JSON: {error}") from error
 
 

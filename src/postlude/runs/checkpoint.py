@@ -17,7 +17,7 @@ from postlude.runs.atomic import atomic_directory
 from postlude.runs.pipeline import INDEX, Pipeline, denoiser_files, write_denoiser
 from postlude.runs.quiet import quiet_transformers
 from postlude.runs.selfcheck import RELOAD, Reload, compare_outputs, compare_reload
-from postlude.runs.weights import weight_files
+from postlude.runs.weights import weight_files, write_sums
 from postlude.surgery.anatomy import Anatomy, Kind, LanguageAnatomy
 
 __all__ = ["MARKERS", "Checkpoint"]
@@ -126,6 +126,7 @@ class Checkpoint:
         for file in directory.glob("*.safetensors"):
             # The library writes weights for their owner alone; give them the permissions of the rest.
             shutil.copymode(directory / "config.json", file)
+        write_sums(directory)
 
     def _read_again(self, directory: Path, name: str) -> Reload:
         wide = self.model.dtype not in (torch.float16, torch.bfloat16)

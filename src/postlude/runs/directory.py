@@ -25,7 +25,7 @@ from torch import Tensor
 
 from postlude.errors import RunDirectoryError
 from postlude.runs.atomic import atomic_write, is_partial, sync_directory
-from postlude.runs.weights import weight_files
+from postlude.runs.weights import hash_file, weight_files
 
 __all__ = ["RunDirectory", "differences", "fingerprint", "hash_file", "run_beside"]
 
@@ -131,7 +131,7 @@ class RunDirectory:
     def _check(self, file: Path, overwrite: bool) -> None:
         try:
             found = json.loads(file.read_text(encoding="utf-8"))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise RunDirectoryError(
                 f"{file} is not valid JSON ({error}): the run directory is damaged. "
                 f"Remove it, or choose another {self._elsewhere}."
@@ -194,12 +194,6 @@ def run_beside(out: str | os.PathLike[str]) -> Path:
     """Where the finished work of an output is kept until that is written."""
     final = Path(os.path.realpath(out))
     return final.with_name(f".{final.name}.run")
-
-
-def hash_file(file: Path) -> str:
-    """SHA-256 of the bytes of a file, in hexadecimal."""
-    with open(file, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:

@@ -212,7 +212,7 @@ def _json_lines(file: Path, content: str) -> list[str]:
             continue
         try:
             entry = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise DataError(f"{file} line {number} is not valid JSON: {error}.") from error
         if not isinstance(entry, dict):
             raise DataError(

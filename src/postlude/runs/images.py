@@ -53,7 +53,12 @@ def pixel_values(checkpoint: Checkpoint, files: list[Path]) -> Tensor:
         try:
             with Image.open(file) as picture:
                 pictures.append(picture.convert(mode))
-        except (UnidentifiedImageError, OSError) as error:
+        except (
+            UnidentifiedImageError,
+            OSError,
+            SyntaxError,
+            Image.DecompressionBombError,
+        ) as error:
             raise DataError(f"{file} cannot be read as an image: {error}") from error
     if checkpoint.processor is not None:
         processed: Tensor = checkpoint.processor(images=pictures, return_tensors="pt")[

@@ -22,7 +22,7 @@ from postlude.runs.checkpoint import Checkpoint
 from postlude.runs.importing import READERS, Foreign, Reader
 from postlude.runs.pipeline import is_denoiser, load_denoiser
 from postlude.runs.quiet import quiet_transformers
-from postlude.runs.weights import check_finite, read_json, weight_files
+from postlude.runs.weights import check_finite, check_sums, read_json, weight_files
 from postlude.surgery.anatomy import Anatomy, Kind, anatomy_of, kind_of
 from postlude.surgery.layers import check_scales, quantized_linears
 
@@ -58,7 +58,7 @@ def load(
     a head that classifies), or a denoiser in the layout of diffusers, as a pipeline or alone. Float checkpoints, those that
     Postlude quantized and those in the layouts of GPTQ, AWQ and compressed-tensors load alike; the last become
     Postlude's own quantized layers, bit for bit. Reads the weights twice: once to see that they are finite, once
-    to build the model.
+    to build the model; and once more where their checksums (``SHA256SUMS``, written by Postlude) lie beside them.
 
     Args:
         path: the directory, or ``zoo:NAME`` for a model that comes with Postlude.
@@ -81,7 +81,9 @@ def load(
         return checkpoint
     config = _config(directory)
     kind = kind_of(config["model_type"])
-    check_finite(weight_files(directory))
+    files = weight_files(directory)
+    check_sums(files)
+    check_finite(files)
     quantization = config.get("quantization_config") or {}
     reader = READERS.get(str(quantization.get("quant_method")))
     source = None if reader is None else _foreign(directory, quantization, reader)
@@ -308,7 +310,7 @@ def _beside_weights(directory: Path, files: tuple[str, ...], loader: str, name: 
             return getattr(transformers, loader).from_pretrained(
                 directory, local_files_only=True, trust_remote_code=False
             )
-        except (ValueError, KeyError, OSError, RuntimeError, TypeError, ImportError) as error:
+        except Exception as error:  # the tokenizers library raises nothing narrower
             raise CheckpointError(
                 f"transformers {transformers.__version__} cannot load the {name} of {directory}: "
                 f"{type(error).__name__}: {error}"

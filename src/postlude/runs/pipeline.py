@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from postlude.errors import CheckpointError, MissingDependencyError
 from postlude.runs.quiet import quiet_diffusers
-from postlude.runs.weights import check_finite, read_json, weight_files
+from postlude.runs.weights import check_finite, check_sums, read_json, weight_files, write_sums
 from postlude.surgery.anatomy import check_supported, supported_model_types
 
 __all__ = ["INDEX", "Pipeline", "denoiser_files", "is_denoiser", "load_denoiser", "write_denoiser"]
@@ -102,6 +102,7 @@ def load_denoiser(directory: Path, dtype: torch.dtype | str) -> tuple[Any, Any, 
         )
     check_supported(name)
     files = weight_files(part, _WEIGHTS)
+    check_sums(files)
     check_finite(files)
     if pipeline is not None:
         scheduler = _scheduler(directory, pipeline.index)
@@ -131,6 +132,7 @@ def _write_model(model: Any, directory: Path) -> None:
     for file in directory.glob("*.safetensors"):
         # The library writes weights for their owner alone; give them the permissions of the rest.
         shutil.copymode(directory / "config.json", file)
+    write_sums(directory)
 
 
 def _library(name: str, what: str) -> Any:

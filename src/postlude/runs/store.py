@@ -426,7 +426,7 @@ def _remove(directory: Path) -> None:
 def _read_json(file: Path, kind: str) -> dict[str, Any]:
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise StoreError(
             f"{file} is not valid JSON ({error}): the {kind} is damaged. Remove it, or choose another output (-o)."
         ) from error

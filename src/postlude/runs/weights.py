@@ -7,27 +7,50 @@ time, and of a large one a slice.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
+import re
 import struct
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from postlude.errors import CheckpointError, NonFiniteError
 
-__all__ = ["check_finite", "read_header", "read_json", "weight_files"]
+__all__ = [
+    "SUMS",
+    "check_finite",
+    "check_sums",
+    "hash_file",
+    "read_header",
+    "read_json",
+    "weight_files",
+    "write_sums",
+]
 
 STEM = "model"
+SUMS = "SHA256SUMS"
+"""Beside the weights that Postlude writes: their checksums, as ``sha256sum -c`` reads them."""
 
 _PICKLE_ENDINGS = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _OTHER_ENDINGS = (".gguf", ".h5", ".msgpack", ".onnx")
 _FLOAT_DTYPES = frozenset({"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"})
+_BITS = {
+    **dict.fromkeys(("F64", "I64", "U64", "C64"), 64),
+    **dict.fromkeys(("F32", "I32", "U32"), 32),
+    **dict.fromkeys(("F16", "BF16", "I16", "U16"), 16),
+    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E5M2", "F8_E4M3", "F8_E8M0"), 8),
+    **dict.fromkeys(("F8_E5M2FNUZ", "F8_E4M3FNUZ"), 8),
+    **dict.fromkeys(("F6_E2M3", "F6_E3M2"), 6),
+    "F4": 4,
+}
+_SUM = re.compile(r"([0-9a-f]{64}) [ *](.+)")
 # A safetensors header beyond this is refused by the format's own library as well.
 _LARGEST_HEADER = 100_000_000
 _ELEMENTS_AT_ONCE = 1 << 24
@@ -60,6 +83,9 @@ def weight_files(path: str | os.PathLike[str], stem: str = STEM) -> list[Path]:
 def read_header(file: str | os.PathLike[str]) -> dict[str, dict[str, Any]]:
     """The tensors of a safetensors file: name to dtype, shape and offsets.
 
+    Every tensor is checked to have a known type, as many bytes as its shape asks for, and a place of its own in the
+    file, so that nothing is allocated because a header says so.
+
     Raises:
         CheckpointError: the file is not safetensors, or is shorter or longer than its header says.
     """
@@ -79,13 +105,13 @@ def read_header(file: str | os.PathLike[str]) -> dict[str, dict[str, Any]]:
     try:
         header: dict[str, dict[str, Any]] = json.loads(raw)
         tensors = {name: entry for name, entry in header.items() if name != "__metadata__"}
-        ends = [int(entry["data_offsets"][1]) for entry in tensors.values()]
-    except (ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
+        places = sorted(_place(name, entry) for name, entry in tensors.items())
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise CheckpointError(
             f"{path} is not a safetensors file: its header does not parse ({error}). "
             "Copy or download it again."
         ) from error
-    expected = 8 + length + max(ends, default=0)
+    expected = 8 + length + max((end for _, end, _ in places), default=0)
     if found < expected:
         raise CheckpointError(_truncated(path, expected, found, "by its header"))
     if found > expected:
@@ -93,7 +119,67 @@ def read_header(file: str | os.PathLike[str]) -> dict[str, dict[str, Any]]:
             f"{path} is damaged: expected {expected} bytes by its header, found {found}. "
             "Copy or download it again."
         )
+    reached = 0
+    for start_of, end, name in places:
+        if start_of != reached:
+            what = "overlaps another tensor" if start_of < reached else "leaves a gap before it"
+            raise CheckpointError(
+                f"{path} is damaged: by its header, {name!r} {what}. Copy or download it again."
+            )
+        reached = end
     return tensors
+
+
+def _place(name: str, entry: dict[str, Any]) -> tuple[int, int, str]:
+    """First byte, byte after the last, and name of a tensor; a ValueError where these cannot be."""
+    dtype, shape, (start, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
+    whole = [start, end, *shape]
+    if any(not isinstance(one, int) or isinstance(one, bool) or one < 0 for one in whole):
+        raise ValueError(f"{name!r} has the shape {shape} at {start} to {end}")
+    if dtype not in _BITS:
+        raise ValueError(f"{name!r} is of the unknown type {dtype!r}")
+    if 8 * (end - start) != math.prod(shape) * _BITS[dtype]:
+        raise ValueError(f"{name!r}, {dtype} {shape}, has {end - start} bytes")
+    return start, end, name
+
+
+def hash_file(file: Path) -> str:
+    """SHA-256 of the bytes of a file, in hexadecimal."""
+    with open(file, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def write_sums(directory: Path) -> None:
+    """Write the checksums of the weights of a directory beside them."""
+    files = sorted(directory.glob("*.safetensors"))
+    lines = [f"{hash_file(file)}  {file.name}\n" for file in files]
+    (directory / SUMS).write_text("".join(lines), encoding="utf-8")
+
+
+def check_sums(files: list[Path]) -> None:
+    """Compare weights with the checksums beside them; files without one are taken as they are.
+
+    Time is one read of the files.
+
+    Raises:
+        CheckpointError: a file is not what was written.
+    """
+    listed: dict[Path, str] = {}
+    for folder in {file.parent for file in files}:
+        try:
+            text = (folder / SUMS).read_text(encoding="utf-8")
+        except (FileNotFoundError, UnicodeDecodeError):
+            continue
+        found = filter(None, map(_SUM.fullmatch, text.splitlines()))
+        listed |= {folder / match[2]: match[1] for match in found}
+    for file in files:
+        expected = listed.get(file)
+        actual = expected and hash_file(file)
+        if expected != actual:
+            raise CheckpointError(
+                f"{file} is damaged: its SHA-256 is {str(actual)[:12]}..., {SUMS} beside it says {str(expected)[:12]}"
+                f"... Copy or download it again. If it was changed on purpose, remove {SUMS}."
+            )
 
 
 def check_finite(files: list[Path]) -> None:
@@ -107,7 +193,7 @@ def check_finite(files: list[Path]) -> None:
     """
     for file in files:
         floats = [n for n, entry in read_header(file).items() if entry["dtype"] in _FLOAT_DTYPES]
-        with safe_open(file, framework="pt") as store:
+        with _opened(file) as store:
             for name in floats:
                 if all(_is_finite(part) for part in _slices(store, name)):
                     continue
@@ -122,6 +208,15 @@ def check_finite(files: list[Path]) -> None:
                 )
 
 
+def _opened(file: Path) -> Any:
+    try:
+        return safe_open(file, framework="pt")
+    except SafetensorError as error:
+        raise CheckpointError(
+            f"{file} is not a safetensors file: {error}. Copy or download it again."
+        ) from error
+
+
 def read_json(file: Path) -> dict[str, Any]:
     """The object in a JSON file.
 
@@ -130,7 +225,7 @@ def read_json(file: Path) -> dict[str, Any]:
     """
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{file} is not valid JSON: {error}.") from error
     if not isinstance(content, dict):
         raise CheckpointError(

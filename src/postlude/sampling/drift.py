@@ -256,7 +256,7 @@ def _described(metadata: Mapping[str, str]) -> dict[str, Any]:
     """What the header of a file says of its statistics; empty where it says nothing."""
     try:
         value = json.loads(metadata.get("statistics", "{}"))
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return value if isinstance(value, dict) else {}
 

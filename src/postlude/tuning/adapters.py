@@ -34,6 +34,7 @@ from postlude.errors import (
 from postlude.runs.checkpoint import Checkpoint
 from postlude.runs.loading import load
 from postlude.runs.quiet import quiet_transformers
+from postlude.runs.weights import check_sums, read_header, write_sums
 from postlude.tuning.encoder import restricted
 from postlude.tuning.quantized_base import (
     check_adaptable,
@@ -288,6 +289,7 @@ def save_adapter(model: Any, tokenizer: Any, directory: Path) -> None:
         tokenizer.save_pretrained(directory)
     for file in directory.glob("*.safetensors"):
         shutil.copymode(directory / _CONFIG, file)
+    write_sums(directory)
 
 
 def is_adapter(path: str | os.PathLike[str]) -> bool:
@@ -318,12 +320,14 @@ def load_adapter(
     try:
         configuration = json.loads((directory / _CONFIG).read_text(encoding="utf-8"))
         base = configuration["base_model_name_or_path"]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{directory / _CONFIG} is damaged: {error}") from error
     if not (directory / _WEIGHTS).is_file():
         raise CheckpointError(
             f"{directory} holds an adapter without {_WEIGHTS}; expected safetensors. Save it again with a current peft."
         )
+    read_header(directory / _WEIGHTS)
+    check_sums([directory / _WEIGHTS])
     if not isinstance(base, str) or not Path(base).is_dir():
         raise CheckpointError(
             f"{directory} holds an adapter for the model {base!r}, and there is no such directory. Put the model "

@@ -32,6 +32,7 @@ import torch
 from torch import Tensor
 
 from postlude.errors import DataError, SettingsError
+from postlude.runs.chat import write_chat
 from postlude.runs.documents import encode
 from postlude.runs.listening import Features, Listener
 from postlude.runs.progress import Progress
@@ -335,17 +336,7 @@ def _check_messages(row: Row, messages: Any) -> None:
 
 
 def _template(tokenizer: Any, row: Row, messages: Sequence[Any], **options: Any) -> Any:
-    from transformers.utils import chat_template_utils
-
-    try:
-        return tokenizer.apply_chat_template(
-            list(messages), tools=row.fields.get("tools"), **options
-        )
-    except (chat_template_utils.jinja2.exceptions.TemplateError, TypeError, KeyError) as error:
-        raise DataError(
-            f"{row.where}: the chat template refuses {len(messages)} messages of the roles "
-            f"{', '.join(message['role'] for message in messages)}: {error}."
-        ) from error
+    return write_chat(tokenizer, messages, row.where, tools=row.fields.get("tools"), **options)
 
 
 def _written(tokenizer: Any, row: Row, messages: Sequence[Any], goes_on: bool = False) -> str:

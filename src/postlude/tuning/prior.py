@@ -132,7 +132,7 @@ class Prior:
         try:
             manifest = json.loads(file.read_text(encoding="utf-8"))
             version, top, expected = manifest["format"], manifest["top"], manifest["sha256"]
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise DataError(f"{file} is damaged ({error}): compute the prior again.") from error
         if version != FORMAT:
             raise DataError(

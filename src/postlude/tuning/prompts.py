@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from postlude.errors import DataError
+from postlude.runs.chat import write_chat
 from postlude.tuning.examples import Row, read_rows
 from postlude.tuning.rewards import GIVEN
 
@@ -100,7 +101,7 @@ def _prompt(row: Row, tokenizer: Any) -> Prompt:
             f"{row.where} holds messages, and the model's tokenizer has no chat template to write them with. Give "
             "prompts as strings, or put the chat_template.jinja that the model was made for beside its tokenizer."
         )
-    ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)
+    ids = write_chat(tokenizer, prompt, row.where, add_generation_prompt=True, return_dict=True)
     return Prompt(prompt, {**columns, "messages": prompt}, len(ids["input_ids"]), row.where)
 
 

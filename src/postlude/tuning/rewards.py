@@ -228,7 +228,7 @@ def _module(name: str) -> types.ModuleType:
                 here,
                 "Looked in the current directory and where Python finds modules.",
             ) from error
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise _broken(name, error) from error
 
 
@@ -245,13 +245,13 @@ def _module_of_file(path: Path) -> types.ModuleType:
     sys.modules[name] = module
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         del sys.modules[name]
         raise _broken(str(path), error) from error
     return module
 
 
-def _broken(name: str, error: Exception) -> SettingsError:
+def _broken(name: str, error: BaseException) -> SettingsError:
     return SettingsError(
         f"{name} holds rewards and cannot be imported: {type(error).__name__}: {error}"
     )

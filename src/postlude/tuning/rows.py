@@ -72,7 +72,7 @@ def _content(file: Path) -> str:
 def _listed(file: Path) -> list[Row]:
     try:
         content = json.loads(_content(file))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{file} is not valid JSON: {error}.") from error
     if not isinstance(content, list) or not all(isinstance(one, dict) for one in content):
         raise DataError(
@@ -92,7 +92,7 @@ def _rows(file: Path) -> list[Row]:
             continue
         try:
             fields = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise DataError(f"{file} line {line} is not valid JSON: {error}.") from error
         if not isinstance(fields, dict):
             raise DataError(

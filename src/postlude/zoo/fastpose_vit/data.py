@@ -243,7 +243,7 @@ def _lists(folder: Path) -> list[Path]:
 def _read_json(file: Path) -> Any:
     try:
         return json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{file} is not JSON: {error}") from error
 
 
@@ -379,6 +379,10 @@ def _picture(
     from PIL import Image, UnidentifiedImageError
 
     name = label["filename"]
+    if Path(name).is_absolute() or ".." in Path(name).parts:
+        raise DataError(
+            f"label {index} of {file} names the image {name!r}; expected one in {file.parent}"
+        )
     places = [
         file.parent / "images" / name,
         file.parent / "images" / file.stem / name,
@@ -390,7 +394,12 @@ def _picture(
     try:
         with Image.open(found) as opened:
             image = opened.convert("L")
-    except (UnidentifiedImageError, OSError, SyntaxError) as error:
+    except (
+        UnidentifiedImageError,
+        OSError,
+        SyntaxError,
+        Image.DecompressionBombError,
+    ) as error:
         raise DataError(
             f"label {index} of {file}: {found} cannot be read as an image: {error}"
         ) from error
