@@ -104,7 +104,9 @@ class BlockOutput:
         made: dict[str, T] = {}
         for site in self._block.sites:
             scheme = scheme_of(site)
-            for path in site.modules if scheme is not None else ():
+            if scheme is None:
+                continue
+            for path in site.modules:
                 weight = (start or self.weights)[path].detach()
                 grid = scheme.parameters(weight, clip_search(weight, scheme) if clip else 1.0)
                 made[path] = kind(weight, scheme, grid)
