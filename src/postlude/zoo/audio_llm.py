@@ -2,9 +2,9 @@
 
     python -m postlude.zoo.audio_llm make -o DIR [--seed 0]
 
-transformers' ``AudioFlamingo3ForConditionalGeneration`` with random weights: 64 mel bands, an encoder of width 128 that
-gives one embedding for 80 ms, a projector, and a causal decoder of width 128 with a vocabulary for questions and answers
-about speech (`postlude.zoo.speech_answers`). What serves the published models serves it.
+transformers' ``AudioFlamingo3ForConditionalGeneration`` with random weights: 64 mel bands, an encoder of width 128
+that gives one embedding for 80 ms, a projector, and a causal decoder of width 128 with a vocabulary for questions and
+answers about speech (`postlude.zoo.speech_answers`). What serves the published models serves it.
 
 Whisper's features have a frame every 10 ms and its encoder divides time by 4. Here frames are 20 ms apart (windows of
 25 ms), so that time is divided by 8 in all, at half the cost. A window is 5 s; longer recordings take several.
@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from postlude.errors import InputError, OutputExistsError, SettingsError
 from postlude.zoo.speech_answers import (
@@ -186,10 +186,26 @@ def build(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = AudioFlamingo3ForConditionalGeneration(config)
-    positions = model.model.audio_tower.embed_positions.weight
-    with torch.no_grad():
-        positions.copy_(_sinusoids(*positions.shape))
+        _initialise(model)
     return model.eval()
+
+
+@torch.no_grad()
+def _initialise(model: Any) -> None:
+    """Weights by their fan-in, and positions a tenth as large as Whisper's.
+
+    transformers draws every weight with a deviation of 0.02, which is meant for a width of thousands. Here the two
+    convolutions would shrink a recording to a twentieth of its positions, and training would first have to find it.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear | nn.Conv1d) and name != "lm_head":
+            deviation = module.weight[0].numel() ** -0.5
+            # What is added to a stream; there are two additions in each of a few layers.
+            added = name.endswith(("o_proj", "out_proj", "down_proj", "fc2"))
+            module.weight.normal_(0, deviation / 2 if added else deviation)
+    model.model.language_model.embed_tokens.weight.normal_(0, 0.5)
+    positions = model.model.audio_tower.embed_positions.weight
+    positions.copy_(0.1 * _sinusoids(*positions.shape))
 
 
 def _sinusoids(length: int, width: int) -> Tensor:
