@@ -31,6 +31,7 @@ def test_public_names() -> None:
         "evaluate_pose",
         "evaluate_retrieval",
         "evaluate_samples",
+        "evaluate_speech",
         "export",
         "fit",
         "generate",

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from postlude._front_door.inspecting import compare, inspect, kernels
     from postlude._front_door.judging_poses import evaluate_pose
     from postlude._front_door.judging_samples import evaluate_samples
+    from postlude._front_door.judging_speech import evaluate_speech
     from postlude._front_door.opening import load
     from postlude._front_door.quantizing import quantize
     from postlude._front_door.running import forecast, report, run
@@ -51,6 +52,7 @@ __all__ = [
     "evaluate_pose",
     "evaluate_retrieval",
     "evaluate_samples",
+    "evaluate_speech",
     "export",
     "fit",
     "forecast",
@@ -85,6 +87,7 @@ _FILES = {
     "evaluate_pose": "judging_poses",
     "evaluate_retrieval": "evaluating",
     "evaluate_samples": "judging_samples",
+    "evaluate_speech": "judging_speech",
     "export": "exporting",
     "fit": "signals",
     "forecast": "running",

@@ -12,16 +12,19 @@ from postlude.cli._group import PLAIN, PlainCommand, PlainFormGroup
 from postlude.cli._output import Result, refuse_existing, write_json
 from postlude.cli.pose import pose
 from postlude.cli.samples import samples
+from postlude.cli.speech import speech
 
 __all__ = ["app", "evaluate", "lds", "retrieval"]
 
 app = typer.Typer(
     cls=PlainFormGroup,
     help="Measure a checkpoint on a text; `evaluate samples` judges images, `evaluate pose` a "
-    "network that reads poses, `evaluate lds` and `evaluate retrieval` attribution methods.",
+    "network that reads poses, `evaluate speech` one that hears speech, `evaluate lds` and `evaluate retrieval` "
+    "attribution methods.",
 )
 app.command("samples")(samples)
 app.command("pose")(pose)
+app.command("speech")(speech)
 
 
 @app.command(
@@ -29,7 +32,8 @@ app.command("pose")(pose)
     cls=PlainCommand,
     hidden=True,
     epilog="Related: `postlude evaluate samples` judges the images of a diffusion model, `evaluate pose` a network "
-    "that reads poses, `evaluate lds` and `evaluate retrieval` attribution methods.",
+    "that reads poses, `evaluate speech` one that hears speech, `evaluate lds` and `evaluate retrieval` attribution "
+    "methods.",
 )
 def evaluate(
     checkpoint: options.Checkpoint,
