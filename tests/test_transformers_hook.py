@@ -141,12 +141,14 @@ def test_a_failing_registration_warns_and_leaves_the_package_usable(
     assert module.READY
 
 
+# That a checkpoint opens in a process of its own, which needs this, is tested with the quantizers.
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "imports",
     [
         "postlude, transformers.modeling_utils",
-        pytest.param("transformers.quantizers, postlude", marks=pytest.mark.slow),
-        pytest.param("postlude.surgery.huggingface", marks=pytest.mark.slow),
+        "transformers.quantizers, postlude",
+        "postlude.surgery.huggingface",
     ],
 )
 def test_transformers_itself(imports: str) -> None:

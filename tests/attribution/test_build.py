@@ -212,7 +212,7 @@ def test_killed_builds_and_two_processes_make_the_same_bits(
 ) -> None:
     data = write(tmp_path / "train.jsonl", texts(14))
     script = str(Path(__file__).with_name("interrupted.py"))
-    command = [sys.executable, script, str(tiny_llama_dir), str(data), str(tmp_path), "3"]
+    command = [sys.executable, script, str(tiny_llama_dir), str(data), str(tmp_path), "1"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stderr

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import textwrap
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,21 @@ METHODS = [
 each_method = pytest.mark.parametrize(
     "info", [pytest.param(info, id=info.name, marks=marked(info)) for info in METHODS]
 )
+
+
+def each_method_in_turn(names: str, cases: Sequence[Any], everyday: int) -> pytest.MarkDecorator:
+    """Every method in some of the cases, other ones for each, so that all cases are met; the rest is slow."""
+    params = []
+    for number, info in enumerate(METHODS):
+        for place, case in enumerate(cases):
+            values = case if isinstance(case, tuple) else (case,)
+            words = [info.name, *(str(value).removeprefix("torch.") for value in values)]
+            now = (place - number * everyday) % len(cases) < everyday
+            marks = marked(info) if now else [pytest.mark.slow]
+            params.append(pytest.param(info, *values, id="-".join(words), marks=marks))
+    return pytest.mark.parametrize(f"info, {names}", params)
+
+
 each_architecture = pytest.mark.parametrize("architecture", ARCHITECTURES)
 each_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 NOTHING = {"weights": FLOAT, "activations": FLOAT, "kv": FLOAT}
@@ -100,8 +115,7 @@ def test_sixteen_bits_everywhere_change_nothing_or_are_refused(
     torch.testing.assert_close(bench.logits_of(checkpoint), bench.logits(), atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("architecture", ["llama", "qwen2", "gpt2"])
-@each_method
+@each_method_in_turn("architecture", ["llama", "qwen2", "gpt2"], everyday=1)
 def test_more_bits_are_closer(bench: Bench, info: MethodInfo, architecture: str) -> None:
     reference = bench.logits(architecture)
     changes: dict[str, Any] = {"group": "channel", "clip": False}
@@ -154,16 +168,15 @@ def loaded(directory: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(directory).eval()
 
 
-@pytest.mark.parametrize(
-    ("architecture", "dtype"),
+@each_method_in_turn(
+    "architecture, dtype",
     [
         *((name, torch.float32) for name in ARCHITECTURES),
         ("qwen2", torch.bfloat16),
         ("gpt2", torch.bfloat16),
     ],
-    ids=lambda x: str(x).removeprefix("torch."),
+    everyday=3,
 )
-@each_method
 def test_saved_and_loaded_is_bit_equal(
     bench: Bench, info: MethodInfo, architecture: str, dtype: torch.dtype
 ) -> None:
@@ -208,8 +221,7 @@ def test_loaded_in_a_process_of_its_own(bench: Bench) -> None:
     assert torch.equal(logits, bench.logits_of(bench.quantized(info, **FOUR, clip=False)))
 
 
-@pytest.mark.parametrize("architecture", ["llama", "mistral", "gpt2"])
-@each_method
+@each_method_in_turn("architecture", ["llama", "mistral", "gpt2"], everyday=1)
 def test_generate_keeps_packed_keys_and_values(
     bench: Bench, info: MethodInfo, architecture: str
 ) -> None:

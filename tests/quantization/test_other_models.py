@@ -180,7 +180,8 @@ def test_the_command(dit: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert not (tmp_path / "no").exists()
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.slow
+@pytest.mark.timeout(300)
 def test_read_by_a_fresh_process(dit: Path, tmp_path: Path) -> None:
     small = pl.quantize(dit, GPTQ(), samples=6, out=tmp_path / "small", check=True)
     assert small.reload is not None
