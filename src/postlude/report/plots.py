@@ -1,4 +1,4 @@
-"""Plots as SVG text to put into a page. The only file that imports matplotlib.
+"""Plots as SVG text to put into a page.
 
 Every plot is drawn twice, for a wide column and for a phone: an image that only shrinks has unreadable
 letters. One unit of the drawing is one CSS pixel. Nothing depends on colour alone: lines differ in dash and marker
@@ -24,7 +24,15 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-__all__ = ["Line", "Plot", "bar_plot", "heat_map", "line_plot"]
+__all__ = [
+    "Line",
+    "Plot",
+    "bar_plot",
+    "drawing_settings",
+    "heat_map",
+    "line_plot",
+    "svg",
+]
 
 # (colour, dashes, marker). Okabe and Ito's yellow is left out: it cannot be seen on white.
 _STYLES: tuple[tuple[str, Any, str], ...] = (
@@ -143,9 +151,9 @@ def line_plot(
             _name_ends(axes, lines, logarithmic)
         else:
             _write_values(axes, lines)
-        return _svg(figure, f"{identifier}-{size[0]}", alt)
+        return svg(figure, f"{identifier}-{size[0]}", alt)
 
-    with _settings():
+    with drawing_settings():
         return Plot(draw(_WIDE), draw(_NARROW))
 
 
@@ -197,9 +205,9 @@ def bar_plot(
         if len(groups) > 1:
             beside = min(len(groups), 4 if size == _WIDE else 2)
             figure.legend(loc="outside upper center", ncols=beside, frameon=False)
-        return _svg(figure, f"{identifier}-{size[0]}", alt)
+        return svg(figure, f"{identifier}-{size[0]}", alt)
 
-    with _settings():
+    with drawing_settings():
         return Plot(draw(_WIDE), draw(_NARROW))
 
 
@@ -252,14 +260,15 @@ def heat_map(
         bar.outline.set_visible(False)
         bar.ax.minorticks_off()
         bar.ax.yaxis.set_major_formatter(FuncFormatter(_number))
-        return _svg(figure, f"{identifier}-{size[0]}", alt)
+        return svg(figure, f"{identifier}-{size[0]}", alt)
 
-    with _settings():
+    with drawing_settings():
         return Plot(draw(_WIDE), draw(_NARROW))
 
 
 @contextmanager
-def _settings() -> Iterator[None]:
+def drawing_settings() -> Iterator[None]:
+    """Fonts and colours of every drawing, for as long as one is made."""
     with matplotlib.rc_context(
         {
             "font.family": "DejaVu Sans",  # comes with matplotlib; its letters are wide, so a page's own font fits
@@ -425,7 +434,7 @@ def _readable(token: str) -> str:
     return text if len(text) <= 10 else text[:8] + ".."
 
 
-def _svg(figure: Figure, identifier: str, alt: str) -> str:
+def svg(figure: Figure, identifier: str, alt: str) -> str:
     """The drawing as an element of an HTML page: no declarations, ids of its own, a text for screen readers."""
     # As savefig(transparent=True), which draws everything once more to place it.
     for part in (figure, *figure.axes):
