@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import datetime
 import os
+import platform
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 # Before PyTorch is imported: children of a process with several threads may hang.
@@ -18,52 +20,95 @@ os.environ.update(
     TOKENIZERS_PARALLELISM="false",
 )
 
-from faults import bit_flips, full_disk, hostile, inputs, kills, truncated  # noqa: E402
-from faults.suite import FAULTS, Fault, Trial, Work, table  # noqa: E402
+from faults import full_disk, inputs
+from faults.suite import Fault, Trial, Work, all_faults, table
 
 __all__ = ["main"]
+
+PAGE = Path(__file__).resolve().parent.parent / "docs" / "reliability.md"
+_BEGIN, _END = "<!-- measured: faults -->", "<!-- end: faults -->"
+
+Found = Mapping[tuple[str, str], Sequence[Trial]]
 
 
 def main() -> int:
     """Exit code."""
-    parser = argparse.ArgumentParser(prog="python -m faults", description=__doc__)
-    parser.add_argument("--only", default="", help="faults whose kind or name holds this")
-    parser.add_argument("--seed", type=int, default=0, help="of everything drawn at random")
-    parser.add_argument("--times", type=float, default=1.0, help="factor on how often each is done")
-    parser.add_argument(
-        "--write", action="store_true", help="store the table in docs/reliability.md"
-    )
-    parser.add_argument("-v", "--verbose", action="store_true", help="show what every trial said")
-    options = parser.parse_args()
+    options = _options()
     began = time.monotonic()
-    chosen = [one for one in FAULTS if options.only.lower() in f"{one.family} {one.name}".lower()]
+    wanted = options.only.lower()
+    chosen = [one for one in all_faults() if wanted in f"{one.family} {one.name}".lower()]
+    chosen.sort(key=lambda one: one.family)
     found: dict[tuple[str, str], list[Trial]] = {}
     with tempfile.TemporaryDirectory(prefix="postlude-faults-") as folder:
         work = Work(Path(folder), options.seed)
         inputs.warm()
         inputs.make(work)
         for one in chosen:
-            at = time.monotonic()
-            count = max(1, round(one.count * options.times))
-            trials = found.setdefault((one.family, one.name), [])
-            for trial in _done(one, work, count):
-                trials.append(trial)
-                if options.verbose or trial.outcome == "FAILED":
-                    print(f"  {trial.outcome}: {trial.about}", file=sys.stderr, flush=True)
-            bad = sum(trial.outcome == "FAILED" for trial in trials)
-            line = f"{one.family}, {one.name}: {len(trials)} times, {bad} failed, {time.monotonic() - at:.1f} s"
-            print(line, file=sys.stderr, flush=True)
-    print("\n".join(table(found)))
-    failed = sum(trial.outcome == "FAILED" for trials in found.values() for trial in trials)
-    print(f"\n{failed} failed, {time.monotonic() - began:.0f} s.")
-    return 1 if failed else 0
+            found[one.family, one.name] = _done(one, work, options.times, options.verbose)
+    lines = [
+        *table(found),
+        "",
+        _summary(found, time.monotonic() - began, options.seed),
+    ]
+    print("\n".join(lines))
+    if options.write:
+        write(lines)
+    return int(any(one.outcome == "FAILED" for trials in found.values() for one in trials))
 
 
-def _done(one: Fault, work: Work, count: int) -> Iterator[Trial]:
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m faults", description=__doc__)
+    parser.add_argument("--only", default="", help="faults whose kind or name holds this")
+    parser.add_argument("--seed", type=int, default=0, help="of everything drawn at random")
+    parser.add_argument("--times", type=float, default=1.0, help="factor on how often each is done")
+    parser.add_argument("--write", action="store_true", help=f"store the table in docs/{PAGE.name}")
+    parser.add_argument("-v", "--verbose", action="store_true", help="show what every trial said")
+    options = parser.parse_args()
+    if options.write and (options.only or options.times < 1):
+        parser.error("--write stores the whole suite: leave --only and --times out")
+    return options
+
+
+def _done(one: Fault, work: Work, times: float, verbose: bool) -> list[Trial]:
+    began = time.monotonic()
+    trials = []
+    for trial in _trials(one, work, max(1, round(one.count * times))):
+        trials.append(trial)
+        if verbose or trial.outcome == "FAILED":
+            print(f"  {trial.outcome}: {trial.about}", file=sys.stderr, flush=True)
+    failed = sum(trial.outcome == "FAILED" for trial in trials)
+    said = f"{len(trials)} times, {failed} failed, {time.monotonic() - began:.1f} s"
+    print(f"{one.family}, {one.name}: {said}", file=sys.stderr, flush=True)
+    return trials
+
+
+def _trials(one: Fault, work: Work, count: int) -> Iterator[Trial]:
     try:
         yield from one.trials(work, count)
     except RuntimeError as error:  # what the fault would have been done to fails by itself
         yield Trial("FAILED", str(error))
+
+
+def _summary(found: Found, seconds: float, seed: int) -> str:
+    import torch
+    import transformers
+
+    trials = sum(map(len, found.values()))
+    failed = sum(one.outcome == "FAILED" for given in found.values() for one in given)
+    today = datetime.datetime.now(datetime.UTC).date()
+    return (
+        f"{trials} faults, {failed} failed, in {seconds / 60:.1f} minutes; seed {seed}, full disks by "
+        f"{full_disk.how()}. `make faults`, {today}, Python {platform.python_version()}, PyTorch "
+        f"{torch.__version__}, transformers {transformers.__version__}, {platform.system()} {platform.machine()}."
+    )
+
+
+def write(lines: Sequence[str], page: Path = PAGE) -> None:
+    """Put the table between the marks of the page."""
+    before, _, rest = page.read_text(encoding="utf-8").partition(_BEGIN)
+    _, _, after = rest.partition(_END)
+    text = "\n".join([_BEGIN, "", *lines, "", _END])
+    page.write_text(before + text + after, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""One bit flipped at a random place of a file: noticed, or made again, or without effect; where it cannot be, it is said.
+"""One bit flipped at a random place of a file: noticed, made again, or without effect; where it cannot be, it is said.
 
 Three kinds of files. What Postlude keeps for itself (shards of indexes, units, states, records of recipes) is known by
 its hash: reading it again after a flip must give the same result. What it hands over with checksums beside must be
@@ -13,7 +13,7 @@ import struct
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from faults.kills import build_words, quantize_words, results, run_words, tune_words
+from faults.kills import build_words, quantize_words, results, run_words
 from faults.suite import UNPROTECTED, Trial, Work, command, contents, fault, harm, judge_damage
 
 _FAMILY = "one bit flipped"

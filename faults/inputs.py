@@ -24,7 +24,7 @@ stages:
 
 
 def make(work: Work) -> None:
-    """Write the inputs: ``model``, ``vit``, ``text.txt``, ``train.jsonl``, ``picture.png``, ``images``, ``recipe.yaml``."""
+    """Write the inputs: two checkpoints, a text, examples, pictures and a recipe."""
     from postlude.runs.loading import resolve
 
     zoo = resolve("zoo:tiny-lm")

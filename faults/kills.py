@@ -24,6 +24,7 @@ _FAMILY = "SIGKILL at a random moment"
 
 
 def quantize_words(work: Work, out: Path) -> list[object]:
+    """GPTQ: a calibration, a unit of work a block, a checkpoint."""
     return [
         "quantize", work.inputs / "model", "--method", "gptq", "--bits", "w4a4kv4", "--calibration",
         work.inputs / "text.txt", "--samples", "4", "--length", "24", "--no-check", "-o", out,
@@ -31,6 +32,7 @@ def quantize_words(work: Work, out: Path) -> list[object]:
 
 
 def build_words(work: Work, out: Path) -> list[object]:
+    """An index of 24 examples in six shards."""
     return [
         "attribute", "build", work.inputs / "model", work.inputs / "train.jsonl", "--shard-examples", "4",
         "--max-length", "32", "-o", out,
@@ -38,6 +40,7 @@ def build_words(work: Work, out: Path) -> list[object]:
 
 
 def tune_words(work: Work, out: Path) -> list[object]:
+    """24 steps."""
     return [
         "tune", work.inputs / "model", work.inputs / "train.jsonl", "--max-length", "48", "--batch-size", "2",
         "--epochs", "2", "--learning-rate", "1e-3", "--save-every", "2", "-o", out,
@@ -45,6 +48,7 @@ def tune_words(work: Work, out: Path) -> list[object]:
 
 
 def run_words(work: Work, out: Path) -> list[object]:
+    """A recipe of four stages."""
     given = {"model": "model", "data": "train.jsonl", "text": "text.txt"}
     values = [
         word for name, file in given.items() for word in ("--set", f"{name}={work.inputs / file}")
@@ -141,7 +145,8 @@ def _compare(work: Work, out: Path, expected: dict[str, str], at: str, code: int
 def _difference(found: dict[str, str], expected: dict[str, str], key: str) -> str:
     if key not in found or key not in expected:
         return "missing" if key in expected else "surplus"
-    common = len(os.path.commonprefix([found[key], expected[key]]))
+    pairs = enumerate(zip(found[key], expected[key], strict=False))
+    common = next((at for at, (one, other) in pairs if one != other), len(expected[key]))
     start = max(0, common - 60)
     return f"...{found[key][start : common + 60]}... instead of ...{expected[key][start : common + 60]}..."
 

@@ -9,7 +9,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
+import importlib
 import os
+import pkgutil
 import random
 import re
 import resource
@@ -23,7 +25,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 __all__ = [
-    "FAULTS",
     "OUTCOMES",
     "UNPROTECTED",
     "Ended",
@@ -31,6 +32,7 @@ __all__ = [
     "Trial",
     "Words",
     "Work",
+    "all_faults",
     "command",
     "contents",
     "ended",
@@ -85,9 +87,18 @@ class Fault:
     everyday: bool = False
 
 
-FAULTS: list[Fault] = []
+_FAULTS: list[Fault] = []
 # What a command says of the time it took.
 _CHANGING = re.compile(r'"[a-z_]*(seconds|per_second|memory)[a-z_]*": [0-9.e+-]+')
+
+
+def all_faults() -> list[Fault]:
+    """Every fault of every file of this folder."""
+    package = importlib.import_module("faults")
+    for found in pkgutil.walk_packages(package.__path__, "faults."):
+        if not found.name.endswith("__main__"):
+            importlib.import_module(found.name)
+    return list(_FAULTS)
 
 
 def fault(
@@ -98,7 +109,7 @@ def fault(
     def add(
         trials: Callable[[Work, int], Iterator[Trial]],
     ) -> Callable[[Work, int], Iterator[Trial]]:
-        FAULTS.append(Fault(family, name, trials, count, everyday))
+        _FAULTS.append(Fault(family, name, trials, count, everyday))
         return trials
 
     return add
