@@ -32,6 +32,7 @@ def test_public_names() -> None:
         "evaluate_retrieval",
         "evaluate_samples",
         "evaluate_speech",
+        "explain",
         "export",
         "fit",
         "generate",

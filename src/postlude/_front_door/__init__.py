@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from postlude._front_door.inspecting import compare, inspect, kernels
     from postlude._front_door.judging_poses import evaluate_pose
     from postlude._front_door.judging_samples import evaluate_samples
-    from postlude._front_door.judging_speech import evaluate_speech
+    from postlude._front_door.judging_speech import evaluate_speech, explain
     from postlude._front_door.opening import load
     from postlude._front_door.quantizing import quantize
     from postlude._front_door.running import forecast, report, run
@@ -53,6 +53,7 @@ __all__ = [
     "evaluate_retrieval",
     "evaluate_samples",
     "evaluate_speech",
+    "explain",
     "export",
     "fit",
     "forecast",
@@ -88,6 +89,7 @@ _FILES = {
     "evaluate_retrieval": "evaluating",
     "evaluate_samples": "judging_samples",
     "evaluate_speech": "judging_speech",
+    "explain": "judging_speech",
     "export": "exporting",
     "fit": "signals",
     "forecast": "running",

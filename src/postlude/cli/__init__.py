@@ -22,6 +22,7 @@ from postlude.cli import (
     attribute,
     demo,
     evaluate,
+    explain,
     export,
     generate,
     inspect,
@@ -77,6 +78,7 @@ attribute.app.command("select")(selection.select)
 attribute.app.command("damage")(selection.damage)
 app.add_typer(attribute.app, name="attribute")
 app.add_typer(evaluate.app, name="evaluate")
+app.command("explain")(explain.explain)
 app.command("generate")(generate.generate)
 app.command("export")(export.export)
 app.command("fit")(signals.fit)

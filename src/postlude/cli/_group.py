@@ -26,6 +26,7 @@ class OrderedGroup(TyperGroup):
         "sample",
         "attribute",
         "evaluate",
+        "explain",
         "generate",
         "export",
         "fit",

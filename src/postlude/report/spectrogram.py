@@ -98,7 +98,7 @@ def _figure(
     if title:
         upper.set_title(title, loc="left", fontsize=12.5)
     bar = figure.colorbar(image, ax=upper, fraction=0.05, pad=0.02, aspect=24)
-    bar.set_label("dB below the loudest" if size == _WIDE else "dB")
+    bar.set_label("dB (0: the loudest)" if size == _WIDE else "dB")
     bar.outline.set_visible(False)
     for axes in (upper, lower):
         axes.spines[["top", "right"]].set_visible(False)
@@ -130,7 +130,8 @@ def _rows(upper: Any, lower: Any, seconds: float, marks: Sequence[Mark]) -> None
                 hatch=_HATCHES[row % len(_HATCHES)],
             )
             for at in (start, end):
-                upper.axvline(at, color=_INK, linewidth=0.9, linestyle=(0, (4, 3)))
+                upper.axvline(at, color="white", linewidth=2.4)
+                upper.axvline(at, color=_INK, linewidth=1, linestyle=(0, (4, 3)))
         # Beside the last interval where there is room, else before the first.
         if times:
             right = times[-1][1] < 0.72 * seconds
