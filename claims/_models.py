@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 import postlude as pl
-from _arithmetic import Rows, corrupt, encode, make
+from _arithmetic import Example, Rows, corrupt, encode, make
 from _weightings import Batch, fit
 from postlude.evaluation.perplexity import evaluate
 from postlude.numerics.weighted_likelihood import Head, TokenColumns, token_columns
@@ -79,10 +79,19 @@ class Student:
         self.batch, self.steps, self.rate = batch, steps, rate
         self.start, self.work = checkpoint, copy.deepcopy(checkpoint)
         self.start.model.requires_grad_(False)
-        self._frozen = LanguageHead(self.start.model, self.start.anatomy)
+        self.freeze(self.start)
         self._head = LanguageHead(self.work.model, self.work.anatomy)
         self._problems = make(problems, HELD_OUT)
         self._clean = encode(checkpoint.tokenizer, self._problems)
+
+    def freeze(self, reference: Checkpoint) -> None:
+        """Read the reference's columns from this model, which stays as it is."""
+        self._frozen = LanguageHead(reference.model, reference.language)
+
+    @property
+    def problems(self) -> list[Example]:
+        """That its accuracy is measured with."""
+        return self._problems
 
     @property
     def words(self) -> int:
@@ -95,7 +104,7 @@ class Student:
 
     def taught(self, steps: int = 250, rate: float = 1e-3, texts: int = 512) -> dict[str, Tensor]:
         """Weights after some steps on clean problems and on text of its own."""
-        own = self._own(texts, 64)
+        own = self.own(texts, 64)
         labels = own.clone()
         rows = encode(self.start.tokenizer, make(1000, TEACHER))
         source = torch.Generator().manual_seed(TEACHER)
@@ -231,7 +240,7 @@ class Student:
         self.work.model.load_state_dict(self.start.model.state_dict())
 
     @torch.no_grad()
-    def _own(self, count: int, length: int) -> Tensor:
+    def own(self, count: int, length: int) -> Tensor:
         """``[count, length]`` text written by the model at temperature 1."""
         tokenizer = self.start.tokenizer
         with torch.random.fork_rng(devices=[]):

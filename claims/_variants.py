@@ -21,14 +21,22 @@ from postlude.numerics.rotation import (
 from postlude.quantization.engine import FLOAT, generator
 from postlude.quantization.gptq import GPTQ
 from postlude.quantization.offq import OffQ, offset_rotation
+from postlude.quantization.offq_weights import OffQWeights, written_moment
 from postlude.quantization.quarot import QuaRot
 from postlude.registry import method
 from postlude.runs.checkpoint import Checkpoint
 from postlude.surgery.anatomy import Block, Site
-from postlude.surgery.capture import observe, token_batches
+from postlude.surgery.capture import Calibration, observe, token_batches
 from postlude.surgery.rewrite import rotate_residual
 
-__all__ = ["AllTokensOffQ", "EqualOffQ", "OffsetGPTQ", "OffsetQuaRot", "RandomRotationOffQ"]
+__all__ = [
+    "AllTokensOffQ",
+    "EqualOffQ",
+    "OffsetGPTQ",
+    "OffsetQuaRot",
+    "RandomRotationOffQ",
+    "WrittenOffQ",
+]
 
 
 def _offset(site: Site, bits: int, group: int) -> Scheme | None:
@@ -101,6 +109,20 @@ def _random_below_first_row(size: int, random: torch.Generator) -> Tensor:
     one = torch.ones(1, 1, dtype=torch.float64)
     rest = block_diagonal([one, random_orthogonal(size - 1, random)]) if size > 1 else one
     return rest @ constant_first_row(size, None)
+
+
+@method("quantize", "offq-weights, all eigenvectors", family="ablation")
+@dataclasses.dataclass(frozen=True)
+class WrittenOffQ(OffQWeights):
+    """offq-weights whose other axes are the other eigenvectors of what the blocks write."""
+
+    def statistics(
+        self, checkpoint: Checkpoint, calibration: Calibration | None, seed: int
+    ) -> Mapping[str, Tensor]:
+        """Those of offq-weights, with the axes replaced."""
+        moment = written_moment(checkpoint.model, checkpoint.language, seed)
+        _, basis = uncentred_pca(moment=moment)
+        return {**super().statistics(checkpoint, calibration, seed), "residual.basis": basis}
 
 
 class _OffsetQuantizers:

@@ -223,10 +223,12 @@ def measure(
 
 
 def wrapped(known: DriftStatistics, settings: QDrift) -> Callable[[Any], Any]:
+    """What makes a scheduler a corrected one."""
     return lambda scheduler: correct(scheduler, known, settings)
 
 
 def numbers_of(images: Tensor, labels: Tensor, reference: Tensor | None = None) -> dict[str, float]:
+    """The metrics of some samples, and their variance summed over pixels."""
     found = judge_samples(images, labels, reference=reference)
     numbers = {name: float(found[name]) for name in METRICS if found[name] is not None}
     return {**numbers, "variance": float(images.flatten(1).var(0).sum())}

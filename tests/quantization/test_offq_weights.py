@@ -37,6 +37,8 @@ def test_it_finds_what_was_planted(planted: Checkpoint) -> None:
     leading = found["residual.basis"][:, 0]
     assert float(acute_angle(leading, defect)) < 5
     assert found["residual.order"][0] == 0
+    basis = found["residual.basis"]
+    torch.testing.assert_close(basis.T @ basis, torch.eye(64).double(), atol=1e-12, rtol=0)
     # The planted neuron's product is the largest.
     assert found["0.product"][0] == PLANT.neuron
 
