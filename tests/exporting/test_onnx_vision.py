@@ -31,6 +31,7 @@ from postlude.numerics.activation_grids import (
     LogSqrt2,
     ShiftLog,
     Tangent,
+    TwoSided,
     Uniform,
 )
 from postlude.quantization import RTN
@@ -124,13 +125,14 @@ def test_quantized_networks_keep_their_codes(method: str, tmp_path: Path) -> Non
         AdaLog(3, shift=GELU_SHIFT, search_scale=True),
         ShiftLog(4),
         Tangent(4),
+        TwoSided(4),
     ],
     ids=lambda grid: f"{grid.kind}-{grid.bits}",
 )
 @pytest.mark.parametrize("whole", [True, False])
 def test_every_grid_is_written_as_it_rounds(grid: ActivationGrid, whole: bool) -> None:
     x = torch.rand(600, generator=torch.Generator().manual_seed(0)) ** 4
-    if isinstance(grid, Uniform):
+    if isinstance(grid, Uniform | TwoSided):
         x = x * 3 - 0.5
     parameters = grid.fit(x)
     if "zero_point" in parameters and not whole:

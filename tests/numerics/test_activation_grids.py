@@ -16,6 +16,7 @@ from postlude.numerics.activation_grids import (
     LogSqrt2,
     ShiftLog,
     Tangent,
+    TwoSided,
     Uniform,
     log_table,
     percentile_range,
@@ -145,6 +146,35 @@ def test_tangent_of_a_small_angle_is_uniform(attention: Tensor) -> None:
     assert levels[-1] - levels[-2] < levels[1] - levels[0]
 
 
+def test_two_sided_is_the_formula_and_finds_the_best_ratio(gelu: Tensor) -> None:
+    x = torch.linspace(-1, 2, 61)
+    given = {"scale": torch.tensor([0.05]), "shift": torch.tensor([3.0])}
+    found = TwoSided(4).round_trip(x, given)
+    for value, rounded in zip(x.tolist(), found.tolist(), strict=True):
+        step = 0.05 if value < 0 else 0.4
+        expected = step * min(max(round(value / step), -7), 7)
+        # On a tie either neighbour is nearest.
+        assert (
+            rounded == pytest.approx(expected, abs=1e-5)
+            or abs(abs(rounded - value) - step / 2) < 1e-5
+        )
+    grid = TwoSided(4)
+
+    def error(parameters: dict[str, Tensor]) -> float:
+        return float((grid.round_trip(gelu, parameters) - gelu).square().mean())
+
+    best = grid.fit(gelu)
+    m, top = float(best["shift"]), float(best["scale"]) * 2 ** float(best["shift"])
+    assert 2 <= m <= 6  # -0.17 below and some 4 above
+    others = [
+        {"scale": torch.tensor([top / 2**other]), "shift": torch.tensor([float(other)])}
+        for other in range(9)
+    ]
+    assert error(best) == min(error(other) for other in others)
+    assert error(best) < error(others[0])
+    assert len(grid.round_trip(gelu, best).unique()) <= 15
+
+
 def test_log_grids_suit_attention_better_than_uniform_ones() -> None:
     drawn = torch.randn(8, 100, 197, generator=torch.Generator().manual_seed(0))
     attention = (drawn * 2).softmax(-1)
@@ -157,7 +187,14 @@ def test_log_grids_suit_attention_better_than_uniform_ones() -> None:
 
 
 def test_grids_are_described_and_refused() -> None:
-    for grid in (Uniform(3), LogSqrt2(4), AdaLog(5, shift=0.1), ShiftLog(6), Tangent(7)):
+    for grid in (
+        Uniform(3),
+        LogSqrt2(4),
+        AdaLog(5, shift=0.1),
+        ShiftLog(6),
+        Tangent(7),
+        TwoSided(4),
+    ):
         assert ActivationGrid.from_dict(grid.to_dict()) == grid
     with pytest.raises(SettingsError, match="'bent' is not known"):
         ActivationGrid.from_dict({"kind": "bent"})
@@ -166,7 +203,14 @@ def test_grids_are_described_and_refused() -> None:
 
 
 def test_values_that_are_all_the_same_are_held() -> None:
-    for grid in (Uniform(4), LogSqrt2(4), AdaLog(4, search_scale=True), ShiftLog(4), Tangent(4)):
+    for grid in (
+        Uniform(4),
+        LogSqrt2(4),
+        AdaLog(4, search_scale=True),
+        ShiftLog(4),
+        Tangent(4),
+        TwoSided(4),
+    ):
         for value in (0.0, 0.5):
             x = torch.full((6,), value)
             assert (grid.round_trip(x, grid.fit(x)) - x).abs().max() < 0.13

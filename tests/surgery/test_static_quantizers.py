@@ -4,7 +4,14 @@ import pytest
 import torch
 from torch import nn
 
-from postlude.numerics.activation_grids import AdaLog, LogSqrt2, ShiftLog, Tangent, Uniform
+from postlude.numerics.activation_grids import (
+    AdaLog,
+    LogSqrt2,
+    ShiftLog,
+    Tangent,
+    TwoSided,
+    Uniform,
+)
 from postlude.surgery.layers import QuantizedLinear
 from postlude.surgery.static_quantizers import AttentionOperands, StaticQuantizer, switch
 
@@ -16,7 +23,7 @@ def quantizer(bits: int = 4) -> StaticQuantizer:
 
 
 @pytest.mark.parametrize(
-    "grid", [Uniform(4), LogSqrt2(3), AdaLog(5, shift=0.1), ShiftLog(4), Tangent(6)]
+    "grid", [Uniform(4), LogSqrt2(3), AdaLog(5, shift=0.1), ShiftLog(4), Tangent(6), TwoSided(3)]
 )
 def test_one_made_from_its_description_rounds_alike(grid: object) -> None:
     x = torch.rand(50, generator=torch.Generator().manual_seed(0))

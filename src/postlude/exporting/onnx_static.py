@@ -1,8 +1,8 @@
 """Fixed activation grids as nodes of an ONNX graph.
 
 A uniform grid with a whole zero point is QuantizeLinear and DequantizeLinear, with a Clip of the codes below 8 bits.
-One whose zero point is not whole (re-parameterised inputs), one for each head, and the logarithmic and tangent grids
-are written out in fp32, operation by operation as in :mod:`postlude.numerics.activation_grids`: ONNX has no integer
+One whose zero point is not whole (re-parameterised inputs), one for each head, and the other grids are written out in
+fp32, operation by operation as in :mod:`postlude.numerics.activation_grids`: ONNX has no integer
 format for them.
 """
 
@@ -24,6 +24,7 @@ from postlude.numerics.activation_grids import (
     LogSqrt2,
     ShiftLog,
     Tangent,
+    TwoSided,
     Uniform,
     log_table,
 )
@@ -160,6 +161,19 @@ def _tangent(
     return str(graph.op("Mul", angle, stored["back"]))
 
 
+def _two_sided(
+    graph: Graph, x: str, name: str, grid: ActivationGrid, values: Mapping[str, Tensor]
+) -> str:
+    graph.count("rounded in fp32")
+    scale, shift = values["scale"].float(), values["shift"].float()
+    stored = _parameters(graph, name, {"below": scale, "above": scale * shift.exp2()})
+    below = graph.op("Less", x, graph.constant(0.0))
+    step = graph.op("Where", below, stored["below"], stored["above"])
+    most = float(2 ** (grid.bits - 1) - 1)
+    codes = _clip(graph, graph.op("Round", graph.op("Div", x, step)), -most, most)
+    return str(graph.op("Mul", codes, step))
+
+
 _Writer = Callable[["Graph", str, str, ActivationGrid, Mapping[str, Tensor]], str]
 _WRITERS: dict[type[ActivationGrid], _Writer] = {
     Uniform: _uniform,
@@ -167,4 +181,5 @@ _WRITERS: dict[type[ActivationGrid], _Writer] = {
     AdaLog: _adalog,
     ShiftLog: _shift_log,
     Tangent: _tangent,
+    TwoSided: _two_sided,
 }

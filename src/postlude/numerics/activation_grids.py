@@ -10,11 +10,12 @@ GELU gives has most of its values near 0 and the few that matter far away, which
     adalog      c = round(-log2(x/s) 37/q),  s 2^-floor(cq/37) T[cq mod 37]           AdaLog, arXiv:2407.12951
     shift-log   uniform in log2(x + eta), then a whole power of two, minus eta       I&S-ViT, arXiv:2311.10126
     tangent     uniform in tan(theta x/s) / tan(theta)                              DopQ-ViT, arXiv:2408.03291
+    two-sided   steps of s below 0 and of 2^m s above, half of the codes each       MPTQ-ViT, arXiv:2401.14895
 
 Codes of the logarithmic grids beyond the last one stand for 0. ``T[j]`` is ``2^(-j/37)`` in whole multiples of ``1 /
 (2^(b+1) - 2)``, so that a small table is all it takes; ``q = 37`` is base 2. The forward quantizer of I&S-ViT's code
-has ``2^b + 1`` codes and its search ``2^b``; both have ``2^b`` here. The tangent is our guess at a formula that was
-not found.
+has ``2^b + 1`` codes and its search ``2^b``; both have ``2^b`` here. The tangent and the two-sided
+grid are our guesses at formulas that were not found.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ __all__ = [
     "Score",
     "ShiftLog",
     "Tangent",
+    "TwoSided",
     "Uniform",
     "log_table",
     "percentile_range",
@@ -56,6 +58,7 @@ Parameters = dict[str, Tensor]
 Score = Callable[[Tensor], float]
 
 _PERCENTILES = (0.999, 0.9999, 0.99999)
+_SHIFTS = range(9)
 _ETAS = (0.001, 0.005, 0.01, 0.02, 0.03, 0.04, 0.05, 0.1, 0.2, 0.5, 1.0)
 
 
@@ -288,4 +291,32 @@ class Tangent(ActivationGrid):
         top = x.max().clamp(min=1e-8).reshape(1).float()
         thetas = (1e-3, *(0.1 * i for i in range(1, 15)))
         candidates = [{"scale": top, "theta": torch.tensor([t], device=x.device)} for t in thetas]
+        return self._best(x, candidates, score)
+
+
+@dataclasses.dataclass(frozen=True)
+class TwoSided(ActivationGrid):
+    """Equal steps on each side of 0, those above it ``2^m`` times as wide: a GELU is flat below and steep above."""
+
+    kind = "two-sided"
+    names = ("scale", "shift")
+
+    def round_trip(self, x: Tensor, parameters: Mapping[str, Tensor]) -> Tensor:
+        scale, shift = (parameters[name].to(x.dtype) for name in self.names)
+        step = torch.where(x < 0, scale, scale * torch.exp2(shift))
+        most = 2 ** (self.bits - 1) - 1
+        return torch.round(x / step).clamp(-most, most) * step
+
+    def fit(self, x: Tensor, score: Score | None = None) -> Parameters:
+        most = 2 ** (self.bits - 1) - 1
+        ordered = x.abs().reshape(-1, 1).double().sort(0).values
+        tops = [_quantile(ordered, share).clamp(min=1e-8).float() for share in (*_PERCENTILES, 1.0)]
+        candidates = [
+            {
+                "scale": top / most / 2.0**m,
+                "shift": torch.tensor([float(m)], device=x.device),
+            }
+            for top in tops
+            for m in _SHIFTS
+        ]
         return self._best(x, candidates, score)

@@ -8,9 +8,11 @@ take both in, as in :mod:`postlude.quantization.vision`::
 Greedy MP starts at the lowest bits and raises, again and again, the site with the steepest fall of loss per byte
 (:func:`postlude.numerics.budget.allocate_greedy`).
 
+OPT-m gives values above 0 behind GELU steps that are ``2^m`` times as wide as those below (``two-sided`` in
+:mod:`postlude.numerics.activation_grids`), with the ``m`` that the data asks for.
+
 Paper: "MPTQ-ViT: Mixed-Precision Post-Training Quantization for Vision Transformer" (arXiv:2401.14895), of which the
-abstract was read; the formulas are ours. Its data-dependent ratio between two regions behind GELU (OPT-m) is left out:
-that grid is uniform here. Needs calibration images.
+abstract was read; the formulas are ours. Needs calibration images.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from postlude.errors import SettingsError
-from postlude.numerics.activation_grids import ActivationGrid, LogSqrt2
+from postlude.numerics.activation_grids import ActivationGrid, LogSqrt2, TwoSided
 from postlude.numerics.budget import Allocation, allocate_greedy
 from postlude.quantization.budgeted import Budgeted
 from postlude.registry import method
@@ -63,6 +65,9 @@ class MPTQGreedy(Budgeted):
 
     def post_softmax(self) -> ActivationGrid:
         return LogSqrt2(self.activations)
+
+    def post_gelu(self) -> ActivationGrid:
+        return TwoSided(self.activations)
 
     def choose(
         self, losses: Sequence[Sequence[float]], costs: Sequence[Sequence[int]], budget: int
