@@ -18,7 +18,7 @@ from postlude.zoo.degraded_speech.making import Maker
 from postlude.zoo.degraded_speech.voices import Digits, Espeak, Source, Toy, find_digits
 from postlude.zoo.speech_answers import answer_pair, calibration_pairs
 
-__all__ = ["main", "make_sets"]
+__all__ = ["main", "make_sets", "speakers"]
 
 _ABOUT = "about.json"
 _UNFINISHED = "labels.part"
@@ -29,7 +29,7 @@ _NOWHERE = (
 )
 
 
-def _sources(choice: str, digits: Path | None) -> list[Source]:
+def speakers(choice: str, digits: Path | None = None) -> list[Source]:
     """Who speaks, by the options."""
     where = digits or find_digits()
     if choice == "toy":
@@ -205,7 +205,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             options.out,
             options.n,
             options.seed,
-            _sources(options.source, options.digits),
+            speakers(options.source, options.digits),
             codecs=options.codecs,
             progress=Progress(show=True),
         )

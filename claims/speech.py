@@ -1,0 +1,261 @@
+"""Explaining what is wrong with a recording: does calibration first help, does a reward for each dimension?
+
+arXiv:2603.10175 calibrates an audio language model to scores, encoder and all, and then reinforces it with a reward for
+each dimension; it reports a mean correlation of 0.71 on QualiSpeech, and that one undifferentiated reward does not mend
+what long answers alone forget. Here a model of one million parameters in the shape of Audio Flamingo 3, of random
+weights, hears clips with known damage (docs/speech.md) in voices and sentences that it was not trained on.
+
+    calibration             answers are the scores and nothing else; the encoder trained, or frozen as it was drawn
+    long answers            scores, artifacts and times, from the random model (for as many steps), or after calibration
+    GRPO, one reward        after both: every token is credited with the whole answer
+    GRPO, by dimension      the same number of answers: a token is credited with the dimension it speaks of
+
+Both kinds of GRPO use the reward ``speech-verifiable``, the mean over dimensions. The seed draws weights, order and
+answers; the clips are the same. Calibration asks for all scores at once: with a question for each, as
+``calibration.jsonl`` has them, a random model needs several times as long for the same correlation.
+
+Data, models and measurements are kept in ``runs/claims/speech``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import postlude as pl
+from _claim import Claim, share, spread
+from postlude.evaluation.speech import evaluate_speech
+from postlude.runs.atomic import atomic_write
+from postlude.runs.directory import RunDirectory
+from postlude.tuning.reinforcement import GRPO
+from postlude.tuning.run import TuneRun
+from postlude.zoo import audio_llm
+from postlude.zoo.degraded_speech.__main__ import make_sets, speakers
+from postlude.zoo.degraded_speech.voices import Toy
+from postlude.zoo.speech_answers import PARTS, SCORES
+
+CALIBRATION = TuneRun(steps=500, batch_size=16, learning_rate=1e-3)
+LONG = TuneRun(steps=120, batch_size=16, learning_rate=1e-3)
+GROUPS = TuneRun(steps=100, batch_size=16, learning_rate=2e-4)
+REINFORCED = GRPO(reward=("speech-verifiable",), generations=4, max_new_tokens=60, beta=0.04)  # type: ignore[arg-type]
+
+ARMS = {
+    "calibrated": "calibration alone",
+    "frozen": "calibration alone, encoder frozen",
+    "alone": "long answers alone",
+    "long": "calibration, long answers",
+    "answer": "calibration, long answers, GRPO with one reward",
+    "dimension": "calibration, long answers, GRPO by dimension",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Bench:
+    """What the arms share.
+
+    Attributes:
+        data: folder of the two sets.
+        models: folder of every model that was trained.
+        quick: do as little as shows that the script runs.
+        claim: for its display.
+    """
+
+    data: Path
+    models: Path
+    quick: bool
+    claim: Claim
+
+    def tuned(
+        self, name: str, seed: int, start: Path, file: str, goal: Any, run: TuneRun, **settings: Any
+    ) -> Path:
+        """A model trained from ``start``, or the one of an earlier run of this script."""
+        out = self.models / f"{name}-{seed}"
+        if not (out / "config.json").is_file():
+            if self.quick:
+                run = dataclasses.replace(run, steps=2, batch_size=8)
+            self.claim.progress.log(f"seed {seed}: {name}, {run.steps} steps")
+            pl.tune(
+                start,
+                self.data / "train" / f"{file}.jsonl",
+                goal,
+                dataclasses.replace(run, seed=seed),
+                out=out,
+                progress=self.claim.progress,
+                **settings,
+            )
+        return out
+
+    def model(self, arm: str, seed: int) -> Path:
+        """The directory of an arm's model, with all that it is made from."""
+        self._write_scores()
+        start = self.models / f"random-{seed}"
+        if not (start / "config.json").is_file():
+            audio_llm.make(start, seed)
+        if arm == "frozen":
+            return self.tuned(arm, seed, start, "scores", "sft", CALIBRATION, encoder="frozen")
+        if arm == "alone":
+            whole = dataclasses.replace(LONG, steps=(CALIBRATION.steps or 0) + (LONG.steps or 0))
+            return self.tuned(arm, seed, start, "answers", "sft", whole)
+        calibrated = self.tuned("calibrated", seed, start, "scores", "sft", CALIBRATION)
+        if arm == "calibrated":
+            return calibrated
+        long = self.tuned("long", seed, calibrated, "answers", "sft", LONG)
+        if arm == "long":
+            return long
+        goal = dataclasses.replace(REINFORCED, credit=arm)
+        return self.tuned(arm, seed, long, "reinforce", goal, GROUPS)
+
+    def _write_scores(self) -> None:
+        """Long answers up to where the scores end."""
+        whole = (self.data / "train" / "answers.jsonl").read_text(encoding="utf-8")
+        rows = [json.loads(line) for line in whole.splitlines()]
+        for row in rows:
+            row["completion"] = row["completion"].partition(" |")[0]
+        with atomic_write(self.data / "train" / "scores.jsonl") as path:
+            path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+    def measure(self, arm: str, seed: int) -> Mapping[str, float]:
+        """Numbers of an arm on the clips for testing."""
+        torch.set_flush_denormal(True)
+        found = evaluate_speech(
+            pl.load(self.model(arm, seed)),
+            self.data / "test",
+            batch_size=48,
+            limit=4 if self.quick else None,
+            progress=self.claim.progress,
+        )
+        numbers = {f"pcc.{row['key']}": row["pcc"] for row in found["dimensions"]}
+        numbers |= {f"mae.{row['key']}": row["mean_error"] for row in found["dimensions"]}
+        for row in found["artifacts"]:
+            for name in ("f1", "iou", "always_f1", "always_iou"):
+                numbers[f"{name}.{row['key']}"] = row[name]
+        numbers |= {name: found[name] for name in ("mean_pcc_zero", "mean_f1", "mean_iou")}
+        # Scores that could not be read; what calibration alone does not speak of is missing anyway.
+        unread = sum(row["skipped"] for row in found["dimensions"])
+        return numbers | {"skipped": unread / (len(found["dimensions"]) * found["clips"])}
+
+
+def main() -> None:
+    """Measure."""
+    claim = Claim("speech", __doc__ or "", seeds=3)
+    sources = [Toy()] if claim.quick else speakers("auto")
+    clips = 20 if claim.quick else 1200
+    settings = {
+        "clips": clips,
+        "sources": [source.name for source in sources],
+        "runs": [dataclasses.asdict(run) for run in (CALIBRATION, LONG, GROUPS)],
+        "grpo": dataclasses.asdict(REINFORCED),
+    }
+    kept = claim.directory(settings)
+    bench = Bench(
+        kept.path.with_name(f"{kept.path.name}-data"),
+        kept.path.with_name(f"{kept.path.name}-models"),
+        claim.quick,
+        claim,
+    )
+    with claim.progress:
+        make_sets(bench.data, clips, 0, sources, progress=claim.progress)
+        found: dict[str, list[dict[str, float]]] = {arm: [] for arm in ARMS}
+        for seed in claim.seeds:
+            for arm in ARMS:
+                found[arm].append(_measured(claim, kept, bench, arm, seed))
+    claim.say(
+        f"{clips - clips // 5} clips of {' and '.join(settings['sources'])} for training, {clips // 5} with other "
+        f"voices and sentences for testing. Calibration {CALIBRATION.steps} steps, long answers {LONG.steps} (alone "
+        f"{(CALIBRATION.steps or 0) + (LONG.steps or 0)}), GRPO {GROUPS.steps} steps of {GROUPS.batch_size} answers, "
+        f"{REINFORCED.generations} to a clip."
+    )
+    _tables(claim, found)
+    _verdicts(claim, found)
+    claim.finish()
+
+
+def _measured(
+    claim: Claim, kept: RunDirectory, bench: Bench, arm: str, seed: int
+) -> dict[str, float]:
+    found = claim.measured(kept, f"{arm}-{seed}", lambda: bench.measure(arm, seed))
+    numbers = {name: float(value) for name, value in found.items()}
+    shown = {n: round(numbers[n], 3) for n in ("mean_pcc_zero", "mean_f1", "mean_iou")}
+    claim.progress.log(f"seed {seed}, {ARMS[arm]}: {shown}")
+    return numbers
+
+
+def _tables(claim: Claim, found: Mapping[str, Sequence[Mapping[str, float]]]) -> None:
+    keys = [dimension.key for dimension in SCORES]
+    claim.table(
+        "Correlation with the true scores (undefined counts as 0 in the mean)",
+        ["", "mean", *keys, "unread %"],
+        [
+            [
+                name,
+                _over(found[arm], "mean_pcc_zero"),
+                *(_over(found[arm], f"pcc.{key}") for key in keys),
+                _over([{"%": 100 * one["skipped"]} for one in found[arm]], "%"),
+            ]
+            for arm, name in ARMS.items()
+        ],
+    )
+    parts = [part.key for part in PARTS]
+    columns = [f"{name}.{part}" for name in ("f1", "iou") for part in parts]
+    rows = [
+        [ARMS[arm], *(_over(found[arm], column) for column in columns)]
+        for arm in ("alone", "long", "answer", "dimension")
+    ]
+    always = [_over(found["long"], f"always_{column}") for column in columns]
+    claim.table(
+        "Artifacts: F1 of presence and IoU of times",
+        [
+            "",
+            *(
+                f"{name.upper() if name == 'f1' else 'IoU'} {p}"
+                for name in ("f1", "iou")
+                for p in parts
+            ),
+        ],
+        [["an artifact in every clip, from beginning to end", *always], *rows],
+    )
+
+
+def _over(rows: Sequence[Mapping[str, float]], name: str) -> str:
+    """Mean and spread over the seeds in which a number is defined, with how many those are."""
+    values = [row[name] for row in rows if not math.isnan(row[name])]
+    if not values:
+        return "undefined"
+    return spread(values) + ("" if len(values) == len(rows) else f" ({len(values)} of {len(rows)})")
+
+
+def _verdicts(claim: Claim, found: Mapping[str, Sequence[Mapping[str, float]]]) -> None:
+    pairs = (
+        ("calibration before long answers", "long", "alone"),
+        ("GRPO with one reward against none", "answer", "long"),
+        ("GRPO by dimension against none", "dimension", "long"),
+        ("GRPO by dimension against one reward", "dimension", "answer"),
+        ("a trained encoder against a frozen one", "calibrated", "frozen"),
+    )
+    rows = []
+    for name, better, worse in pairs:
+        row = [name]
+        for number in ("mean_pcc_zero", "mean_f1", "mean_iou"):
+            gains = [
+                a[number] - b[number] for a, b in zip(found[better], found[worse], strict=True)
+            ]
+            if any(math.isnan(gain) for gain in gains):
+                row.append("")
+                continue
+            row.append(f"{spread(gains, 2)} ({share([gain > 0 for gain in gains])})")
+        rows.append(row)
+    claim.table(
+        "Gain, seed by seed, and in how many seeds it is above 0",
+        ["", "mean PCC", "mean F1", "mean IoU"],
+        rows,
+    )
+
+
+if __name__ == "__main__":
+    main()
