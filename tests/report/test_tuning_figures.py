@@ -42,3 +42,20 @@ def test_answers_and_rewards_are_told() -> None:
     page = render(result, [{"step": 1, **COMMON, **REWARDS}])
     assert "mine:exact x 0.5" in page and "abc" not in page
     assert "&lt;q&gt;" in page and "a &amp; b" in page and "1, 0.25" in page
+
+
+def test_rewards_by_dimension_follow_the_reward() -> None:
+    from postlude.tuning.speech_rewards import SPEECH_REWARDS
+
+    names = SPEECH_REWARDS["speech-verifiable"]("").dimensions
+    columns = {f"reward.{name}": 0.5 + 0.01 * at for at, name in enumerate(names)}
+    log = [
+        {"step": step, **COMMON, **columns, **REWARDS, "answers_per_second": 9.0}
+        for step in range(1, 6)
+    ]
+    page = render({"objective": "grpo", "steps": 5, "final_rewards": {"noi": 0.5}}, log)
+    titles = re.findall(r"<h3>(.*?)</h3>", page)
+    assert titles[:3] == ["Reward", "Reward by dimension", "Reward by dimension, continued"]
+    assert "Speed" in titles and "reward.noi" not in titles
+    for words in ("background noise", "overall quality", "noise: when", "pause: what", "format"):
+        assert f">{words}</th>" in page, words

@@ -18,11 +18,13 @@ from postlude.report.environment import environment
 from postlude.report.figures import Figure
 from postlude.report.plots import Line, line_plot
 from postlude.report.sheet import style, template
+from postlude.zoo.speech_answers import PARTS, SCORES
 
 __all__ = ["evaluation", "headline", "render", "write"]
 
 Row = Mapping[str, Any]
 
+_DIMENSIONS = 6  # lines of a figure
 _PLACES = 40  # points of a line; more would hide each other
 _NOT_DRAWN = ("step", "epoch", "seconds", "tokens")
 # What a run is judged by, in this order.
@@ -119,11 +121,20 @@ _KINDS = (
         "What teaches nothing",
         {
             "zero_variance_groups": "groups of equal rewards",
+            "zero_variance_dimensions": "the same by dimension",
             "truncated_completions": "answers cut off",
         },
         "share",
         "A group whose answers all got the same reward has no better and no worse one.",
         top=1,
+    ),
+    _Kind(
+        "speed",
+        "Speed",
+        {"answers_per_second": "answers"},
+        "answers per second",
+        "Sampled, judged and learned from.",
+        top=0,
     ),
     _Kind(
         "rate",
@@ -277,12 +288,50 @@ def _figures(log: Sequence[Row]) -> list[Figure]:
         for kind in _KINDS
         if next(iter(kind.columns)) in columns and not columns & set(kind.without.split())
     ]
-    drawn = {name for kind in _KINDS for name in kind.columns} | set(_NOT_DRAWN)
+    dimensions = [name for name in _in_order(log) if name.startswith("reward.")]
+    kinds[1:1] = _by_dimension([name for name in dimensions if name in columns])
+    drawn = {*dimensions} | {name for kind in _KINDS for name in kind.columns} | set(_NOT_DRAWN)
     kinds += [
         _Kind(f"column-{at}", name.replace("_", " "), {name: name.replace("_", " ")}, "", "")
         for at, name in enumerate(sorted(columns - drawn))
     ]
     return [_figure(kind, log) for kind in kinds]
+
+
+def _in_order(log: Sequence[Row]) -> list[str]:
+    return list(dict.fromkeys(name for row in log[:1] for name in row))
+
+
+def _by_dimension(names: Sequence[str]) -> list[_Kind]:
+    """The rewards of a run by dimension, a few lines a figure."""
+    starts = list(range(0, len(names), _DIMENSIONS))
+    if len(starts) > 1 and len(names) - starts[-1] == 1:
+        starts.pop()
+    ends = [*starts[1:], len(names)]
+    return [
+        _Kind(
+            f"dimensions-{at}",
+            "Reward by dimension" if at == 0 else "Reward by dimension, continued",
+            {name: _dimension(name.partition(".")[2]) for name in names[start:end]},
+            "mean reward",
+            "What each dimension got. One that stays at 0 or 1 is the same for all answers, and teaches nothing.",
+            top=1,
+        )
+        for at, (start, end) in enumerate(zip(starts, ends, strict=False))
+    ]
+
+
+def _dimension(name: str) -> str:
+    """The words for a dimension: those of answers about speech have short keys."""
+    for one in SCORES:
+        if name == one.key:
+            return one.words
+    for part in PARTS:
+        if name == part.key:
+            return f"{part.key}: what"
+        if name == f"{part.key}_times":
+            return f"{part.key}: when"
+    return name.replace("_", " ")
 
 
 def _figure(kind: _Kind, log: Sequence[Row]) -> Figure:
