@@ -7,9 +7,11 @@ A job is a line of JSON on the standard input::
 With ``kill`` that rank is sent SIGKILL right before its ``step``-th write to the file system, with ``stop`` in its
 place SIGSTOP, and with ``fail`` it finds the disk full. With
 ``"after": {"rank": 1, "calls": 5, "of": "postlude.quantization.blocks:Rounding.round"}`` it is killed at the end of
-the fifth call of that method. The answer is a line of JSON: exit codes (minus the signal), standard output and error of
-each rank, seconds, and how many steps each took. The ranks meet as those of ``torchrun --standalone`` do, but nobody
-stops the others when one ends, so that what they notice by themselves can be seen.
+the fifth call of that method. With ``"shard": true`` accelerate cuts the model that is trained (FSDP2).
+
+The answer is a line of JSON: exit codes (minus the signal), standard output and error of each rank, seconds, and how
+many steps each took. The ranks meet as those of ``torchrun --standalone`` do, but nobody stops the others when one
+ends, so that what they notice by themselves can be seen.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ import socket
 import sys
 import tempfile
 import time
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -70,6 +73,21 @@ def kill_after(calls: int, of: str) -> None:
     setattr(kind, name, called)
 
 
+def shard() -> None:
+    """Let accelerate cut models over ranks (FSDP2) as its configuration would, and on a CPU, which it does not."""
+    os.environ |= {
+        "ACCELERATE_USE_FSDP": "true",
+        "FSDP_VERSION": "2",
+        "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+        "FSDP_RESHARD_AFTER_FORWARD": "true",
+        "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT",
+    }
+    from accelerate import state
+
+    kinds = {kind.name: kind for kind in state.DistributedType}
+    state.DistributedType = types.SimpleNamespace(**kinds | {"MULTI_GPU": kinds["MULTI_CPU"]})
+
+
 def child(job: dict[str, Any], rank: int, port: int, folder: Path) -> None:
     for stream, name in ((1, "out"), (2, "err")):
         os.dup2(os.open(folder / f"{name}{rank}", os.O_WRONLY | os.O_CREAT), stream)
@@ -87,6 +105,8 @@ def child(job: dict[str, Any], rank: int, port: int, folder: Path) -> None:
     seen = [0]
     faults = [name for name in FAULTS if job.get(name, {}).get("rank") == rank]
     interrupt(*((faults[0], job[faults[0]]["step"]) if faults else ("", 0)), seen)
+    if job.get("shard"):
+        shard()
     if job.get("after", {}).get("rank") == rank:
         kill_after(job["after"]["calls"], job["after"]["of"])
     from postlude.cli import run

@@ -130,6 +130,33 @@ def test_tune_learns_what_one_rank_learns(
         assert json.loads(two)["loss"] == pytest.approx(json.loads(one)["loss"], rel=1e-5)
 
 
+@pytest.mark.slow
+def test_a_model_that_is_cut_over_ranks_learns_the_same(
+    on_ranks: Ranks, tiny_llama_dir: Path, train: Path, tmp_path: Path
+) -> None:
+    """FSDP2: the same gradients as with whole models, a state in parts, and one model at the end."""
+    line = ["tune", str(tiny_llama_dir), str(train), "--epochs", "2", "--batch-size", "2", "--json"]
+    line += ["--save-every", "2", "-o"]
+    value(on_ranks([*line, str(tmp_path / "whole")]))
+    after = {"rank": 1, "calls": 5, "of": "postlude.tuning.trainer:Steady._write_row"}
+    stopped = on_ranks([*line, str(tmp_path / "cut")], shard=True, after=after, environment=QUICK)
+    killed(stopped, 1)
+    state = tmp_path / ".cut.run" / "states" / "step-4"
+    assert (state / "tensors-00000.safetensors").is_file()
+    assert (state / "tensors-00001.safetensors").is_file()
+    resumed = on_ranks([*line, str(tmp_path / "cut")], shard=True)
+    assert resumed["codes"] == [0, 0], resumed
+    assert "resuming at step 4 of 8" in resumed["err"][0]
+    undisturbed = on_ranks([*line, str(tmp_path / "undisturbed")], shard=True)
+    assert undisturbed["codes"] == [0, 0], undisturbed
+    kept = [contents(tmp_path / name)["model.safetensors"] for name in ("cut", "undisturbed")]
+    assert kept[0] == kept[1]
+    rows = [(tmp_path / name / "steps.jsonl").read_text().splitlines() for name in ("whole", "cut")]
+    for one, two in zip(*rows, strict=True):
+        for name in ("loss", "gradient_norm"):
+            assert json.loads(two)[name] == pytest.approx(json.loads(one)[name], rel=1e-4)
+
+
 RECIPE = """
 stages:
   measure:

@@ -47,6 +47,7 @@ from postlude.tuning.encoder import check_encoder, hold_fixed
 from postlude.tuning.output import MARKER, Report, finished, keep_model, plain, save
 from postlude.tuning.prior import cast, frozen
 from postlude.tuning.recordings import recordings_digest
+from postlude.tuning.sharded import asked, check_shardable, is_sharded, whole
 
 __all__ = [
     "Job",
@@ -112,7 +113,9 @@ class TuneRun:
             if value is not None and value < 1:
                 raise SettingsError(f"{name} is {value}; expected 1 or more")
         if not (math.isfinite(self.learning_rate) and self.learning_rate >= 0):
-            raise SettingsError(f"learning_rate is {self.learning_rate}; expected 0 or more (0 changes nothing)")
+            raise SettingsError(
+                f"learning_rate is {self.learning_rate}; expected 0 or more (0 changes nothing)"
+            )
         if not 0 <= self.warmup < 1:
             raise SettingsError(f"warmup is {self.warmup}; expected a share of the steps, 0 to 1")
         if self.schedule not in SCHEDULES:
@@ -290,6 +293,8 @@ def tune(
         )
         if merge:
             adapters.check_mergeable(job.model)
+        if asked():
+            check_shardable(job.model, job.checkpoint.kind)
         objective.check(job)
         trained = sum(one.numel() for one in job.model.parameters() if one.requires_grad)
         configuration = job.checkpoint.model.config.get_text_config()
@@ -298,12 +303,17 @@ def tune(
             with quiet_transformers():
                 outcome = objective.train(job)
         except NonFiniteError as error:
-            if final is None or not main_process():
+            if final is None or not main_process() or is_sharded(job.model):
                 raise
             place = keep_model(job, directory.parent / _MODEL)
             raise NonFiniteError(f"{error} The model as it was then is in {place}.") from error
         finally:
             configuration.use_cache = uses_cache
+        if is_sharded(job.model):
+            job = dataclasses.replace(job, model=whole(job.model, main_process()))
+            job = dataclasses.replace(
+                job, checkpoint=dataclasses.replace(job.checkpoint, model=job.model)
+            )
         model, differs = finished(job, merge, stored)
         result = {
             "output": None if out is None else os.fspath(out),
@@ -409,6 +419,7 @@ def _manifest(
             **({} if encoder is None else {"encoder": encoder, "recordings": heard}),
             "device": checkpoint.model.device.type,
             "ranks": ranks(),
+            **({"sharded": True} if asked() else {}),
         }
     )
 

@@ -35,11 +35,12 @@ from torch.utils.data import Dataset, SequentialSampler
 
 from postlude.errors import MissingDependencyError, NonFiniteError
 from postlude.numerics.weighted_likelihood import TokenColumns
-from postlude.runs.atomic import atomic_directory, sync_directory
+from postlude.runs.atomic import atomic_directory, atomic_write, sync_directory
 from postlude.runs.progress import Progress
 from postlude.surgery.head import LanguageHead
 from postlude.tuning.batches import Plan, collate, model_inputs
 from postlude.tuning.examples import Examples
+from postlude.tuning.sharded import is_sharded, local, put_local
 from postlude.tuning.states import (
     STEP,
     TRAINER,
@@ -171,6 +172,11 @@ def only(items: list[Any]) -> Any:
     return items[0]
 
 
+def _part(rank: int) -> str:
+    """The file of what one rank holds."""
+    return f"tensors-{rank:05d}.safetensors"
+
+
 class Steady:
     """Overrides of a Trainer; call :meth:`prepare` after it is made, then :meth:`run`.
 
@@ -187,6 +193,7 @@ class Steady:
     optimizer: Any
     lr_scheduler: Any
     accelerator: Any
+    is_fsdp_enabled: Any
     is_world_process_zero: Any
 
     def prepare(
@@ -309,8 +316,9 @@ class Steady:
             from accelerate.utils import gather_object
 
             gathered = gather_object([randoms])
-        if self.is_world_process_zero():
-            tensors = {
+        cut = is_sharded(self.model)
+        if cut or self.is_world_process_zero():
+            tensors: dict[str, Tensor] = {
                 f"parameter.{name}": parameter.detach()
                 for name, parameter in self.model.named_parameters()
                 if parameter.requires_grad
@@ -321,20 +329,46 @@ class Steady:
             about["random"] = [
                 flatten(one, f"random.{rank}", tensors) for rank, one in enumerate(gathered)
             ]
+            kept = {
+                name: local(tensor).cpu().contiguous().clone() for name, tensor in tensors.items()
+            }
+        if cut:
+            self._keep_parts(step, kept)
+        if self.is_world_process_zero():
             with open(self._directory / LOG, "a", encoding="utf-8") as file:
                 os.fsync(file.fileno())
             with atomic_directory(self._directory / f"step-{step}", overwrite=True) as directory:
-                save_file(
-                    {name: tensor.cpu().contiguous().clone() for name, tensor in tensors.items()},
-                    directory / _TENSORS,
-                )
+                if cut:
+                    for part in self._parts(step):
+                        os.replace(part, directory / part.name.partition(".")[2])
+                else:
+                    save_file(kept, directory / _TENSORS)
                 (directory / _STATE).write_text(json.dumps(about), encoding="utf-8")
                 self.state.save_to_json(str(directory / TRAINER))
             sync_directory(self._directory)
             for path in self._directory.glob("step-*"):
                 if path.name != f"step-{step}" and STEP.fullmatch(path.name):
                     shutil.rmtree(path, ignore_errors=True)
+        if cut:
+            self.accelerator.wait_for_everyone()
         self._saved, self._saved_step = time.monotonic(), step
+
+    def _keep_parts(self, step: int, kept: Mapping[str, Tensor]) -> None:
+        """Write what this rank holds beside the states, and wait for the others to have done so."""
+        with atomic_write(self._parts(step)[self.args.process_index]) as temporary:
+            save_file(dict(kept), temporary)
+        self.accelerator.wait_for_everyone()
+
+    def _parts(self, step: int) -> list[Path]:
+        return [
+            self._directory / f"part-{step}.{_part(rank)}" for rank in range(self.args.world_size)
+        ]
+
+    def _stored(self, checkpoint: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Tensors and plain values of a state; of a model that is cut, this rank's."""
+        name = _part(self.args.process_index) if is_sharded(self.model) else _TENSORS
+        tensors = load_file(Path(checkpoint) / name)
+        return tensors, json.loads((Path(checkpoint) / _STATE).read_text(encoding="utf-8"))
 
     def _own_state(self) -> dict[str, Any]:
         """What else a resumed run needs."""
@@ -344,27 +378,30 @@ class Steady:
         """Take it up again."""
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        stored = load_file(Path(resume_from_checkpoint) / _TENSORS)
-        about = json.loads((Path(resume_from_checkpoint) / _STATE).read_text(encoding="utf-8"))
+        if self.is_fsdp_enabled and not is_sharded(self.model):
+            return  # Trainer asks again once the model is cut
+        stored, about = self._stored(resume_from_checkpoint)
         with torch.no_grad():
             for name, parameter in self.model.named_parameters():
                 if parameter.requires_grad:
-                    parameter.copy_(stored[f"parameter.{name}"])
+                    local(parameter).copy_(stored[f"parameter.{name}"])
         self._take_own_state(restore(about["own"], stored))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None:
             return
-        stored = load_file(Path(checkpoint) / _TENSORS)
-        about = json.loads((Path(checkpoint) / _STATE).read_text(encoding="utf-8"))
-        self.optimizer.load_state_dict(restore(about["optimizer"], stored))
+        stored, about = self._stored(checkpoint)
+        state = restore(about["optimizer"], stored)
+        if is_sharded(self.model):
+            groups = self.optimizer.param_groups
+            state = put_local(state, [one for group in groups for one in group["params"]])
+        self.optimizer.load_state_dict(state)
         self.lr_scheduler.load_state_dict(about["scheduler"])
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if checkpoint is None:
             return
-        stored = load_file(Path(checkpoint) / _TENSORS)
-        about = json.loads((Path(checkpoint) / _STATE).read_text(encoding="utf-8"))
+        stored, about = self._stored(checkpoint)
         set_random_states(restore(about["random"][self.args.process_index], stored))
 
     def _load_scaler(self, checkpoint: str | None) -> None:
