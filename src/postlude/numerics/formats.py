@@ -159,7 +159,7 @@ class Integer(Format):
             return None
         if self.range == "zero":
             return torch.round(-low.clamp(max=0) / scale).clamp(0, 2**self.bits - 1)
-        return torch.round(-low / scale)
+        return torch.round(-low / scale).clamp(-(2**15), 2**15 - 1)
 
     def encode(self, x: Tensor, scale: Tensor, zero_point: Tensor | None) -> Tensor:
         codes = torch.round(x / scale)
@@ -460,7 +460,9 @@ class Scheme:
         scale = self.format.scale(low, high)
         # A group of zeros has no range; any positive scale encodes it exactly.
         scale = torch.where(scale > 0, scale, torch.ones_like(scale))
-        scale = scale.clamp(min=torch.finfo(kept).smallest_normal * torch.finfo(kept).eps * 2)
+        # What the stored type cannot hold would decode to infinity or NaN; the largest entries saturate instead.
+        kinds = torch.finfo(kept)
+        scale = scale.clamp(min=kinds.smallest_normal * kinds.eps * 2, max=kinds.max)
         scale = scale.to(kept).to(low.dtype)
         return scale, self.format.zero_point(low, high, scale)
 

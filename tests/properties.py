@@ -1,0 +1,33 @@
+"""Properties that hold for whatever hypothesis thinks of: the same examples every time, and many more in slow runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis.strategies import SearchStrategy
+
+__all__ = ["EXAMPLES", "every"]
+
+# Marks a test that takes ``examples``: how many are tried.
+EXAMPLES = pytest.mark.parametrize("examples", [25, pytest.param(1000, marks=pytest.mark.slow)])
+
+
+def every(
+    examples: int, **strategies: SearchStrategy[Any]
+) -> Callable[[Callable[..., None]], None]:
+    """Run the function below at once, on so many examples."""
+
+    def run(holds: Callable[..., None]) -> None:
+        chosen = settings(
+            max_examples=examples,
+            derandomize=True,
+            deadline=None,
+            database=None,
+            suppress_health_check=list(HealthCheck),
+        )
+        chosen(given(**strategies)(holds))()
+
+    return run
