@@ -70,6 +70,7 @@ def explain(
     picture: Path_ | None = None,
     html: Path_ | None = None,
     overwrite: bool = False,
+    seed: int = 0,
     command: str = "",
 ) -> dict[str, Any]:
     """Ask an audio language model what is wrong with a recording.
@@ -81,6 +82,7 @@ def explain(
         picture: a .png file to draw: the spectrogram with the artifacts and their times.
         html: a page to write.
         overwrite: replace files that are there.
+        seed: taken for uniformity; the model takes its most probable tokens.
         command: to be shown on the page.
 
     Returns:

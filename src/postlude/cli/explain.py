@@ -51,6 +51,7 @@ def explain(
     dtype: options.Dtype = "auto",
     device: options.Device = None,
     overwrite: options.Overwrite = False,
+    seed: options.Seed = 0,
     json: options.Json = False,
 ) -> Result:
     """Scores of a recording, the artifacts in it and their times, by an audio language model."""
@@ -66,6 +67,7 @@ def explain(
         picture=output,
         html=html,
         overwrite=overwrite,
+        seed=seed,
         command=shlex.join(["postlude", *sys.argv[1:]]),
     )
     return Result(result, _view(result))
