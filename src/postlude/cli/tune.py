@@ -111,7 +111,8 @@ def tune(
         typer.Option(
             "--reward",
             metavar="MODULE:FUNCTION",
-            help="A Python function, for --objective grpo; repeat for a sum, =0.5 behind one is its weight.",
+            help="A Python function, or a name such as speech-verifiable, for --objective grpo; repeat for a sum, =0.5 "
+            "behind one is its weight.",
         ),
     ] = None,
     keep_eos: Annotated[
