@@ -151,14 +151,14 @@ def main() -> None:
     """Measure three models."""
     claim = Claim("data_free_offq", __doc__ or "", seeds=3)
     torch.set_num_threads(1)
-    text = tiny_lm.held_out_text()[: 10_000 if claim.quick else 32_000]
+    text = tiny_lm.held_out_text()[: 6_000 if claim.quick else 16_000]
     compare(
         claim,
         Bench(
             "tiny-lm",
             pl.load("zoo:tiny-lm", dtype="float32"),
             [tiny_lm.calibration_text()],
-            samples=8 if claim.quick else 32,
+            samples=4 if claim.quick else 16,
             group=64,
             texts=[Text("held-out text", [text], "windows")],
         ),
@@ -172,7 +172,7 @@ def main() -> None:
             "stories260k",
             student.start,
             documents(data / "text" / "wikitext2_valid.txt"),
-            samples=8 if claim.quick else 32,
+            samples=4 if claim.quick else 16,
             group=32,
             texts=[
                 Text(
@@ -183,7 +183,7 @@ def main() -> None:
             ],
         )
         compare(claim, stories)
-        steps, texts = (20, 32) if claim.quick else (250, 256)
+        steps, texts = (10, 16) if claim.quick else (200, 192)
         kept = claim.directory({"plant": dataclasses.asdict(PLANT), "steps": steps, "texts": texts})
         sown = kept.unit("planted", lambda: planted(student, student.own(texts, 64), steps))
         student.work.model.load_state_dict(sown)

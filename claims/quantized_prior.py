@@ -37,7 +37,8 @@ from prift import MODELS, State, Values, difference, show
 
 PARTS = ("prior", "backbone")
 NOISE = 0.4
-BITS = (8, 4, 3, 2)
+BITS = (4, 3, 2)
+BACKBONES = (4, 3)
 RULES = {"prift-prob": PriFTProb, "prift-mass": PriFTMass}
 LORA = Adapter("lora", rank=8)
 
@@ -196,7 +197,7 @@ def backbone(claim: Claim) -> None:
         return
     student, kept = found
     values: Values = {}
-    for bits in (4, 3):
+    for bits in BACKBONES:
         adapted = Adapted(
             f"{bits} bits", quantized(student.start, bits), student.text, problems=len(student.problems),
             batch=student.batch, steps=student.steps, rate=student.rate,
@@ -235,7 +236,7 @@ def backbone(claim: Claim) -> None:
     }
     changes(claim, values, owns)
     memory(claim, student, kept)
-    verdict(claim, values, [f"{bits} bits" for bits in (4, 3)])
+    verdict(claim, values, [f"{bits} bits" for bits in BACKBONES])
 
 
 def verdict(claim: Claim, values: Values, starts: Sequence[str]) -> None:
