@@ -9,7 +9,7 @@ from typing import Any
 
 from postlude._front_door.opening import Path_
 from postlude.recipes import forecast as _forecast
-from postlude.recipes.recipe import Recipe, read
+from postlude.recipes.recipe import ASSUMED, Recipe, read
 from postlude.recipes.run import Done
 from postlude.recipes.run import run as _run
 from postlude.runs.processes import Processes
@@ -52,10 +52,26 @@ def forecast(
     out: Path_,
     variables: Mapping[str, str] | None = None,
     *,
+    assume: Mapping[str, str] | None = None,
+    hardware: str = "this",
+    ranks: int = 1,
+    sharded: bool = False,
     seed: int = 0,
 ) -> _forecast.Forecasts:
-    """Check a recipe and tell what it would take, without running it; see :func:`run`."""
-    return _forecast.forecast(_read(recipe, variables, seed), out)
+    """Check a recipe and tell what it would take, without running it; see :func:`run`.
+
+    Args:
+        recipe, out, variables, seed: as for :func:`run`.
+        assume: variables that stand for a model of so many parameters, or for data of so many tokens, as in
+            ``{"model": "70B"}``; such files need not be there.
+        hardware: what a rank runs on: ``this`` machine, or a name of :data:`postlude.attribution.plan.HARDWARE`.
+        ranks: how many torchrun would start.
+        sharded: whether accelerate shards what is trained (FSDP2).
+    """
+    assumed = {name: f"{ASSUMED}{size}" for name, size in (assume or {}).items()}
+    found = _read(recipe, {**(variables or {}), **assumed}, seed)
+    machine = _forecast.chosen_hardware(hardware, ranks)
+    return _forecast.forecast(found, out, machine, ranks, sharded)
 
 
 def report(runs: Sequence[Path_], out: Path_ | None = None) -> Path:

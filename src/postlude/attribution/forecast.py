@@ -13,7 +13,7 @@ from postlude.attribution.plan import Hardware, plan, shape_of
 from postlude.attribution.representation import FactorRepresentation, GradientRepresentation
 from postlude.runs.checkpoint import Checkpoint
 
-__all__ = ["Forecast", "forecast"]
+__all__ = ["Forecast", "duration", "forecast"]
 
 _SAMPLE = 64  # records whose tokens are counted
 _ROW = 12  # bytes of the two counts and the loss that every row carries
@@ -46,7 +46,7 @@ class Forecast:
             f"expected: {self.examples:,} example{'s' * (self.examples != 1)} of {size}, "
             f"index {_bytes(self.bytes)} "
             f"({_bytes(self.bytes / self.examples)} an example), "
-            f"about {_time(self.seconds)} on an idle machine"
+            f"about {duration(self.seconds)} on an idle machine"
         )
 
 
@@ -105,7 +105,8 @@ def _bytes(number: float) -> str:
     return f"{number:.0f} B"
 
 
-def _time(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """A time for a person: ``3.1 hours``."""
     for size, unit in ((86400, "days"), (3600, "hours"), (60, "minutes")):
         if seconds >= 2 * size:
             return f"{seconds / size:.2g} {unit}"

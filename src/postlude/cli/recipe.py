@@ -46,6 +46,32 @@ def run(
             help="Check the recipe and print what would be run, with a forecast of time, memory and bytes.",
         ),
     ] = False,
+    assume: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--assume",
+            metavar="NAME=COUNT",
+            help="With --dry-run: a variable stands for a model of so many parameters, or for data of so many tokens "
+            "(model=70B, data=500M), which need not be there; repeat for more.",
+        ),
+    ] = None,
+    hardware: Annotated[
+        str,
+        typer.Option(
+            "--hardware",
+            metavar="this|h100|...",
+            help="With --dry-run: what each rank runs on. This machine is measured.",
+        ),
+    ] = "this",
+    ranks: Annotated[
+        int, typer.Option("--ranks", min=1, help="With --dry-run: how many torchrun would start.")
+    ] = 1,
+    sharded: Annotated[
+        bool,
+        typer.Option(
+            "--sharded", help="With --dry-run: accelerate shards what is trained (FSDP2)."
+        ),
+    ] = False,
     seed: options.Seed = 0,
     json: options.Json = False,
 ) -> Result:
@@ -53,15 +79,24 @@ def run(
     from postlude import _front_door
     from postlude.errors import SettingsError
 
-    variables: dict[str, str] = {}
-    for word in set_ or []:
-        name, equals, text = word.partition("=")
-        if not equals or not name:
-            raise SettingsError(f"--set {word!r} is not understood: expected NAME=VALUE.")
-        variables[name.strip()] = text
+    variables, sizes = _pairs("--set", set_), _pairs("--assume", assume)
     if dry_run:
-        plan = _front_door.forecast(recipe, output, variables, seed=seed)
+        plan = _front_door.forecast(
+            recipe,
+            output,
+            variables,
+            assume=sizes,
+            hardware=hardware,
+            ranks=ranks,
+            sharded=sharded,
+            seed=seed,
+        )
         return Result(plan, _forecast_view(plan))
+    if sizes or sharded or ranks > 1 or hardware != "this":
+        raise SettingsError(
+            "--assume, --hardware, --ranks and --sharded are of a forecast: add --dry-run. To run on several ranks: "
+            "torchrun --nproc-per-node N -m postlude run ..."
+        )
     done = _front_door.run(
         recipe, output, variables, seed=seed, notify=lambda line: print(line, file=sys.stderr)
     )
@@ -80,6 +115,19 @@ def run(
         ],
     }
     return Result(value, _view(value))
+
+
+def _pairs(option: str, words: list[str] | None) -> dict[str, str]:
+    from postlude.errors import SettingsError
+
+    pairs: dict[str, str] = {}
+    for word in words or []:
+        name, equals, text = word.partition("=")
+        if not equals or not name:
+            kind = "COUNT" if option == "--assume" else "VALUE"
+            raise SettingsError(f"{option} {word!r} is not understood: expected NAME={kind}.")
+        pairs[name.strip()] = text
+    return pairs
 
 
 def _view(value: Mapping[str, Any]) -> object:
@@ -102,18 +150,24 @@ def _forecast_view(plan: Forecasts) -> object:
     from rich.table import Table
     from rich.text import Text
 
+    from postlude.attribution.forecast import duration
+
     table = Table(box=None, pad_edge=False)
     table.add_column("stage")
-    for heading in ("seconds", "memory", "written"):
+    for heading in ("time", "memory a rank", "written", "ranks"):
         table.add_column(heading, justify="right")
     table.add_column("")
     for one in plan.stages:
         cells = (
-            "-" if one.seconds is None else f"{one.seconds:.2g}",
+            "-" if one.seconds is None else duration(one.seconds),
             "-" if one.memory is None else decimal(int(one.memory)),
             "-" if one.bytes is None else decimal(int(one.bytes)),
+            str(one.ranks),
         )
-        table.add_row(one.stage, *cells, "done before" if one.done else one.why)
+        why = [one.why] if one.why else []
+        if one.fits is False:
+            why.insert(0, "more memory than that machine has")
+        table.add_row(one.stage, *cells, "done before" if one.done else "; ".join(why))
     commands = Text("\n" + "\n".join(one.command for one in plan.stages), style="dim")
     note = f"\nAn order of magnitude, on {plan.machine}. Nothing was run."
     return Group(table, note, commands)

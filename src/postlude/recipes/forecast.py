@@ -3,16 +3,22 @@
 Of a model only the size counts (``P`` parameters, from the headers of its files), of a text its bytes (``T`` tokens of
 four bytes each, our assumption)::
 
-    inspect      2 P T  for every method          T = 32 sequences of 256 tokens
-    quantize     6 P T  where it calibrates       three passes: record, observe, advance; a method's own search
-                                                  and a branch's bytes are not counted
-    tune         6 P T  for every epoch           12 P bytes of weights, gradients and Adam beside the 4 P of the model
-    evaluate     2 P T  for every model
-    generate     2 P for every token
-    attribute    as its own plan says (``postlude attribute plan``)
+                 operations            bytes held by a rank beside activations      ranks
+    inspect      2 P T  a method       of files   T = 32 sequences of 256 tokens    one
+    quantize     6 P T  calibrating    6 P        the model in fp32, and codes      share batches, or blocks
+                 + GPTQ's              + 48 w^2   six matrices of the widest
+                                                  input, where GPTQ rounds
+                        three passes: record, observe, advance; a method's own search and a branch are not counted
+    tune         6 P T  an epoch       16 P       weights, gradients and Adam       share batches; with FSDP2
+                                                                                    16 P / ranks
+    evaluate     2 P T  a model        those of its files                           share batches
+    generate     2 P    a token        those of its files                           one
+    attribute    as its own plan says (``postlude attribute plan``), likewise       share examples
 
-Time is operations over what the machine reaches in a large matrix product, so it is an order of magnitude. A stage
-whose command is not listed has no forecast, and says so.
+GPTQ inverts and factorises ``H [in, in]`` (``in^3``) and takes ``2 in^2 out`` operations for every linear of a
+Llama-like model. Time is operations over what the machine reaches in a large matrix product, so it is an order of
+magnitude; ranks that share divide it, each on a device of its own, and what they tell each other is not counted. A
+stage whose command is not listed has no forecast, and says so.
 """
 
 from __future__ import annotations
@@ -24,18 +30,26 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from postlude.attribution.plan import Hardware, assumed_shape, plan, this_machine
-from postlude.errors import PostludeError
-from postlude.recipes.recipe import Recipe, Stage
+from postlude.attribution.plan import (
+    HARDWARE,
+    Hardware,
+    assumed_shape,
+    parse_count,
+    plan,
+    this_machine,
+)
+from postlude.errors import PostludeError, SettingsError, UnknownNameError
+from postlude.recipes.recipe import ASSUMED, Recipe, Stage
 from postlude.recipes.run import command_line, pending
 from postlude.runs.loading import resolve
 from postlude.runs.pipeline import denoiser_files, is_denoiser
 from postlude.runs.weights import read_header, weight_files
 
-__all__ = ["Forecast", "Forecasts", "forecast"]
+__all__ = ["Forecast", "Forecasts", "chosen_hardware", "forecast"]
 
 _BYTES_OF_A_TOKEN = 4
 _INSPECTED = 32 * 256
+_TOKENS_OF_AN_EXAMPLE = 512
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,8 +60,10 @@ class Forecast:
         stage, command: its name and its command line.
         done: whether an earlier run has it already.
         seconds: None where nothing is known of it.
-        memory: bytes held at once.
+        memory: bytes held at once, by each rank.
         bytes: written.
+        ranks: that share the work.
+        fits: whether that is in the memory of one device.
         why: where there is no forecast, or what it rests on.
     """
 
@@ -57,6 +73,8 @@ class Forecast:
     seconds: float | None = None
     memory: float | None = None
     bytes: float | None = None
+    ranks: int = 1
+    fits: bool | None = None
     why: str = ""
 
 
@@ -83,27 +101,38 @@ class _Model:
 
 @dataclasses.dataclass(frozen=True)
 class _Cost:
-    """Operations, bytes held, bytes written, the model that comes out, and what is not counted."""
+    """Operations, bytes held, bytes written, the model that comes out, what is not counted, and whether ranks share.
+
+    ``divided`` are the bytes that each rank holds a part of only, if the run is sharded.
+    """
 
     operations: float
     memory: float
     written: float = 0.0
     model: _Model | None = None
     without: str = ""
+    shared: bool = False
+    divided: float = 0.0
 
 
 _Models = Mapping[str, _Model]
 
 
 def forecast(
-    recipe: Recipe, out: str | os.PathLike[str], hardware: Hardware | None = None
+    recipe: Recipe,
+    out: str | os.PathLike[str],
+    hardware: Hardware | None = None,
+    ranks: int = 1,
+    sharded: bool = False,
 ) -> Forecasts:
     """What every stage of a recipe will take.
 
     Args:
         recipe: checked.
         out: where it would run; stages that are finished there are marked.
-        hardware: this machine, measured in a second, when None.
+        hardware: what one rank runs on; this machine, measured in a second, when None.
+        ranks: how many torchrun or accelerate would start.
+        sharded: whether accelerate shards what is trained (FSDP2).
     """
     machine = hardware or this_machine()
     directory = Path(os.path.realpath(out))
@@ -124,12 +153,16 @@ def forecast(
             except _Unknown as reason:
                 one = dataclasses.replace(one, why=str(reason))
             else:
-                seconds = cost.operations / machine.rate
+                part = ranks if sharded else 1
+                memory = cost.memory - cost.divided * (1 - 1 / part)
+                sharing = ranks if cost.shared else 1
                 one = dataclasses.replace(
                     one,
-                    seconds=seconds,
-                    memory=cost.memory,
+                    seconds=cost.operations / machine.rate / sharing,
+                    memory=memory,
                     bytes=cost.written,
+                    ranks=sharing,
+                    fits=memory <= machine.memory,
                     why=cost.without,
                 )
                 if cost.model is not None:
@@ -137,7 +170,27 @@ def forecast(
         stages.append(one)
         if stage.command.output:
             outputs[stage.name] = f"{folder}/{stage.command.output_for(stage.options)}"
-    return Forecasts(recipe.name, machine.name, tuple(stages))
+    name = machine.name if ranks == 1 else f"{ranks} ranks, each on {machine.name}"
+    return Forecasts(recipe.name, name, tuple(stages))
+
+
+def chosen_hardware(name: str, ranks: int) -> Hardware | None:
+    """The hardware of a rank by its name; None for this machine.
+
+    Raises:
+        UnknownNameError: no such hardware.
+        SettingsError: several ranks on this machine, whose cores they would share.
+    """
+    if name == "this":
+        if ranks > 1:
+            raise SettingsError(
+                f"{ranks} ranks on this machine share its cores, so they are as fast as one: name a --hardware "
+                f"({', '.join(HARDWARE)}) that each has one of, or leave --ranks out."
+            )
+        return None
+    if name not in HARDWARE:
+        raise UnknownNameError("hardware", name, ["this", *HARDWARE])
+    return HARDWARE[name]
 
 
 class _Unknown(Exception):
@@ -147,6 +200,9 @@ class _Unknown(Exception):
 def _model(text: Any, models: _Models) -> _Model:
     if text in models:
         return models[text]
+    if str(text).startswith(ASSUMED):
+        parameters = _assumed(text)
+        return _Model(parameters, 2 * parameters)
     if "${" in str(text):
         raise _Unknown(f"nothing is known of {text}")
     try:
@@ -160,11 +216,17 @@ def _model(text: Any, models: _Models) -> _Model:
     )
 
 
+def _assumed(text: Any) -> float:
+    return parse_count(str(text).removeprefix(ASSUMED), "an assumed size")
+
+
 def _numbers(file: Path) -> int:
     return sum(math.prod(entry["shape"]) for entry in read_header(file).values())
 
 
 def _tokens(path: Any) -> float:
+    if str(path).startswith(ASSUMED):
+        return _assumed(path)
     file = Path(str(path))
     if file.is_dir():
         return (
@@ -180,7 +242,7 @@ def _inspect(stage: Stage, models: _Models) -> _Cost:
     methods = (
         str(stage.options.get("methods", "outliers,singular-defects,signature")).count(",") + 1
     )
-    return _Cost(2 * model.parameters * _INSPECTED * methods, 4 * model.parameters)
+    return _Cost(2 * model.parameters * _INSPECTED * methods, model.bytes)
 
 
 def _quantize(stage: Stage, models: _Models) -> _Cost:
@@ -192,13 +254,31 @@ def _quantize(stage: Stage, models: _Models) -> _Cost:
     # Codes, and a sixteenth more for scales; embeddings keep their type, so this is a lower bound.
     written = min(model.bytes, model.parameters * bits / 8 * (1 + 1 / 16))
     small = _Model(model.parameters, written)
+    operations, memory = 6 * model.parameters * tokens, 6 * model.parameters
+    if "gptq" in (stage.options.get("method"), stage.options.get("rounding")):
+        more, held = _gptq(model.parameters)
+        operations, memory = operations + more, memory + held
     return _Cost(
-        6 * model.parameters * tokens,
-        2 * 4 * model.parameters,
+        operations,
+        memory,
         written,
         small,
         "at least: a search of the method's own is not counted",
+        shared=True,
     )
+
+
+def _gptq(parameters: float) -> tuple[float, float]:
+    """Operations of the rounding itself, and bytes of second moments, in a model of the shape of a Llama."""
+    if parameters < 1e6:
+        return 0.0, 0.0
+    layers = assumed_shape(parameters).layers
+    operations = sum(
+        one.count * (one.in_features**3 + 2 * one.in_features**2 * one.out_features)
+        for one in layers
+    )
+    widest = max(one.in_features for one in layers)
+    return float(operations), 6.0 * 8 * widest**2
 
 
 def _weight_bits(text: str) -> int:
@@ -215,6 +295,8 @@ def _tune(stage: Stage, models: _Models) -> _Cost:
         16 * model.parameters,
         12 * model.parameters + model.bytes,
         model,
+        shared=True,
+        divided=16 * model.parameters,
     )
 
 
@@ -222,15 +304,15 @@ def _evaluate(stage: Stage, models: _Models) -> _Cost:
     judged = [stage.arguments[0]]
     if "reference" in stage.options:
         judged.append(stage.options["reference"])
-    parameters = sum(_model(one, models).parameters for one in judged)
-    return _Cost(2 * parameters * _tokens(stage.options.get("text")), 4 * parameters)
+    found = [_model(one, models) for one in judged]
+    parameters = sum(one.parameters for one in found)
+    tokens = _tokens(stage.options.get("text"))
+    return _Cost(2 * parameters * tokens, sum(one.bytes for one in found), shared=True)
 
 
 def _generate(stage: Stage, models: _Models) -> _Cost:
     model = _model(stage.arguments[0], models)
-    return _Cost(
-        2 * model.parameters * stage.options.get("max-new-tokens", 50), 4 * model.parameters
-    )
+    return _Cost(2 * model.parameters * stage.options.get("max-new-tokens", 50), model.bytes)
 
 
 def _export(stage: Stage, models: _Models) -> _Cost:
@@ -241,9 +323,11 @@ def _export(stage: Stage, models: _Models) -> _Cost:
 def _build(stage: Stage, models: _Models) -> _Cost:
     model = _model(stage.arguments[0], models)
     tokens = _tokens(stage.arguments[1])
-    data = Path(str(stage.arguments[1]))
-    with open(data, "rb") as lines:
-        examples = max(1, sum(1 for _ in lines))
+    if str(stage.arguments[1]).startswith(ASSUMED):
+        examples = max(1, round(tokens / _TOKENS_OF_AN_EXAMPLE))
+    else:
+        with open(Path(str(stage.arguments[1])), "rb") as lines:
+            examples = max(1, sum(1 for _ in lines))
     try:
         cost = plan(
             assumed_shape(model.parameters),
@@ -254,7 +338,8 @@ def _build(stage: Stage, models: _Models) -> _Cost:
     except PostludeError as error:
         raise _Unknown(str(error)) from error
     parts = ("gradients", "projection", "outer", "factorisation")
-    return _Cost(sum(cost.flops[part] for part in parts), 8 * model.parameters, cost.bytes["index"])
+    operations = sum(cost.flops[part] for part in parts)
+    return _Cost(operations, model.bytes, cost.bytes["index"], shared=True)
 
 
 _RULES: Mapping[str, Callable[[Stage, _Models], _Cost]] = {

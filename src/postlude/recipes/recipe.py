@@ -17,7 +17,12 @@ from postlude import registry
 from postlude.errors import DataError, PostludeError, UnknownNameError
 from postlude.recipes.commands import Command, Parameter
 
-__all__ = ["Recipe", "Stage", "read"]
+__all__ = ["ASSUMED", "Recipe", "Stage", "read"]
+
+# What begins a word that stands for a model or data of some size, in a forecast: ``assumed:70B``.
+ASSUMED = "assumed:"
+# What names something that is not in the file system.
+_ELSEWHERE = ("zoo:", ASSUMED)
 
 _NAME = re.compile(r"[a-z][a-z0-9-]{0,39}")
 _REFERENCE = re.compile(r"\$\{([^}]*)\}")
@@ -354,7 +359,7 @@ class _Reader:
             text = str(word)
             if _REFERENCE.search(text):
                 continue
-            if parameter.path and not text.startswith("zoo:") and not Path(text).exists():
+            if parameter.path and not text.startswith(_ELSEWHERE) and not Path(text).exists():
                 raise self._error(where, f"there is no {text!r} for `{parameter.name}`.")
             if parameter.check is not None:
                 try:
