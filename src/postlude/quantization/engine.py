@@ -127,6 +127,8 @@ def quantize(
         squared = _round_blocks(
             checkpoint, settings, statistics, calibration, seed, unit, processes, shown
         )
+        if processes.moved:
+            shown.log(f"{processes.size} ranks exchanged {processes.moved / 1e6:,.1f} MB")
 
     for module in model.modules():
         if isinstance(module, QuantizedLinear):

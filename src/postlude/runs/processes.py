@@ -77,6 +77,11 @@ class Processes:
             link.leave(error)
 
     @property
+    def moved(self) -> int:
+        """Bytes of tensors that went from one process to the others so far."""
+        return 0 if self._link is None else self._link.moved
+
+    @property
     def is_first(self) -> bool:
         """Whether this is the process that writes and prints."""
         return self.rank == 0
@@ -161,7 +166,7 @@ class _Link:
         self.rank, self.size = rank, size
         self.patience = float(os.environ.get(_VARIABLE, _PATIENCE))
         self.failure: RankError | None = None
-        self._depth = self._step = 0
+        self._depth = self._step = self.moved = 0
         self._store, self._watched = self._connect(), self._connect()
         self._group: Any = None
         self._stop = threading.Event()
@@ -321,6 +326,7 @@ class _Link:
         self.gather(None)
         with self._reported():
             for one in held.values():
+                self.moved += one.nbytes
                 if one.numel():
                     self._group.broadcast(one.reshape(-1).view(torch.uint8), source).wait()
         return dict(tensors) if mine else held
