@@ -172,8 +172,9 @@ class Digits:
         (batch,) = examples[0].batched(examples, 10**9)
 
         def loss(subset: int) -> Tensor:
+            half = self.half(subset)
             with torch.no_grad():
-                return denoised(self.half(subset), JUDGE)(batch).errors().mean(1).double()
+                return denoised(half, JUDGE)(batch).errors().mean(1).double()
 
         rows = progress.iterate(range(self.subsets), "train on halves")
         return torch.stack([loss(subset) for subset in rows])
