@@ -328,7 +328,7 @@ def _view(result: Mapping[str, Any], log: Sequence[Mapping[str, Any]], checkpoin
         f"{model}: {output}",
         f"Curves: {os.path.join(output, PAGE)}",
         f"All numbers: {os.path.join(output, 'tune.json')}, or --json",
-        "What was forgotten:",
+        "What was learned:" if result.get("encoder") else "What was forgotten:",
         f"  {evaluation({**result, 'checkpoint': checkpoint})}",
     ]
     table = Table(show_header=False, box=None, pad_edge=False)

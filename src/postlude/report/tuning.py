@@ -208,8 +208,8 @@ def render(result: Row, log: Sequence[Row]) -> str:
         numbers=_numbers(result),
         environment=list(found.items()),
         notes=[
-            "Losses are of the training data. Whether something was forgotten is told by text that was not trained on: "
-            + evaluation(result)
+            "Losses and rewards are of the training data. Whether something was forgotten, or learned, is told by data "
+            "that was not trained on: " + evaluation(result)
         ],
     )
 
@@ -221,11 +221,14 @@ def headline(result: Row, log: Sequence[Row]) -> list[str]:
 
 
 def evaluation(result: Row) -> str:
-    """The command that tells what was forgotten."""
+    """The command that tells what was forgotten; of a model that hears, how well it does."""
     output, checkpoint = (
         shlex.quote(str(result[name])) if result.get(name) else other
         for name, other in (("output", "OUTPUT"), ("checkpoint", "CHECKPOINT"))
     )
+    if result.get("encoder"):
+        # It hears, and what it lost or learned shows in what it says of labelled recordings.
+        return f"postlude evaluate speech {output} --data CLIPS"
     return f"postlude evaluate {output} --text other.txt --reference {checkpoint}"
 
 
