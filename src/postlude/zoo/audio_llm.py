@@ -7,7 +7,7 @@ that gives one embedding for 80 ms, a projector, and a causal decoder of width 1
 answers about speech (`postlude.zoo.speech_answers`). What serves the published models serves it.
 
 Whisper's features have a frame every 10 ms and its encoder divides time by 4. Here frames are 20 ms apart (windows of
-25 ms), so that time is divided by 8 in all, at half the cost. A window is 5 s; longer recordings take several.
+25 ms), so that time is divided by 8 in all, at half the cost. A window is 4 s; longer recordings take several.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ __all__ = ["build", "build_processor", "main", "make"]
 
 RATE = 16_000
 MEL_BANDS = 64
-WINDOW = 5  # seconds
+WINDOW = 4  # seconds
 HOP = 320  # samples
 _LONGEST = 30  # seconds
 _AUDIO, _END, _PAD = "<sound>", "<|end|>", "<|pad|>"
@@ -116,6 +116,10 @@ def build_processor(window: int = WINDOW, mel_bands: int = MEL_BANDS) -> Any:
         eos_token=_END,
         extra_special_tokens=[_AUDIO, *_TURNS],
     )
+    # What every short question begins and ends with is one token each.
+    short = question(SCORES[0])
+    start, end = short.split(SCORES[0].words)
+    tokenizer.add_tokens([start.rstrip(), end, LONG_QUESTION])
     extractor = WhisperFeatureExtractor(
         feature_size=mel_bands, sampling_rate=RATE, hop_length=HOP, chunk_length=window
     )
@@ -192,7 +196,7 @@ def build(
 
 @torch.no_grad()
 def _initialise(model: Any) -> None:
-    """Weights by their fan-in, and positions a tenth as large as Whisper's.
+    """Weights by their fan-in, positions a tenth as large as Whisper's, and cepstra where features are read.
 
     transformers draws every weight with a deviation of 0.02, which is meant for a width of thousands. Here the two
     convolutions would shrink a recording to a twentieth of its positions, and training would first have to find it.
@@ -203,9 +207,31 @@ def _initialise(model: Any) -> None:
             # What is added to a stream; there are two additions in each of a few layers.
             added = name.endswith(("o_proj", "out_proj", "down_proj", "fc2"))
             module.weight.normal_(0, deviation / 2 if added else deviation)
+    _read_cepstra(model.model.audio_tower.conv1)
     model.model.language_model.embed_tokens.weight.normal_(0, 0.5)
     positions = model.model.audio_tower.embed_positions.weight
     positions.copy_(0.1 * _sinusoids(*positions.shape))
+
+
+def _read_cepstra(convolution: nn.Conv1d) -> None:
+    """Start from random mixtures of cepstra and their first and second differences in time, all of like size.
+
+    Neighbouring bands of log-mel features say nearly the same: what they have in common is fifty times as large as what
+    sets them apart, and gradient descent learns it fifty times as fast. The deviations are those of speech, roughly.
+    """
+    width, bands, _ = convolution.weight.shape
+    order = torch.arange(min(24, bands), dtype=torch.float64)
+    place = (torch.arange(bands, dtype=torch.float64) + 0.5) / bands
+    cosines = torch.cos(math.pi * order[:, None] * place) * (2 / bands) ** 0.5  # [cepstra, bands]
+    cosines[0] /= 2**0.5
+    deviations = 4.5 * (64 / bands) ** -0.5 / (1 + order) ** 0.95
+    patterns = torch.tensor([[1.0, 1, 1], [1, 0, -1], [1, -2, 1]], dtype=torch.float64)
+    patterns /= patterns.norm(dim=1, keepdim=True) * torch.tensor([[1.0], [0.37], [0.25]])
+    basis = torch.einsum("cb,pt->cpbt", cosines / deviations[:, None], patterns).flatten(0, 1)
+    mixture = torch.randn(width, len(basis), dtype=torch.float64) * len(basis) ** -0.5
+    convolution.weight.copy_((mixture @ basis.flatten(1)).view_as(convolution.weight))
+    mean = torch.linspace(0.35, -0.7, bands, dtype=torch.float64)  # of speech, over bands
+    convolution.bias.copy_(-(convolution.weight.double() * mean[:, None]).sum((1, 2)))
 
 
 def _sinusoids(length: int, width: int) -> Tensor:
