@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis.strategies import SearchStrategy
 
 __all__ = ["EXAMPLES", "every"]
@@ -26,6 +26,8 @@ def every(
             derandomize=True,
             deadline=None,
             database=None,
+            # Explaining a failure traces every line, which takes minutes where pydantic is at work.
+            phases=[Phase.explicit, Phase.generate, Phase.shrink],
             suppress_health_check=list(HealthCheck),
         )
         chosen(given(**strategies)(holds))()

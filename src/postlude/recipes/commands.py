@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any
 
@@ -90,6 +91,7 @@ class Command:
     page: str = ""
     replace: tuple[str, ...] = ()
 
+    @functools.cache  # noqa: B019 there are some dozens of commands, for as long as the program runs
     def model(self) -> type[pydantic.BaseModel]:
         """A model of the options of a stage that calls it; others are refused."""
         fields: dict[str, Any] = {
