@@ -22,7 +22,8 @@ def test_options_of_sample(door: Any, postlude_command: Any, tmp_path: Path) -> 
     door.results["sample"] = {"samples": object(), "compared": object(), "count": 3}
     done = postlude_command(
         "sample", "ckpt", "-o", "grid.png", "--sampler", "dpm++", "--steps", 7, "-n", 3, "--labels", "4,2",
-        "--guidance", 1.5, "--reuse", 2, "--compare", "other", "--drift", "d.safetensors", "--drift-mode", "paper",
+        "--guidance", 1.5, "--reuse", 2, "--compare", "other",
+        "--drift", "d.safetensors", "--drift-mode", "paper", "--drift-bias", 0.5,
         "--conditions", tmp_path / "told.safetensors", "--batch-size", 2, "--seed", 9, "--overwrite", "--json",
     )  # fmt: skip
     assert done.json == {"count": 3}
@@ -30,8 +31,10 @@ def test_options_of_sample(door: Any, postlude_command: Any, tmp_path: Path) -> 
     assert (name, words) == ("sample", ("<ckpt>",))
     assert given.pop("conditions")["encoder_hidden_states"].shape == (3, 2)
     assert given == {
-        "count": 3, "sampler": "dpm++", "steps": 7, "labels": [4, 2], "seed": 9, "guidance": 1.5, "reuse": 2, "compare": "<other>",
-        "drift": "d.safetensors", "drift_mode": "paper", "batch_size": 2, "out": "grid.png", "overwrite": True,
+        "count": 3, "sampler": "dpm++", "steps": 7, "labels": [4, 2], "seed": 9, "guidance": 1.5, "reuse": 2,
+        "compare": "<other>",
+        "drift": "d.safetensors", "drift_mode": "paper", "drift_bias": 0.5, "batch_size": 2, "out": "grid.png",
+        "overwrite": True,
     }  # fmt: skip
 
 
@@ -53,7 +56,8 @@ def test_options_of_evaluate_samples(door: Any, postlude_command: Any, tmp_path:
     door.results["evaluate_samples"] = {**numbers, **settings, "psnr_db": None, "notes": ["small"]}
     done = postlude_command(
         "evaluate", "samples", "ckpt", "--reference", "base", "-n", 30, "--sampler", "euler", "--steps", 5,
-        "--guidance", 2, "--reuse", 3, "--drift", "d", "--drift-mode", "paper", "--real", tmp_path / "real.safetensors",
+        "--guidance", 2, "--reuse", 3, "--drift", "d", "--drift-mode", "paper", "--drift-bias", 0.5,
+        "--real", tmp_path / "real.safetensors",
         "--seed", 1, "--json", "-o", tmp_path / "result.json",
     )  # fmt: skip
     assert done.json["notes"] == ["small"]
@@ -62,8 +66,8 @@ def test_options_of_evaluate_samples(door: Any, postlude_command: Any, tmp_path:
     assert (name, words) == ("evaluate_samples", ("<ckpt>",))
     assert given.pop("real").shape == (3, 1, 8, 8)
     assert given == {
-        "reference": "<base>", "count": 30, "sampler": "euler", "steps": 5, "seed": 1, "guidance": 2.0, "reuse": 3, "drift": "d",
-        "drift_mode": "paper",
+        "reference": "<base>", "count": 30, "sampler": "euler", "steps": 5, "seed": 1, "guidance": 2.0, "reuse": 3,
+        "drift": "d", "drift_mode": "paper", "drift_bias": 0.5,
     }  # fmt: skip
 
 

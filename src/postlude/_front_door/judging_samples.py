@@ -29,6 +29,7 @@ def evaluate_samples(
     reuse: int = 1,
     drift: Path_ | None = None,
     drift_mode: str | None = None,
+    drift_bias: float = 0.0,
     real: Tensor | None = None,
     batch_size: int = 250,
     progress: Progress | None = None,
@@ -39,8 +40,8 @@ def evaluate_samples(
         checkpoint: loaded, or a diffusers directory; float or quantized.
         reference: the float model, say.
         count: how many samples; Frechet distances of different numbers are not comparable.
-        sampler, steps, seed, guidance, reuse, drift, drift_mode, batch_size: see :func:`postlude.sample`; reuse and
-            correction are applied to ``checkpoint`` only.
+        sampler, steps, seed, guidance, reuse, drift, drift_mode, drift_bias, batch_size: see :func:`postlude.sample`;
+            reuse and correction are applied to ``checkpoint`` only.
         real: real images ``[m, channels, height, width]`` in [-1, 1]; of digits they are built in.
         progress: where to show it.
 
@@ -68,6 +69,7 @@ def evaluate_samples(
         reuse=reuse,
         drift=drift,
         drift_mode=drift_mode,
+        drift_bias=drift_bias,
         batch_size=batch_size,
         progress=progress,
     )

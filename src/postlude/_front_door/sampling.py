@@ -44,6 +44,7 @@ def sample(
     compare: Path_ | Checkpoint | None = None,
     drift: Path_ | None = None,
     drift_mode: str | None = None,
+    drift_bias: float = 0.0,
     batch_size: int = 250,
     out: Path_ | None = None,
     overwrite: bool = False,
@@ -66,6 +67,7 @@ def sample(
         drift: a statistic of ``postlude sample calibrate``: its correction is applied to ``checkpoint``, not to
             ``compare``.
         drift_mode: ``corrected`` (where None), or ``paper`` for the rule as published.
+        drift_bias: how much of the error to be expected, given the output, is subtracted from it.
         batch_size: images at a time; changes nothing but speed and memory.
         out: a .png file for the grid, with the tensors beside it; or a .safetensors file for the tensors alone.
         overwrite: replace them.
@@ -86,6 +88,11 @@ def sample(
     files = _files(out, overwrite)
     check_guidance(guidance)
     check_reuse(reuse)
+    if drift_bias and drift is None:
+        raise SettingsError(
+            f"the bias of the drift correction is {drift_bias:g}, and there are no drift statistics to correct by: "
+            "give them (--drift FILE, drift=...), or leave the bias out"
+        )
     if drift_mode is not None and drift is None:
         raise SettingsError(
             f"the mode of the drift correction is {drift_mode!r}, and there are no drift statistics to correct by: "
@@ -108,7 +115,7 @@ def sample(
         "conditions": conditions, "batch_size": batch_size,
     }  # fmt: skip
     with progress or Progress(False) as shown:
-        wrap = _correction(statistics, MODES[0] if drift_mode is None else drift_mode)
+        wrap = _correction(statistics, MODES[0] if drift_mode is None else drift_mode, drift_bias)
         drawn = _sample(
             mine, **common, reuse=reuse, wrap=wrap, progress=shown, title=_name(mine, checkpoint)
         )
@@ -164,10 +171,12 @@ def _same_sampler(statistics: DriftStatistics, checkpoint: Checkpoint) -> str | 
     return sampler_named(process_of(own), statistics.scheduler, statistics.config)
 
 
-def _correction(statistics: DriftStatistics | None, mode: str) -> Callable[[Any], Any] | None:
+def _correction(
+    statistics: DriftStatistics | None, mode: str, bias: float
+) -> Callable[[Any], Any] | None:
     if statistics is None:
         return None
-    settings = QDrift(mode=mode)
+    settings = QDrift(mode=mode, bias_scale=bias)
     return lambda scheduler: correct(scheduler, statistics, settings)
 
 

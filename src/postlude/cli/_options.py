@@ -13,6 +13,7 @@ __all__ = [
     "Device",
     "Diffusion",
     "Drift",
+    "DriftBias",
     "DriftMode",
     "Dtype",
     "Guidance",
@@ -134,6 +135,14 @@ DriftMode = Annotated[
         "--drift-mode",
         metavar="MODE",
         help="Of --drift: corrected (the default), or paper, the rule as published.",
+    ),
+]
+DriftBias = Annotated[
+    float,
+    typer.Option(
+        "--drift-bias",
+        metavar="W",
+        help="Of --drift: how much of the error that is to be expected of an output is subtracted from it, 0 to 1.",
     ),
 ]
 Set = Annotated[

@@ -61,6 +61,7 @@ def sample(
     ] = None,
     drift: options.Drift = None,
     drift_mode: options.DriftMode = None,
+    drift_bias: options.DriftBias = 0.0,
     conditions: Annotated[
         str | None,
         typer.Option(
@@ -108,6 +109,7 @@ def sample(
             else _front_door.load(compare, dtype=dtype, device=device),
             drift=drift,
             drift_mode=drift_mode,
+            drift_bias=drift_bias,
             batch_size=batch_size,
             out=output,
             overwrite=overwrite,

@@ -32,6 +32,7 @@ def samples(
     reuse: options.Reuse = 1,
     drift: options.Drift = None,
     drift_mode: options.DriftMode = None,
+    drift_bias: options.DriftBias = 0.0,
     real: Annotated[
         str | None,
         typer.Option(
@@ -70,6 +71,7 @@ def samples(
             reuse=reuse,
             drift=drift,
             drift_mode=drift_mode,
+            drift_bias=drift_bias,
             real=None if tensors is None else tensors["images"],
             progress=progress,
         )
