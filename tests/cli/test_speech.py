@@ -83,7 +83,7 @@ def test_explain(
     assert found["converted"] == [] and found["exact"] and found["unparsed"] == []
     assert picture.read_bytes().startswith(b"\x89PNG")
     text = page.read_text()
-    assert text.count("<svg") == 2 and "Heard: noise (hum) 0.1 to 0.3 s, 0.4 to 0.5 s;" in text
+    assert text.count("<svg") == 2 and "Heard: noise (hum), 0.1 to 0.3 s, 0.4 to 0.5 s;" in text
     assert "frequency (kHz)" in text and "time (s)" in text
     assert not re.search(r"(src|href)=\"(?!data:|#)", text)
     again = postlude_command("explain", recording, "--model", model, "-o", picture)

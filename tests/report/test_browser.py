@@ -10,23 +10,25 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 from PIL import Image
 
 from postlude import cli
 from postlude.inspection.update import Update
-from postlude.report import attribution, chain, comparison, page, signals, tuning
+from postlude.report import attribution, chain, comparison, page, signals, speech, tuning
 from postlude.report.plots import Line, line_plot
+from postlude.runs.audio import Recording
 from postlude.runs.checkpoint import Checkpoint
 from postlude.surgery.anatomy import anatomy_of
 
-from . import test_signals, test_tuning
+from . import test_signals, test_speech, test_tuning
 from .attributed import answer
 from .browser import Browser
 from .made import demo_results, finished_run, picture
 
 WIDTHS = (360, 1440)
-PAGES = ("run", "runs", "comparison", "demo", "attribution", "signal", "tuning")
+PAGES = ("run", "runs", "comparison", "demo", "attribution", "signal", "tuning", "speech")
 LONG = "a-model-with-a-name-that-nobody-would-want-to-type-twice"
 
 # What a reader would see, measured in the page.
@@ -161,9 +163,16 @@ def written(
     def tuned() -> str:
         return tuning.render(test_tuning.RESULT, [test_tuning.row(n) for n in range(1, 101)])
 
-    makers = dict(
-        zip(PAGES, (one_run, several, compared, demo, attributed, signal, tuned), strict=True)
-    )
+    def heard() -> str:
+        sound = numpy.random.default_rng(0).normal(size=24000).astype("float32") * 0.1
+        answers = [{"question": "Assess?", "answer": "of" * 150}]
+        result = {**test_speech.RESULT, "recording": f"{LONG}.wav", "answers": answers}
+        return speech.render(
+            result, Recording(sound), f"postlude explain {LONG}.wav --model {LONG}"
+        )
+
+    pages = (one_run, several, compared, demo, attributed, signal, tuned, heard)
+    makers = dict(zip(PAGES, pages, strict=True))
 
     def write(name: str) -> Path:
         file = folder / f"{name}.html"

@@ -21,6 +21,8 @@ __all__ = ["draw", "marks", "render", "sentences", "spoken"]
 
 Values = Mapping[str, Any]
 
+_ROWS = {"noise": "noise", "dist": "distortion", "pause": "pause"}
+
 
 def draw(result: Values, recording: Recording) -> bytes:
     """A PNG file: the spectrogram with the artifacts that were found."""
@@ -72,9 +74,13 @@ def marks(result: Values) -> list[Mark]:
     for row in result["artifacts"]:
         what, when = _described(row)
         rows.append(
-            (row["key"], what if row["times"] else f"{what}{when and f', {when}'}", row["times"])
+            (
+                _ROWS[row["key"]],
+                what if row["times"] else f"{what}{when and f', {when}'}",
+                row["times"],
+            )
         )
-    return rows
+    return rows or [("artifacts", "not asked for", None)]
 
 
 def _described(row: Values) -> tuple[str, str]:
@@ -97,10 +103,11 @@ def spoken(result: Values) -> str:
         return "Asked for scores only."
     found = []
     for row in result["artifacts"]:
-        name = {"noise": "noise", "dist": "distortion", "pause": "an unnatural pause"}[row["key"]]
+        name = "an unnatural pause" if row["key"] == "pause" else _ROWS[row["key"]]
         if row["present"]:
             kind = f" ({row['type']})" if row["type"] else ""
-            found.append(f"{name}{kind} {times_text(row['times'])}".strip())
+            when = times_text(row["times"])
+            found.append(f"{name}{kind}{when and f', {when}'}")
     unread = [row["artifact"] for row in result["artifacts"] if row["present"] is None]
     words = f"Heard: {'; '.join(found)}." if found else "No artifact was heard."
     if unread:
