@@ -126,7 +126,7 @@ class Bench:
         found = evaluate_speech(
             pl.load(self.model(arm, seed)),
             self.data / "test",
-            batch_size=48,
+            batch_size=120,
             limit=4 if self.quick else None,
             progress=self.claim.progress,
         )
