@@ -6,6 +6,7 @@ import argparse
 import datetime
 import os
 import platform
+import resource
 import sys
 import tempfile
 import time
@@ -93,11 +94,13 @@ def _summary(found: Found, seconds: float, seed: int) -> str:
     import torch
     import transformers
 
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    processor = sum(one.ru_utime + one.ru_stime for one in used)
     trials = sum(map(len, found.values()))
     failed = sum(one.outcome == "FAILED" for given in found.values() for one in given)
     today = datetime.datetime.now(datetime.UTC).date()
     return (
-        f"{trials} faults, {failed} failed, in {seconds / 60:.1f} minutes; seed {seed}, full disks by "
+        f"{trials} faults, {failed} failed, in {seconds / 60:.1f} minutes ({processor / 60:.1f} of processor time); seed {seed}, full disks by "
         f"{full_disk.how()}. `make faults`, {today}, Python {platform.python_version()}, PyTorch "
         f"{torch.__version__}, transformers {transformers.__version__}, {platform.system()} {platform.machine()}."
     )

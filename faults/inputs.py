@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -82,27 +81,24 @@ def _pictures(folder: Path, seed: int) -> None:
     shutil.copy(folder / "images" / "0.png", folder / "picture.png")
 
 
-def warm() -> None:
-    """Import what the commands import, so that children of this process need not."""
+def warm(everything: bool = True) -> None:
+    """Import what the commands import, so that children of this process need not; for a few of them if not all."""
     import importlib
 
     import torch
 
     torch.set_num_threads(1)
     from postlude import _front_door, registry
-    from postlude.cli import app
 
-    registry.available()
-    for name in _front_door.__all__:
-        getattr(_front_door, name)
-    for name in (
-        "accelerate",
-        "peft",
-        "diffusers",
-        "transformers.trainer",
-        "transformers.models.llama",
-        "PIL.Image",
-    ):
+    names = ["postlude.cli", "transformers.models.llama", "postlude.surgery.huggingface"]
+    if everything:
+        registry.available()
+        for name in _front_door.__all__:
+            getattr(_front_door, name)
+        names += ["accelerate", "peft", "diffusers", "transformers.trainer", "PIL.Image"]
+    else:
+        registry.available("quantize")
+        for name in ("quantize", "evaluate", "run", "load"):
+            getattr(_front_door, name)
+    for name in names:
         importlib.import_module(name)
-    assert app is not None
-    sys.stdout.flush()

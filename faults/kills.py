@@ -194,7 +194,7 @@ def tune(work: Work, count: int) -> Iterator[Trial]:
     yield from kill(work, "tune", tune_words, count, real=count // 6)
 
 
-@fault(_FAMILY, "`run` of a recipe", 10, everyday=True)
+@fault(_FAMILY, "`run` of a recipe", 10)
 def run(work: Work, count: int) -> Iterator[Trial]:
     """Four stages."""
     yield from kill(work, "run", run_words, count, real=count // 5)

@@ -276,7 +276,7 @@ def prior(work: Work, count: int) -> Iterator[Trial]:
         yield from cut(work, file.name, source, file.name, tune)
 
 
-@fault(_FAMILY, "an index: manifest, list, a shard", everyday=True)
+@fault(_FAMILY, "an index: manifest, list, a shard")
 def index(work: Work, count: int) -> Iterator[Trial]:
     """Asked for the examples behind a text."""
     source = work.made("index", lambda out: build_words(work, out))
@@ -318,7 +318,7 @@ def pipeline(work: Work, count: int) -> Iterator[Trial]:
         yield from cut(work, file, source, file, lambda one: _sample(work, one))
 
 
-@fault(_FAMILY, "a recipe", everyday=True)
+@fault(_FAMILY, "a recipe")
 def recipe(work: Work, count: int) -> Iterator[Trial]:
     """Checked without running it."""
     given = {"model": "model", "data": "train.jsonl", "text": "text.txt"}

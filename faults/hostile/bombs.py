@@ -195,7 +195,7 @@ def _png(width: int, height: int) -> bytes:
     )
 
 
-@fault(FAMILY, "pictures and arrays of enormous size", everyday=True)
+@fault(FAMILY, "pictures and arrays of enormous size")
 def pictures(work: Work, count: int) -> Iterator[Trial]:
     """A hundred bytes that say they are billions of pixels."""
 

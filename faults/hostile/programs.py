@@ -20,7 +20,7 @@ from faults.hostile.case import (
 from faults.suite import Trial, Words, Work, fault
 
 
-@fault(FAMILY, "a tokenizer's chat template", everyday=True)
+@fault(FAMILY, "a tokenizer's chat template")
 def templates(work: Work, count: int) -> Iterator[Trial]:
     """That reaches for Python, that never ends, that is no template."""
 
@@ -78,7 +78,7 @@ def templates(work: Work, count: int) -> Iterator[Trial]:
     )
 
 
-@fault(FAMILY, "code that comes with a checkpoint", everyday=True)
+@fault(FAMILY, "code that comes with a checkpoint")
 def codes(work: Work, count: int) -> Iterator[Trial]:
     """Named by its configuration, in the places where libraries look for it."""
 
