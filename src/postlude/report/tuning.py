@@ -7,7 +7,6 @@ no script; every text is escaped.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import shlex
 from collections.abc import Mapping, Sequence
@@ -18,167 +17,15 @@ from postlude.report.environment import environment
 from postlude.report.figures import Figure
 from postlude.report.plots import Line, line_plot
 from postlude.report.sheet import style, template
-from postlude.zoo.speech_answers import PARTS, SCORES
+from postlude.report.tuning_figures import Kind, kinds_of
 
 __all__ = ["evaluation", "headline", "render", "write"]
 
 Row = Mapping[str, Any]
 
-_DIMENSIONS = 6  # lines of a figure
-_PLACES = 40  # points of a line; more would hide each other
-_NOT_DRAWN = ("step", "epoch", "seconds", "tokens")
 # What a run is judged by, in this order.
 _JUDGED = {"reward": "The mean reward", "mean_loss": "The unweighted loss", "loss": "The loss"}
 PAGE = "report.html"
-
-
-@dataclasses.dataclass(frozen=True)
-class _Kind:
-    """A figure: which columns of the log, under which names, and what to see in them.
-
-    With a ``top`` the axis goes from 0 to it, or to the largest value for 0. A log with one of the columns ``without``
-    does not have the figure.
-    """
-
-    identifier: str
-    title: str
-    columns: Mapping[str, str]
-    y_label: str
-    caption: str
-    top: float | None = None
-    without: str = ""
-
-
-_KINDS = (
-    _Kind(
-        "reward",
-        "Reward",
-        {"reward": "mean", "reward_std": "standard deviation"},
-        "reward",
-        "Of the answers of a step. Each step asks other prompts, so a single step says little.",
-    ),
-    _Kind(
-        "accuracy",
-        "Pairs in the right order",
-        {"accuracy": "share"},
-        "share of pairs",
-        "How often the chosen answer gained more probability over the reference than the rejected one.",
-        top=1,
-    ),
-    _Kind(
-        "margin",
-        "Margin",
-        {"margin": "margin", "chosen_reward": "chosen", "rejected_reward": "rejected"},
-        "beta x log-ratio to the reference",
-        "The chosen answer's gain less that of the rejected one. Where the chosen one falls as well, only the distance "
-        "is learned.",
-    ),
-    _Kind(
-        "loss",
-        "Loss",
-        {"loss": "trained", "mean_loss": "unweighted"},
-        "nats per token",
-        "What is minimised, and the plain loss of the same tokens without weights. Losses of different rules are not "
-        "comparable; unweighted ones are. Each step sees other sequences, so a single step says little.",
-        without="accuracy reward",
-    ),
-    _Kind(
-        "pair-loss",
-        "Loss",
-        {"loss": "loss"},
-        "nats per pair",
-        "0.693 is where the model equals the reference.",
-        top=0,
-        without="mean_loss reward",
-    ),
-    _Kind(
-        "policy-loss",
-        "Loss",
-        {"loss": "loss"},
-        "of the policy",
-        "Advantages sum to nothing within a group, so this is near 0 before an update whatever is learned: judge by "
-        "the reward.",
-        without="mean_loss accuracy",
-    ),
-    _Kind(
-        "divergence",
-        "Divergence from the reference",
-        {"kl": "divergence"},
-        "nats per token",
-        "How far the answers are from what the reference would have written.",
-        top=0,
-    ),
-    _Kind(
-        "length",
-        "Length of answers",
-        {"completion_length": "length"},
-        "tokens",
-        "Of the answers of a step, those that were cut off included.",
-        top=0,
-    ),
-    _Kind(
-        "groups",
-        "What teaches nothing",
-        {
-            "zero_variance_groups": "groups of equal rewards",
-            "zero_variance_dimensions": "the same by dimension",
-            "truncated_completions": "answers cut off",
-        },
-        "share",
-        "A group whose answers all got the same reward has no better and no worse one.",
-        top=1,
-    ),
-    _Kind(
-        "speed",
-        "Speed",
-        {"answers_per_second": "answers"},
-        "answers per second",
-        "Sampled, judged and learned from.",
-        top=0,
-    ),
-    _Kind(
-        "rate",
-        "Learning rate",
-        {"learning_rate": "learning rate"},
-        "learning rate",
-        "It rises in the warm-up and falls by the schedule.",
-        top=0,
-    ),
-    _Kind(
-        "effective",
-        "Effective tokens",
-        {"effective_tokens": "effective", "tokens": "response tokens"},
-        "tokens per step",
-        "(sum of weights)\u00b2 / sum of squared weights: how many equally weighted tokens would average as well. "
-        "Where it is far below the response tokens, few tokens decide a step.",
-        top=0,
-    ),
-    _Kind(
-        "shares",
-        "Weights",
-        {"kept_share": "share kept", "mean_weight": "mean weight"},
-        "0 to 1",
-        "The share of response tokens whose weight is not zero, and the mean weight of all of them.",
-        top=0,
-    ),
-    _Kind(
-        "end",
-        "Weight on the end of the text",
-        {"eos_share": "share"},
-        "share of all weight",
-        "The token that ends a text. Where a rule gives it next to none, the model does not learn to stop; --keep-eos "
-        "makes it weigh 1.",
-        top=0,
-    ),
-    _Kind(
-        "gradient",
-        "Gradient",
-        {"gradient_norm": "norm"},
-        "norm before clipping",
-        "A gradient above the clipping norm is scaled down to it.",
-        top=0,
-    ),
-)
 
 
 def write(directory: Path, result: Row, log: Sequence[Row]) -> None:
@@ -286,59 +133,11 @@ def _figures(log: Sequence[Row]) -> list[Figure]:
     columns = {
         name for row in log for name, value in row.items() if _finite(value) and name != "step"
     }
-    kinds = [
-        kind
-        for kind in _KINDS
-        if next(iter(kind.columns)) in columns and not columns & set(kind.without.split())
-    ]
-    dimensions = [name for name in _in_order(log) if name.startswith("reward.")]
-    kinds[1:1] = _by_dimension([name for name in dimensions if name in columns])
-    drawn = {*dimensions} | {name for kind in _KINDS for name in kind.columns} | set(_NOT_DRAWN)
-    kinds += [
-        _Kind(f"column-{at}", name.replace("_", " "), {name: name.replace("_", " ")}, "", "")
-        for at, name in enumerate(sorted(columns - drawn))
-    ]
-    return [_figure(kind, log) for kind in kinds]
+    return [_figure(kind, log) for kind in kinds_of(log, columns)]
 
 
-def _in_order(log: Sequence[Row]) -> list[str]:
-    return list(dict.fromkeys(name for row in log[:1] for name in row))
-
-
-def _by_dimension(names: Sequence[str]) -> list[_Kind]:
-    """The rewards of a run by dimension, a few lines a figure."""
-    starts = list(range(0, len(names), _DIMENSIONS))
-    if len(starts) > 1 and len(names) - starts[-1] == 1:
-        starts.pop()
-    ends = [*starts[1:], len(names)]
-    return [
-        _Kind(
-            f"dimensions-{at}",
-            "Reward by dimension" if at == 0 else "Reward by dimension, continued",
-            {name: _dimension(name.partition(".")[2]) for name in names[start:end]},
-            "mean reward",
-            "What each dimension got. One that stays at 0 or 1 is the same for all answers, and teaches nothing.",
-            top=1,
-        )
-        for at, (start, end) in enumerate(zip(starts, ends, strict=False))
-    ]
-
-
-def _dimension(name: str) -> str:
-    """The words for a dimension: those of answers about speech have short keys."""
-    for one in SCORES:
-        if name == one.key:
-            return one.words
-    for part in PARTS:
-        if name == part.key:
-            return f"{part.key}: what"
-        if name == f"{part.key}_times":
-            return f"{part.key}: when"
-    return name.replace("_", " ")
-
-
-def _figure(kind: _Kind, log: Sequence[Row]) -> Figure:
-    groups = _groups(log)
+def _figure(kind: Kind, log: Sequence[Row]) -> Figure:
+    groups = _groups(log, kind.places)
     ticks = [str(group[-1]["step"]) for group in groups]
     lines = [
         Line(name, [_mean(group, column) for group in groups])
@@ -373,9 +172,9 @@ def _figure(kind: _Kind, log: Sequence[Row]) -> Figure:
     )
 
 
-def _groups(log: Sequence[Row]) -> list[Sequence[Row]]:
+def _groups(log: Sequence[Row], places: int) -> list[Sequence[Row]]:
     """Consecutive steps, so many together that the points fit beside each other."""
-    size = math.ceil(len(log) / _PLACES)
+    size = math.ceil(len(log) / places)
     return [log[start : start + size] for start in range(0, len(log), size)]
 
 
