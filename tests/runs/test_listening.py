@@ -159,3 +159,28 @@ def test_other_classes_are_refused(flamingo: Any, tmp_path: Path) -> None:
     file.write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match="expected one of AudioFlamingo3For"):
         load(tmp_path / "other")
+
+
+def test_the_language_model_is_quantized(tmp_path: Path) -> None:
+    import postlude as pl
+    from postlude.quantization import RTN
+
+    small = pl.quantize(load(write(tmp_path / "base"), device="cpu"), RTN(weights=4))
+    small.save(tmp_path / "small")
+    again = load(tmp_path / "small", device="cpu")
+    assert again.kind == "audio" and again.made_by()["method"] == "rtn"
+    from postlude.surgery.layers import quantized_linears
+
+    paths = {path for path, _ in quantized_linears(again.model)}
+    assert paths == set(again.anatomy.linears())
+    heard = recording(0.5)
+    assert generate(again, [heard], ["a"], max_new_tokens=4) == generate(
+        small, [heard], ["a"], max_new_tokens=4
+    )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_features_take_the_type_of_the_model(kind: str, tmp_path: Path) -> None:
+    narrow = load(write(tmp_path / kind, kind), dtype="bfloat16", device="cpu")
+    assert narrow.model.dtype == torch.bfloat16
+    assert len(generate(narrow, [recording(0.5)], ["a"], max_new_tokens=2)[0].tokens) >= 1
