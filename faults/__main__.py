@@ -100,9 +100,10 @@ def _summary(found: Found, seconds: float, seed: int) -> str:
     failed = sum(one.outcome == "FAILED" for given in found.values() for one in given)
     today = datetime.datetime.now(datetime.UTC).date()
     return (
-        f"{trials} faults, {failed} failed, in {seconds / 60:.1f} minutes ({processor / 60:.1f} of processor time); seed {seed}, full disks by "
-        f"{full_disk.how()}. `make faults`, {today}, Python {platform.python_version()}, PyTorch "
-        f"{torch.__version__}, transformers {transformers.__version__}, {platform.system()} {platform.machine()}."
+        f"{trials} faults, {failed} failed, in {seconds / 60:.1f} minutes ({processor / 60:.1f} of processor time); "
+        f"seed {seed}, full disks by {full_disk.how()}. `make faults`, {today}, Python {platform.python_version()}, "
+        f"PyTorch {torch.__version__}, transformers {transformers.__version__}, {platform.system()} "
+        f"{platform.machine()}."
     )
 
 

@@ -8,13 +8,27 @@ NaN or infinity.
 
 from __future__ import annotations
 
+import os
 import shutil
+import signal
 import struct
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from faults.kills import build_words, quantize_words, results, run_words
-from faults.suite import UNPROTECTED, Trial, Work, command, contents, fault, harm, judge_damage
+from faults.kills import build_words, quantize_words, results, run_words, tune_words
+from faults.suite import (
+    UNPROTECTED,
+    Trial,
+    Work,
+    command,
+    contents,
+    ended,
+    fault,
+    fork,
+    harm,
+    judge_damage,
+)
 
 _FAMILY = "one bit flipped"
 
@@ -79,7 +93,7 @@ def again(
     words: Callable[[Path], Sequence[object]],
     damaged: Callable[[Path], list[Path]],
     count: int,
-    kept: Callable[[Path], None] = lambda _: None,
+    kept: Callable[[Path], object] = lambda _: None,
 ) -> Iterator[Trial]:
     """Flip bits of what a command keeps of its work, and start it again.
 
@@ -124,6 +138,15 @@ def again(
             yield Trial("FAILED", f"{at}: {'; '.join(wrong)}: {done.shown()}")
         else:
             yield Trial("refused", f"{at}: {done.message}")
+
+
+def _until(work: Work, words: Sequence[object], there: Callable[[], bool]) -> None:
+    """Start a command, and kill it once something is there."""
+    process = fork(words, work.path / "log")
+    while not there():
+        time.sleep(0.002)
+    os.kill(process, signal.SIGKILL)
+    ended(process, work.path / "log")
 
 
 def _header(file: Path) -> tuple[int, int]:
@@ -232,6 +255,25 @@ def units(work: Work, count: int) -> Iterator[Trial]:
     yield from again(
         work, "units", words, files, count, lambda folder: shutil.rmtree(folder / "out")
     )
+
+
+@fault(_FAMILY, "the state of a killed `tune`", 8)
+def states(work: Work, count: int) -> Iterator[Trial]:
+    """A damaged state is not gone on from."""
+
+    def words(out: Path) -> list[object]:
+        return tune_words(work, out)
+
+    def killed(folder: Path) -> None:
+        shutil.rmtree(folder / "out")
+        states = folder / ".out.run" / "states"
+        # Any state but the first: the next one replaces it.
+        _until(work, words(folder / "out"), lambda: any(states.glob("step-?*/trainer_state.json")))
+
+    def files(folder: Path) -> list[Path]:
+        return sorted(one for one in (folder / ".out.run").glob("states/step-*/*") if one.is_file())
+
+    yield from again(work, "states", words, files, count, killed)
 
 
 @fault(_FAMILY, "records and outputs of a recipe's stages", 12)

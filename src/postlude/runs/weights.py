@@ -149,9 +149,9 @@ def hash_file(file: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def write_sums(directory: Path) -> None:
-    """Write the checksums of the weights of a directory beside them."""
-    files = sorted(directory.glob("*.safetensors"))
+def write_sums(directory: Path, pattern: str = "*.safetensors") -> None:
+    """Write the checksums of the weights of a directory, or of other files in it, beside them."""
+    files = sorted(directory.glob(pattern))
     lines = [f"{hash_file(file)}  {file.name}\n" for file in files]
     (directory / SUMS).write_text("".join(lines), encoding="utf-8")
 

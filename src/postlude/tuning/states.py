@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import random
 import re
 from collections.abc import Iterator, Mapping
@@ -12,6 +13,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+
+from postlude.errors import CheckpointError
+from postlude.runs.weights import SUMS, check_sums
 
 __all__ = [
     "STEP",
@@ -27,6 +31,8 @@ __all__ = [
 
 TRAINER = "trainer_state.json"
 STEP = re.compile(r"step-(\d+)")
+
+_log = logging.getLogger(__name__)
 
 
 @contextlib.contextmanager
@@ -46,13 +52,20 @@ def seeded(seed: int) -> Iterator[None]:
 
 
 def last_state(directory: Path) -> Path | None:
-    """The newest state in the directory of a run, None where there is none."""
+    """The newest undamaged state in the directory of a run, None where there is none."""
     found = [
         (int(match[1]), path)
         for path in directory.glob("step-*")
         if (match := STEP.fullmatch(path.name)) and (path / TRAINER).is_file()
     ]
-    return max(found)[1] if found else None
+    for _, path in sorted(found, reverse=True):
+        try:
+            check_sums([file for file in path.iterdir() if file.name != SUMS])
+        except CheckpointError as error:
+            _log.warning("%s It is not gone on from.", error)
+            continue
+        return path
+    return None
 
 
 def flatten(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
