@@ -39,6 +39,7 @@ from postlude.attribution.plan import (
     this_machine,
 )
 from postlude.errors import PostludeError, SettingsError, UnknownNameError
+from postlude.quantization.blocks import CHUNKS
 from postlude.recipes.recipe import ASSUMED, Recipe, Stage
 from postlude.recipes.run import command_line, pending
 from postlude.runs.loading import resolve
@@ -49,6 +50,7 @@ __all__ = ["Forecast", "Forecasts", "chosen_hardware", "forecast"]
 
 _BYTES_OF_A_TOKEN = 4
 _INSPECTED = 32 * 256
+_FILLED = 0.9
 _TOKENS_OF_AN_EXAMPLE = 512
 
 
@@ -63,7 +65,7 @@ class Forecast:
         memory: bytes held at once, by each rank.
         bytes: written.
         ranks: that share the work.
-        fits: whether that is in the memory of one device.
+        fits: whether a device has that memory, and a tenth of its own for activations.
         why: where there is no forecast, or what it rests on.
     """
 
@@ -103,7 +105,7 @@ class _Model:
 class _Cost:
     """Operations, bytes held, bytes written, the model that comes out, what is not counted, and whether ranks share.
 
-    ``divided`` are the bytes that each rank holds a part of only, if the run is sharded.
+    ``most`` is how many ranks can share, 0 for any number; ``divided`` are the bytes that each rank holds a part of only, if the run is sharded.
     """
 
     operations: float
@@ -112,6 +114,7 @@ class _Cost:
     model: _Model | None = None
     without: str = ""
     shared: bool = False
+    most: int = 0
     divided: float = 0.0
 
 
@@ -155,14 +158,14 @@ def forecast(
             else:
                 part = ranks if sharded else 1
                 memory = cost.memory - cost.divided * (1 - 1 / part)
-                sharing = ranks if cost.shared else 1
+                sharing = min(ranks, cost.most or ranks) if cost.shared else 1
                 one = dataclasses.replace(
                     one,
                     seconds=cost.operations / machine.rate / sharing,
                     memory=memory,
                     bytes=cost.written,
                     ranks=sharing,
-                    fits=memory <= machine.memory,
+                    fits=memory <= _FILLED * machine.memory,
                     why=cost.without,
                 )
                 if cost.model is not None:
@@ -265,6 +268,7 @@ def _quantize(stage: Stage, models: _Models) -> _Cost:
         small,
         "at least: a search of the method's own is not counted",
         shared=True,
+        most=CHUNKS if tokens else 0,
     )
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from postlude.errors import SettingsError
 
-__all__ = ["asked", "check_shardable", "is_sharded", "local", "put_local", "whole"]
+__all__ = ["asked", "check_cut", "check_shardable", "is_sharded", "local", "put_local", "whole"]
 
 
 def _is_cut(tensor: Any) -> bool:
@@ -49,6 +49,19 @@ def check_shardable(model: nn.Module, kind: str) -> None:
         raise SettingsError(
             f"accelerate is asked to shard (FSDP), which is for language models; this one is of kind {kind!r}: use "
             "torchrun, where each rank holds the model."
+        )
+
+
+def check_cut(model: nn.Module) -> None:
+    """See that a model is cut where accelerate was told to.
+
+    Raises:
+        SettingsError: it is not, as on a CPU or on a single process.
+    """
+    if asked() and not is_sharded(model):
+        raise SettingsError(
+            "accelerate is asked to shard (FSDP) but has not: it does so with FSDP version 2, on several processes, "
+            "each with an accelerator. Mend its configuration (fsdp_version: 2), or use torchrun without it."
         )
 
 

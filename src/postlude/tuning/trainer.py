@@ -37,10 +37,11 @@ from postlude.errors import MissingDependencyError, NonFiniteError
 from postlude.numerics.weighted_likelihood import TokenColumns
 from postlude.runs.atomic import atomic_directory, atomic_write, sync_directory
 from postlude.runs.progress import Progress
+from postlude.runs.weights import write_sums
 from postlude.surgery.head import LanguageHead
 from postlude.tuning.batches import Plan, collate, model_inputs
 from postlude.tuning.examples import Examples
-from postlude.tuning.sharded import is_sharded, local, put_local
+from postlude.tuning.sharded import check_cut, is_sharded, local, put_local
 from postlude.tuning.states import (
     STEP,
     TRAINER,
@@ -247,6 +248,7 @@ class Steady:
     def create_scheduler(self, *args: Any, **kwargs: Any) -> Any:
         """The last thing before the first step: from here on it is steps that take time."""
         made = super().create_scheduler(*args, **kwargs)  # type: ignore[misc]
+        check_cut(self.model)
         self._tick = time.monotonic()
         return made
 
@@ -345,6 +347,7 @@ class Steady:
                     save_file(kept, directory / _TENSORS)
                 (directory / _STATE).write_text(json.dumps(about), encoding="utf-8")
                 self.state.save_to_json(str(directory / TRAINER))
+                write_sums(directory, "*")
             sync_directory(self._directory)
             for path in self._directory.glob("step-*"):
                 if path.name != f"step-{step}" and STEP.fullmatch(path.name):
