@@ -22,6 +22,7 @@ from postlude.tuning.speech_rewards import SPEECH_REWARDS
 from postlude.zoo.audio_llm import build, build_processor
 from postlude.zoo.speech_answers import LONG_QUESTION
 
+from ..surgery import audio_models
 from .jobs import killed_at, parameters, with_lora
 
 COLUMNS = {
@@ -154,9 +155,12 @@ def test_equal_rewards_teach_nothing_but_the_divergence(
         assert (found.log[0]["gradient_norm"] > 0) == learns
 
 
+@pytest.mark.parametrize("kind", audio_models.KINDS)
 def test_the_gradient_against_reading_every_answer_alone(
-    checkpoint: Checkpoint, data: Path, monkeypatch: pytest.MonkeyPatch
+    data: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
+    model, processor = audio_models.make(kind)
+    checkpoint = Checkpoint(model, processor.tokenizer, anatomy_of(model), processor=processor)
     kept: list[Any] = []
     ask = AudioGroups._ask
 
@@ -196,9 +200,10 @@ def test_the_gradient_against_reading_every_answer_alone(
         loss = loss - (chosen * weight).mean() / len(mask)
     loss.backward()
     assert norms and float(loss.detach().abs()) > 0
-    for name, parameter in model.named_parameters():
-        if parameter.grad is not None and name in norms[0]:
-            assert torch.allclose(norms[0][name], parameter.grad, atol=2e-6), name
+    named = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    assert any("audio_tower" in name and bool(grad.any()) for name, grad in named.items())
+    for name, gradient in named.items():
+        assert torch.allclose(norms[0][name], gradient, atol=2e-5, rtol=1e-3), name
 
 
 def test_divided_credit_reaches_only_the_tokens_of_a_dimension(checkpoint: Checkpoint) -> None:
