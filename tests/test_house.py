@@ -140,6 +140,8 @@ def test_method_catalogue_is_current() -> None:
 def test_every_method_is_documented() -> None:
     for info in registry.available():
         assert info.summary, f"{info.verb} {info.name} has no docstring"
+        unsaid = [name for name, meaning in info.meanings.items() if not meaning]
+        assert not unsaid, f"{info.verb} {info.name}: what are {unsaid}? Say it under Attributes"
         # A data class without a docstring is given its own signature as one.
         assert not info.summary.startswith(f"{info.settings.__name__}("), info.name
         assert info.family

@@ -11,6 +11,7 @@ import dataclasses
 import importlib
 import inspect
 import pkgutil
+import re
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -68,6 +69,21 @@ class MethodInfo:
             for field in dataclasses.fields(self.settings)
         }
 
+    @property
+    def meanings(self) -> dict[str, str]:
+        """What each hyper-parameter is, by name: the ``Attributes`` in the docstrings of the class and its bases."""
+        found: dict[str, str] = {}
+        for one in reversed(self.settings.__mro__):
+            text = inspect.cleandoc(one.__dict__.get("__doc__") or "")
+            for section in _SECTION.findall(text):
+                for names, meaning in _ENTRY.findall(section):
+                    found.update(dict.fromkeys(names.split(", "), " ".join(meaning.split())))
+        return {name: found.get(name, "") for name in self.options}
+
+
+# The entries of a section of a docstring, and one with the lines that go on with it.
+_SECTION = re.compile(r"^(?:Attributes|Args):\n((?:[ \t]+.*\n?|\n)+)", re.MULTILINE)
+_ENTRY = re.compile(r"^    (\w[\w, ]*): (.*(?:\n      +.*)*)", re.MULTILINE)
 
 _METHODS: dict[tuple[str, str], MethodInfo] = {}
 

@@ -22,6 +22,11 @@ class Grid:
     """Rounds to a grid.
 
     More about it.
+
+    Attributes:
+        weights: bits of a weight,
+            on two lines.
+        activations, kv: bits of the others.
     """
 
     weights: int = 4

@@ -281,6 +281,7 @@ def test_methods_for_a_person(methods: None, postlude_command: Any) -> None:
     assert "outliers" not in out
     out = postlude_command("methods", "grid").out
     assert "activation_group" in out
+    assert "bits of a weight, on two lines." in out and out.count("bits of the others.") == 2
     assert "needy" not in out
 
 

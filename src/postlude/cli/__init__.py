@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -177,9 +178,14 @@ def run(arguments: Sequence[str]) -> int:
         else:
             from rich.console import Console
 
+            if stdout.isatty():
+                outcome.show(Console(file=stdout, highlight=False))
+                return 0
             # What a file or another program reads is not folded, and no path in it cut off.
-            wide = {} if stdout.isatty() else {"width": 10_000, "soft_wrap": True}
-            outcome.show(Console(file=stdout, highlight=False, **wide))
+            whole = io.StringIO()
+            outcome.show(Console(file=whole, highlight=False, width=2_000, soft_wrap=True))
+            for line in whole.getvalue().splitlines():
+                print(line.rstrip(), file=stdout)
         return 0
     if outcome == 130:
         print("Interrupted.", file=sys.stderr)

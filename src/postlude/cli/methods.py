@@ -1,4 +1,4 @@
-"""``postlude methods``: what is registered."""
+"""``postlude methods``: what is registered, and what each setting of a method means."""
 
 from __future__ import annotations
 
@@ -48,6 +48,7 @@ def _entry(info: MethodInfo) -> dict[str, Any]:
         "needs": info.needs,
         "summary": info.summary,
         "options": info.options,
+        "meanings": info.meanings,
     }
 
 
@@ -73,8 +74,11 @@ def _view(found: list[MethodInfo], whole: bool) -> object:
         row.add_row("", Text(", ".join(filter(None, details)), style="dim"))
         parts.append(Padding(row, (0, 0, 0, 2)))
         if whole and info.options:
-            table = Table("setting", "default", box=None, pad_edge=False)
+            table = Table("setting", "default", "meaning", box=None, pad_edge=False)
+            meanings = info.meanings
             for option, default in info.options.items():
-                table.add_row(Text(option), Text(str(default)))
+                table.add_row(
+                    Text(option), Text(str(default)), Text(meanings[option].replace("``", ""))
+                )
             parts += ["", Padding(table, (0, 0, 0, 2))]
     return Group(*parts)

@@ -59,7 +59,12 @@ _ERROR, _DECISION, _WARM = 0.1, 0.01, 0.2
 )
 @dataclasses.dataclass(frozen=True)
 class AdaLogViT(VisionQuantizer):
-    """A logarithmic grid with a searched base for attention and GELU."""
+    """A logarithmic grid with a searched base for attention and GELU.
+
+    Attributes:
+        iterations: steps in which the rounding of the weights of a block is learned; 0 rounds without learning.
+        learning_rate: of those steps.
+    """
 
     output_error: bool = True
     iterations: int = 0

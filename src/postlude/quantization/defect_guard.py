@@ -46,7 +46,11 @@ _BASES: dict[str, type[Quantizer]] = {"rtn": RTN, "smoothquant": SmoothQuant}
 )
 @dataclasses.dataclass(frozen=True)
 class DefectGuard(Quantizer):
-    """Per-tensor W8A8 with the down-projections of singular defects kept in 16 bit."""
+    """Per-tensor W8A8 with the down-projections of singular defects kept in 16 bit.
+
+    Attributes:
+        base: the method that rounds everything else: rtn or smoothquant.
+    """
 
     kinds: ClassVar[tuple[Kind, ...]] = ("language",)
 

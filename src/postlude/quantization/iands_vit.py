@@ -51,7 +51,12 @@ __all__ = ["IandSViT"]
 )
 @dataclasses.dataclass(frozen=True)
 class IandSViT(VisionQuantizer):
-    """Powers of two of the shifted attention; weights trained against the output of their block."""
+    """Powers of two of the shifted attention; weights trained against the output of their block.
+
+    Attributes:
+        iterations: steps of training a block, in each of the two stages; 0 trains nothing.
+        learning_rate: of those steps.
+    """
 
     iterations: int = 1000
     learning_rate: float = 4e-5

@@ -43,7 +43,15 @@ _GRID = 20
 @method("quantize", "loraq", family="low-rank correction", paper="arXiv:2604.18117")
 @dataclasses.dataclass(frozen=True)
 class LoRaQ(Correction):
-    """Fit codes and a quantized low-rank branch together, without data."""
+    """Fit codes and a quantized low-rank branch together, without data.
+
+    Attributes:
+        iterations: steps of the fit.
+        learning_rate: of the fit, as a share of the size of a factor's entries.
+        rotation: turn the bottleneck into an orthogonal basis in which factors round better.
+        weighted: weigh the error by the mean square of each input channel, from calibration data.
+        smooth: smooth as SVDQuant does before the fit, from calibration data.
+    """
 
     group: str | int = 64
     activation_group: str | int = 64

@@ -51,7 +51,11 @@ def shifted_range(rows: Tensor, bits: int, alpha: float) -> tuple[Tensor, Tensor
 )
 @dataclasses.dataclass(frozen=True)
 class MPTQGreedy(Budgeted):
-    """Inputs made symmetric in the norm; bits of every site bought greedily."""
+    """Inputs made symmetric in the norm; bits of every site bought greedily.
+
+    Attributes:
+        alpha: power of the range of an input channel that its scale goes with, 0 to 1.
+    """
 
     alpha: float = 0.75
 

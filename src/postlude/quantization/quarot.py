@@ -47,7 +47,12 @@ __all__ = ["QuaRot"]
 @method("quantize", "quarot", family="rotation", paper="arXiv:2404.00456", needs=("calibration",))
 @dataclasses.dataclass(frozen=True)
 class QuaRot(Quantizer):
-    """Spread outliers over all channels with random Hadamard rotations, then GPTQ."""
+    """Spread outliers over all channels with random Hadamard rotations, then GPTQ.
+
+    Attributes:
+        activation_clip: share of the range of a token's activations that the grid spans.
+        kv_clip: the same for keys and values.
+    """
 
     kinds: ClassVar[tuple[Kind, ...]] = ("language",)
 

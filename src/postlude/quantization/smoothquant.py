@@ -47,7 +47,11 @@ def smoothing_scale(activation_max: Tensor, weight_max: Tensor, alpha: float) ->
 )
 @dataclasses.dataclass(frozen=True)
 class SmoothQuant(Quantizer):
-    """Balance the ranges of activations and weights per channel, then round to nearest."""
+    """Balance the ranges of activations and weights per channel, then round to nearest.
+
+    Attributes:
+        alpha: how much of the range of activations moves into the weights, 0 to 1.
+    """
 
     weights: int = 8
     activations: int = 8

@@ -53,7 +53,13 @@ __all__ = ["SVDQuant"]
 )
 @dataclasses.dataclass(frozen=True)
 class SVDQuant(Correction):
-    """Smooth, keep the largest components of the weight in 16 bits, and round the rest."""
+    """Smooth, keep the largest components of the weight in 16 bits, and round the rest.
+
+    Attributes:
+        iterations: rounds of branch and codes at most; they stop when the error rises.
+        grid: steps of the exponents of smoothing that are tried.
+        share: one factor ``B`` for all linears that read the same site.
+    """
 
     group: str | int = 64
     activation_group: str | int = 64
