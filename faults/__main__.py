@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import json
 import os
 import platform
 import resource
@@ -39,13 +40,9 @@ def main() -> int:
     wanted = options.only.lower()
     chosen = [one for one in all_faults() if wanted in f"{one.family} {one.name}".lower()]
     chosen.sort(key=lambda one: one.family)
-    found: dict[tuple[str, str], list[Trial]] = {}
+    inputs.warm()
     with tempfile.TemporaryDirectory(prefix="postlude-faults-") as folder:
-        work = Work(Path(folder), options.seed)
-        inputs.warm()
-        inputs.make(work)
-        for one in chosen:
-            found[one.family, one.name] = _done(one, work, options.times, options.verbose)
+        found = _shared(chosen, Path(folder), options)
     lines = [
         *table(found),
         "",
@@ -62,12 +59,52 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--only", default="", help="faults whose kind or name holds this")
     parser.add_argument("--seed", type=int, default=0, help="of everything drawn at random")
     parser.add_argument("--times", type=float, default=1.0, help="factor on how often each is done")
+    parser.add_argument("--workers", type=int, default=2, help="processes that share the work")
     parser.add_argument("--write", action="store_true", help=f"store the table in docs/{PAGE.name}")
     parser.add_argument("-v", "--verbose", action="store_true", help="show what every trial said")
     options = parser.parse_args()
     if options.write and (options.only or options.times < 1):
         parser.error("--write stores the whole suite: leave --only and --times out")
     return options
+
+
+def _shared(chosen: Sequence[Fault], folder: Path, options: argparse.Namespace) -> Found:
+    """What some processes find that share the work: each takes the next fault when it is done with one."""
+    # The longest first, so that none is left with one of them at the end. A byte is read by one process only.
+    order = sorted(range(len(chosen)), key=lambda number: -chosen[number].count)
+    take, put = os.pipe()
+    os.write(put, bytes(order))
+    os.close(put)
+    processes = []
+    for rank in range(options.workers):
+        process = os.fork()
+        if not process:
+            code = 1
+            try:
+                _work(chosen, folder / str(rank), take, options)
+                code = 0
+            finally:
+                sys.stderr.flush()
+                os._exit(code)
+        processes.append(process)
+    for process in processes:
+        os.waitpid(process, 0)
+    found: dict[tuple[str, str], list[Trial]] = {}
+    for number, one in enumerate(chosen):
+        told = folder / f"{number}.json"
+        lost = [["FAILED", "the suite itself ended in the middle of it"]]
+        trials = json.loads(told.read_text()) if told.is_file() else lost
+        found[one.family, one.name] = [Trial(*trial) for trial in trials]
+    return found
+
+
+def _work(chosen: Sequence[Fault], folder: Path, take: int, options: argparse.Namespace) -> None:
+    work = Work(folder, options.seed)
+    inputs.make(work)
+    while number := os.read(take, 1):
+        trials = _done(chosen[number[0]], work, options.times, options.verbose)
+        told = [[one.outcome, one.about] for one in trials]
+        (folder.parent / f"{number[0]}.json").write_text(json.dumps(told))
 
 
 def _done(one: Fault, work: Work, times: float, verbose: bool) -> list[Trial]:

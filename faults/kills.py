@@ -99,7 +99,9 @@ def kill(work: Work, name: str, words: Words, count: int, real: int = 0) -> Iter
     if real:
         work.fresh()
         took = _program(given, work.path / "log", None)
-        yield _compare(work, out, expected, "in a process of its own", 0)
+        undisturbed = _compare(work, out, expected, "in a process of its own", 0)
+        if undisturbed.outcome == "FAILED":
+            raise RuntimeError(undisturbed.about)
         for _ in range(real):
             yield _one(work, given, expected, moments.uniform(0, took), _program)
 
@@ -179,25 +181,25 @@ def _program(given: Sequence[object], log: Path, moment: float | None) -> float:
 @fault(_FAMILY, "`quantize`", 14, everyday=True)
 def quantize(work: Work, count: int) -> Iterator[Trial]:
     """GPTQ on calibration text."""
-    yield from kill(work, "quantize", quantize_words, count, real=count // 7)
+    yield from kill(work, "quantize", quantize_words, count - count // 7, real=count // 7)
 
 
 @fault(_FAMILY, "`attribute build`", 14)
 def build(work: Work, count: int) -> Iterator[Trial]:
     """Six shards."""
-    yield from kill(work, "build", build_words, count, real=count // 7)
+    yield from kill(work, "build", build_words, count - count // 7, real=count // 7)
 
 
 @fault(_FAMILY, "`tune`", 12)
 def tune(work: Work, count: int) -> Iterator[Trial]:
     """24 steps, a state every two of them at most."""
-    yield from kill(work, "tune", tune_words, count, real=count // 6)
+    yield from kill(work, "tune", tune_words, count - count // 6, real=count // 6)
 
 
 @fault(_FAMILY, "`run` of a recipe", 10)
 def run(work: Work, count: int) -> Iterator[Trial]:
     """Four stages."""
-    yield from kill(work, "run", run_words, count, real=count // 5)
+    yield from kill(work, "run", run_words, count - count // 5, real=count // 5)
 
 
 @fault("SIGKILL while an output is replaced", "`quantize --overwrite`", 6)

@@ -18,6 +18,7 @@ import resource
 import shutil
 import signal
 import sys
+import tempfile
 import time
 import traceback
 import warnings
@@ -271,9 +272,6 @@ def ended(process: int, log: Path, began: float | None = None, seconds: float = 
     )
 
 
-_LOG = Path(f"/tmp/postlude-faults-{os.getpid()}") if os.name != "nt" else Path("log")
-
-
 def command(
     words: Words,
     before: Callable[[], None] | None = None,
@@ -281,11 +279,9 @@ def command(
 ) -> Ended:
     """Run a command line in a child."""
     began = time.monotonic()
-    try:
-        return ended(fork(words, _LOG, before), _LOG, began, seconds)
-    finally:
-        for ending in (".out", ".err"):
-            _LOG.with_suffix(ending).unlink(missing_ok=True)
+    with tempfile.TemporaryDirectory(prefix="postlude-fault-") as folder:
+        log = Path(folder) / "log"
+        return ended(fork(words, log, before), log, began, seconds)
 
 
 def contents(path: Path, ignore: Sequence[str] = ()) -> dict[str, str]:
