@@ -30,6 +30,22 @@ def test_a_pipe_gets_plain_lines_when_asked(monkeypatch: pytest.MonkeyPatch) -> 
     assert stream.getvalue().splitlines() == lines
 
 
+def test_a_task_may_say_how_fast_it_goes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("postlude.runs.progress._SECONDS_BETWEEN_LINES", 0.0)
+    stream, terminal = io.StringIO(), Terminal()
+    for one in (stream, terminal):
+        with Progress(show=True, stream=one) as progress:
+            task = progress.task("work", 2)
+            task.advance()
+            task.rename("work, 3 pieces/s")
+            task.advance()
+            if one is terminal:
+                assert progress._rich is not None
+                assert progress._rich.tasks[0].description == "work, 3 pieces/s"
+            task.close()
+    assert stream.getvalue().splitlines()[-1] == "work, 3 pieces/s: 2/2 in 0 s, 0 s left"
+
+
 def test_work_that_ends_at_once_says_nothing() -> None:
     stream = io.StringIO()
     with Progress(show=True, stream=stream) as progress:

@@ -59,6 +59,12 @@ class Task:
                 self._said = now
                 self._progress.log(self._line(now))
 
+    def rename(self, description: str) -> None:
+        """Say something else from now on, such as how fast it goes."""
+        self.description = description
+        if self._bar is not None and self._progress._rich is not None:
+            self._progress._rich.update(self._bar, description=description)
+
     def close(self) -> None:
         """Take the bar away."""
         if self._bar is not None and self._progress._rich is not None:

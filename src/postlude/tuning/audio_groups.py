@@ -374,6 +374,9 @@ class AudioGroups(on_trl.OnTRL):
         """Micro-batches of one step; there are no labels to count."""
         return [next(epoch_iterator) for _ in range(num_batches)], None
 
+    def _pace(self, row: dict[str, Any]) -> str:
+        return f"reward {row['reward']:.3f}, {row['answers_per_second']:.3g} answers/s"
+
     def _row(self) -> dict[str, Any]:
         row = super()._row()
         found, self._found = self._found, []

@@ -41,7 +41,7 @@ from postlude.runs.weights import write_sums
 from postlude.surgery.head import LanguageHead
 from postlude.tuning.batches import Plan, collate, model_inputs
 from postlude.tuning.examples import Examples
-from postlude.tuning.sharded import check_cut, is_sharded, local, put_local
+from postlude.tuning.sharded import check_cut, is_sharded, local, put_local, trained_on
 from postlude.tuning.states import (
     STEP,
     TRAINER,
@@ -104,7 +104,7 @@ def arguments(
         ) from error
     from transformers import TrainingArguments
 
-    device = model.device.type
+    device = trained_on(model)
     schedule = {"constant": "constant_with_warmup"}.get(run.schedule, run.schedule)
     chosen = {
         "output_dir": str(directory),
@@ -142,7 +142,7 @@ def autocasts(model: Any) -> bool:
     """Whether products are formed in bfloat16: on a device that is fast at it, where weights are kept in fp32."""
     trained = {p.dtype for p in model.parameters() if p.requires_grad}
     return bool(
-        model.device.type == "cuda"
+        trained_on(model) == "cuda"
         and torch.cuda.is_bf16_supported()
         and trained == {torch.float32}
     )
@@ -265,11 +265,17 @@ class Steady:
         """What to log of the step just taken."""
         return {}
 
+    def _pace(self, row: dict[str, Any]) -> str:
+        """How fast the step just taken was, in words."""
+        return ""
+
     def _write_row(self, step: int) -> None:
         now = time.monotonic()
         row = {"step": step, **self._row(), "seconds": round(now - self._tick, 6)}
         self._tick = now
         self.rows.append(row)
+        pace = self._pace(row)
+        self._task.rename(f"tune, {pace}" if pace else "tune")
         self._task.advance()
         if self.is_world_process_zero():
             with open(self._directory / LOG, "a", encoding="utf-8") as file:
@@ -539,6 +545,12 @@ class TokenLoss(Steady):
             self.skipped += 1
         self._previous = sums
         return norm
+
+    def _pace(self, row: dict[str, Any]) -> str:
+        parts = len(self._plan.batches) // self._plan.steps
+        last = self._plan.batches[(row["step"] - 1) * parts : row["step"] * parts]
+        examples = sum(len(sequences) for rows in last for sequences in rows)
+        return f"{examples / max(row['seconds'], 1e-6):.3g} examples/s"
 
     def _row(self) -> dict[str, Any]:
         step = self.state.global_step
