@@ -9,6 +9,7 @@ import torch
 from postlude.runs.checkpoint import Checkpoint
 from postlude.runs.loading import load as _load
 from postlude.tuning.adapters import is_adapter, load_adapter
+from postlude.tuning.sharded import asked as sharding_asked
 
 __all__ = ["Path_", "load", "open_checkpoint"]
 
@@ -39,6 +40,9 @@ def load(
         SettingsError: an unknown dtype or device.
     """
     rank = os.environ.get("LOCAL_RANK")
+    if device is None and sharding_asked():
+        # It is cut before it goes to an accelerator, which need not have room for all of it.
+        device = "cpu"
     if device is None and rank is not None and torch.cuda.is_available():
         device = f"cuda:{rank}"
     if is_adapter(path):

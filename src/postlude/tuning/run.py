@@ -294,7 +294,7 @@ def tune(
         if merge:
             adapters.check_mergeable(job.model)
         if asked():
-            check_shardable(job.model, job.checkpoint.kind)
+            check_shardable(job.model, job.checkpoint.kind, objective.needs_reference)
         objective.check(job)
         trained = sum(one.numel() for one in job.model.parameters() if one.requires_grad)
         configuration = job.checkpoint.model.config.get_text_config()

@@ -17,7 +17,16 @@ from torch import Tensor, nn
 
 from postlude.errors import SettingsError
 
-__all__ = ["asked", "check_cut", "check_shardable", "is_sharded", "local", "put_local", "whole"]
+__all__ = [
+    "asked",
+    "check_cut",
+    "check_shardable",
+    "is_sharded",
+    "local",
+    "put_local",
+    "trained_on",
+    "whole",
+]
 
 
 def _is_cut(tensor: Any) -> bool:
@@ -34,12 +43,29 @@ def asked() -> bool:
     return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
 
 
-def check_shardable(model: nn.Module, kind: str) -> None:
-    """Refuse what cannot be put together again.
+def trained_on(model: Any) -> str:
+    """Type of the device of the training: of a model that will be cut, the accelerator, where it is not yet."""
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    found: str = model.device.type
+    return accelerator.type if asked() and accelerator is not None else found
+
+
+def check_shardable(model: nn.Module, kind: str, reference: bool) -> None:
+    """Refuse what cannot be cut, or put together again.
+
+    Args:
+        model: what is trained.
+        kind: of model.
+        reference: whether a frozen model is run beside it.
 
     Raises:
-        SettingsError: adapters, or no language model.
+        SettingsError: adapters, a frozen model, or no language model.
     """
+    if reference:
+        raise SettingsError(
+            "accelerate is asked to shard (FSDP), and the rule runs a frozen model, which would not be cut: store what "
+            "it says first (postlude tune prior) and pass that (--prior), or use torchrun without FSDP."
+        )
     if hasattr(model, "peft_config"):
         raise SettingsError(
             "accelerate is asked to shard (FSDP) and an adapter is trained: its base would be cut, too. Train all "
