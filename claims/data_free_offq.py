@@ -2,8 +2,7 @@
 
 OffQ (arXiv:2606.07116) takes it from extreme tokens of calibration text. "Demystifying Singular Defects in LLMs"
 (arXiv:2502.07004) predicts the direction of massive activations from the weights of single blocks. ``offq-weights``
-puts the second into the first: no text, no forward pass. Here both are compared at W4A4KV4, with nearest rounding,
-where nothing else needs data, and with GPTQ, where only the direction differs.
+puts the second into the first: no text, no forward pass. Here both are compared at W4A4KV4 with nearest rounding, where nothing else needs data.
 
 Two models: tiny-lm, whose massive activations were planted before training, and stories260k, which has none of its own,
 with one planted into it and trained on its own stories until it could be used again.
@@ -37,24 +36,23 @@ from postlude.zoo import tiny_lm
 from postlude.zoo.planting import Plant, directions, plant_loss, planted_slices, sow, watch
 from w4a4kv4 import Bench, Text
 
-NEAREST: Mapping[str, type[Quantizer]] = {
+UNTURNED = "quarot's rotations, offq's quantizers"
+METHODS: Mapping[str, type[Quantizer]] = {
     "rtn": RTN,
-    "quarot's rotations, offq's quantizers": OffsetQuaRot,
+    UNTURNED: OffsetQuaRot,
     "offq": OffQ,
     "offq-weights": OffQWeights,
     "offq-weights with all eigenvectors": WrittenOffQ,
 }
-GPTQ: Mapping[str, type[Quantizer]] = {"offq": OffQ, "offq-weights": OffQWeights}
 PLANT = Plant(explosion=1, decay=3, amplitude=400.0)
 
 
-def methods(group: int, gptq: bool) -> dict[str, Quantizer]:
-    """W4A4KV4 in groups; text is read by offq, and by all with GPTQ."""
-    bits: dict[str, Any] = {"weights": 4, "activations": 4, "kv": 4, "activation_group": group}
-    nearest = {name: kind(**bits, rounding="nearest") for name, kind in NEAREST.items()}
-    if not gptq:
-        return nearest
-    return {**nearest, **{f"{n}, gptq": k(**bits, rounding="gptq") for n, k in GPTQ.items()}}
+def methods(group: int) -> dict[str, Quantizer]:
+    """W4A4KV4 in groups, rounded to nearest; of these only offq, and quarot in name, read text."""
+    return {
+        name: kind(weights=4, activations=4, kv=4, activation_group=group, rounding="nearest")
+        for name, kind in METHODS.items()
+    }
 
 
 def planted(student: _models.Student, own: Tensor, steps: int) -> dict[str, Tensor]:
@@ -122,10 +120,10 @@ def look(claim: Claim, bench: Bench) -> None:
     )
 
 
-def compare(claim: Claim, bench: Bench, gptq: bool = False) -> None:
-    """Measure and print every method, with GPTQ or only without."""
+def compare(claim: Claim, bench: Bench) -> None:
+    """Measure and print every method."""
     look(claim, bench)
-    values = bench.measure(claim, methods(bench.group, gptq), f"groups of {bench.group}")
+    values = bench.measure(claim, methods(bench.group), f"groups of {bench.group}")
     for text in bench.texts:
         reference = text.measure(bench.checkpoint)
         rows = [["float", f"{reference['perplexity']:.4g}", "0"]]
@@ -135,16 +133,13 @@ def compare(claim: Claim, bench: Bench, gptq: bool = False) -> None:
             f"{bench.name} on {text.name}, {reference['tokens']} tokens, groups of {bench.group}"
         )
         claim.table(title, ["W4A4KV4", "perplexity", "KL"], rows)
-        lines = []
-        for ending in ("", ", gptq") if gptq else ("",):
-            data, weights = (values[f"{name}{ending}"][text.name]["kl"] for name in GPTQ)
-            fewer = share([b <= a for a, b in zip(data, weights, strict=True)])
-            lines.append(f"{'gptq' if ending else 'nearest'}, in {fewer} seeds")
-        none = values["quarot's rotations, offq's quantizers"][text.name]["kl"]
-        ours = values["offq-weights"][text.name]["kl"]
+        data, ours, none = (
+            values[name][text.name]["kl"] for name in ("offq", "offq-weights", UNTURNED)
+        )
         claim.say(
-            f"KL of the weights' direction no larger than that of the data's: {'; '.join(lines)}. Smaller than without "
-            f"an outlier direction: in {share([b < a for a, b in zip(none, ours, strict=True)])}."
+            "KL of offq-weights no larger than that of offq: in "
+            f"{share([b <= a for a, b in zip(data, ours, strict=True)])} seeds; smaller than without an outlier "
+            f"direction: in {share([b < a for a, b in zip(none, ours, strict=True)])}."
         )
 
 
@@ -163,7 +158,6 @@ def main() -> None:
             group=64,
             texts=[Text("held-out text", [text], "windows")],
         ),
-        gptq=True,
     )
     data = data_directory()
     if data is None:

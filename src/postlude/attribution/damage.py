@@ -171,7 +171,8 @@ def damage(
             rows = torch.as_tensor(batch.rows)[found.rows.cpu()]
             sums.index_add_(1, rows, values)
             tokens.index_add_(0, rows, torch.ones_like(rows))
-    return Damage(*(sums / tokens), tokens=tokens)
+    kl_, gap, loss = sums / tokens
+    return Damage(kl_, gap, loss, tokens)
 
 
 def worst(

@@ -15,6 +15,7 @@ A sampler that asks twice at one timestep, as guidance does, has its passes kept
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -71,12 +72,6 @@ class BlockReuse:
         entered: list[Tensor] = []
         kept = self._kept.get(self._pass) if self._step % self.every else None
 
-        def skip(tokens: Tensor, *_: Any, **__: Any) -> Tensor:
-            return tokens
-
-        def add(tokens: Tensor, *_: Any, **__: Any) -> Tensor:
-            return tokens + kept
-
         def enter(_: nn.Module, args: tuple[Any, ...], names: dict[str, Any]) -> None:
             entered.append(args[0] if args else names["hidden_states"])
 
@@ -98,7 +93,7 @@ class BlockReuse:
             else:
                 # An attribute of the instance goes before the method of its class.
                 for block in blocks:
-                    block.forward = add if block is blocks[0] else skip
+                    block.forward = functools.partial(_add, kept if block is blocks[0] else None)
                     stack.callback(block.__dict__.pop, "forward")
             yield
 
@@ -111,3 +106,8 @@ class BlockReuse:
         else:
             self._pass += 1
         self._timestep = timestep
+
+
+def _add(kept: Tensor | None, tokens: Tensor, *_: Any, **__: Any) -> Tensor:
+    """In place of a block: the first one adds what all of them added, the others hand on."""
+    return tokens if kept is None else tokens + kept

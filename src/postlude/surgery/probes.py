@@ -226,7 +226,7 @@ def feed_forward(
 
 def _norm_matrix(model: nn.Module, anatomy: LanguageAnatomy, norm: str) -> Tensor:
     """A norm without its division and bias: ``diag(gamma)``, after centring for a LayerNorm."""
-    gamma = model.get_submodule(norm).weight
+    gamma: object = model.get_submodule(norm).weight
     if gamma is None:
         # Folded: its gain is in the linears that read it, its centring in those that write the stream.
         return torch.eye(anatomy.hidden_size, dtype=torch.float64, device=device_of(model))
