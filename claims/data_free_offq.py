@@ -2,7 +2,8 @@
 
 OffQ (arXiv:2606.07116) takes it from extreme tokens of calibration text. "Demystifying Singular Defects in LLMs"
 (arXiv:2502.07004) predicts the direction of massive activations from the weights of single blocks. ``offq-weights``
-puts the second into the first: no text, no forward pass. Here both are compared at W4A4KV4 with nearest rounding, where nothing else needs data.
+puts the second into the first: no text, no forward pass. Here both are compared at W4A4KV4 with nearest rounding,
+where nothing else needs data.
 
 Two models: tiny-lm, whose massive activations were planted before training, and stories260k, which has none of its own,
 with one planted into it and trained on its own stories until it could be used again.
@@ -16,7 +17,6 @@ import copy
 import dataclasses
 import time
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
