@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
@@ -8,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from postlude.errors import OutputExistsError
+from postlude.errors import NoSpaceError, OutputExistsError
 from postlude.runs import atomic
 from postlude.runs.atomic import atomic_directory, atomic_write, is_partial
 
@@ -31,6 +32,36 @@ def test_a_file_appears_whole_or_not_at_all(tmp_path: Path) -> None:
         assert target.read_text() == "old"
     assert target.read_text() == "new"
     assert os.listdir(tmp_path) == ["data.txt"]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)),
+        OSError(errno.EDQUOT, os.strerror(errno.EDQUOT)),
+        Exception("No space left on device (os error 28)"),  # as tokenizers raises it
+    ],
+)
+def test_a_full_disk_is_said(tmp_path: Path, error: Exception) -> None:
+    target = tmp_path / "data.txt"
+    target.write_text("old")
+    with (
+        pytest.raises(NoSpaceError, match=r"No space left to write .*data\.txt .* same command"),
+        atomic_write(target),
+    ):
+        raise error
+    with pytest.raises(NoSpaceError, match=r"write .*model"), atomic_directory(tmp_path / "model"):
+        raise error
+    # Said once, by what could not be written.
+    with (
+        pytest.raises(NoSpaceError, match=r"write .*inner\.txt"),
+        atomic_directory(tmp_path / "model"),
+        atomic_write(tmp_path / "inner.txt"),
+    ):
+        raise error
+    assert os.listdir(tmp_path) == ["data.txt"] and target.read_text() == "old"
+    with pytest.raises(OSError, match="bad"), atomic_write(target):
+        raise OSError(errno.EIO, "bad")
 
 
 def test_a_directory_is_made_with_its_parents(tmp_path: Path) -> None:

@@ -10,7 +10,16 @@ from safetensors.torch import save_file
 
 from postlude.errors import CheckpointError, NonFiniteError
 from postlude.runs import weights
-from postlude.runs.weights import check_finite, read_header, weight_files
+from postlude.runs.loading import load
+from postlude.runs.weights import (
+    SUMS,
+    check_finite,
+    check_sums,
+    hash_file,
+    read_header,
+    weight_files,
+    write_sums,
+)
 
 
 @pytest.fixture
@@ -151,3 +160,64 @@ def test_large_tensors_are_read_in_slices(tmp_path: Path, monkeypatch: pytest.Mo
     save_file({"t": tensor}, file)
     with pytest.raises(NonFiniteError, match="1 NaN or infinite values of 28"):
         check_finite([file])
+
+
+@pytest.mark.parametrize(
+    ("entry", "said"),
+    [
+        ({"shape": [10**9]}, r"F32 \[1000000000\], has 48 bytes"),
+        ({"shape": [-3, -4]}, r"has the shape \[-3, -4\]"),
+        ({"shape": ["many"]}, "has the shape"),
+        ({"dtype": "F31"}, "of the unknown type 'F31'"),
+        ({"data_offsets": [48, 0]}, "has -48 bytes"),
+        ({"data_offsets": [4, 52]}, "'a' leaves a gap before it|is truncated"),
+    ],
+)
+def test_a_header_that_cannot_be_is_refused(
+    tmp_path: Path, entry: dict[str, object], said: str
+) -> None:
+    file = tmp_path / "model.safetensors"
+    header = {"a": {"dtype": "F32", "shape": [3, 4], "data_offsets": [0, 48], **entry}}
+    raw = json.dumps(header).encode()
+    file.write_bytes(struct.pack("<Q", len(raw)) + raw + bytes(48))
+    with pytest.raises(CheckpointError, match=said):
+        read_header(file)
+
+
+def test_tensors_that_overlap_are_refused(tmp_path: Path) -> None:
+    file = tmp_path / "model.safetensors"
+    one = {"dtype": "U8", "shape": [4], "data_offsets": [0, 4]}
+    raw = json.dumps({"a": one, "b": {**one, "data_offsets": [2, 6]}}).encode()
+    file.write_bytes(struct.pack("<Q", len(raw)) + raw + bytes(6))
+    with pytest.raises(CheckpointError, match="'b' overlaps another tensor"):
+        read_header(file)
+
+
+def test_weights_are_compared_with_their_checksums(sharded: Path) -> None:
+    files = weight_files(sharded)
+    check_sums(files)  # there are none
+    write_sums(sharded)
+    lines = (sharded / SUMS).read_text().splitlines()
+    assert lines == [f"{hash_file(file)}  {file.name}" for file in files]
+    check_sums(files)
+    raw = bytearray(files[1].read_bytes())
+    raw[-1] ^= 1
+    files[1].write_bytes(raw)
+    with pytest.raises(CheckpointError, match=r"model-00002.* is damaged: .*SHA256SUMS"):
+        check_sums(files)
+    # A list of somebody else that does not know the file says nothing of it.
+    (sharded / SUMS).write_text("# by hand\n" + "0" * 64 + " *README.md\n")
+    check_sums(files)
+
+
+def test_what_postlude_writes_has_checksums(tiny_llama_dir: Path, tmp_path: Path) -> None:
+    load(tiny_llama_dir).save(tmp_path / "out")
+    assert (tmp_path / "out" / SUMS).is_file()
+    file = tmp_path / "out" / "model.safetensors"
+    raw = bytearray(file.read_bytes())
+    raw[-3] ^= 1
+    file.write_bytes(raw)
+    with pytest.raises(CheckpointError, match="is damaged: its SHA-256"):
+        load(tmp_path / "out")
+    (tmp_path / "out" / SUMS).unlink()
+    load(tmp_path / "out")
