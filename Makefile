@@ -5,14 +5,14 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo test check format lint types contracts faults claims bench docs clean install
+.PHONY: help demo test check format lint types contracts faults claims claims-quick bench docs clean install
 
 help:
 	@echo "make demo     inspect and quantize the built-in model by every method, write runs/demo/report.html"
 	@echo "make test     the tests (slow and GPU ones: $(BIN)/pytest -m slow, -m gpu)"
 	@echo "make check    format, lint, types, import contracts"
 	@echo "make faults   kill, fill the disk, damage files: what happens, as a table (docs/reliability.md)"
-	@echo "make claims   measure again what each paper claims"
+	@echo "make claims   measure again what each paper claims (claims-quick: try every script, in minutes)"
 	@echo "make bench    wall time and memory"
 	@echo "make docs     write the generated pages of docs/"
 	@echo "make clean    remove $(VENV) and every cache"
@@ -55,6 +55,9 @@ faults: install
 
 claims: install
 	for file in claims/[a-z]*.py; do echo "== $$file"; $(BIN)/python "$$file" || exit 1; done
+
+claims-quick: install
+	$(BIN)/python claims/_quick.py
 
 bench: install
 	for file in benchmarks/[a-z]*.py; do echo "== $$file"; $(BIN)/python "$$file" || exit 1; done
