@@ -7,12 +7,14 @@ import datetime
 import json
 import os
 import platform
+import re
 import resource
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 # Before PyTorch is imported: children of a process with several threads may hang.
 os.environ.update(
@@ -30,7 +32,8 @@ __all__ = ["main"]
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "reliability.md"
 _BEGIN, _END = "<!-- measured: faults -->", "<!-- end: faults -->"
 
-Found = Mapping[tuple[str, str], Sequence[Trial]]
+# Of one fault: seconds of processor time, and outcome and story of every trial.
+_Told = dict[str, Any]
 
 
 def main() -> int:
@@ -43,15 +46,16 @@ def main() -> int:
     inputs.warm()
     with tempfile.TemporaryDirectory(prefix="postlude-faults-") as folder:
         found = _shared(chosen, Path(folder), options)
-    lines = [
-        *table(found),
-        "",
-        _summary(found, time.monotonic() - began, options.seed),
-    ]
+    rows = {
+        (one.family, one.name): [Trial(*trial) for trial in told["trials"]]
+        for one, told in zip(chosen, found, strict=True)
+    }
+    lines = [*table(rows), "", _summary(found, options.seed)]
     print("\n".join(lines))
     if options.write:
         write(lines)
-    return int(any(one.outcome == "FAILED" for trials in found.values() for one in trials))
+    print(f"\n{(time.monotonic() - began) / 60:.1f} minutes.", file=sys.stderr)
+    return int(any(map(_failed, found)))
 
 
 def _options() -> argparse.Namespace:
@@ -60,6 +64,9 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="of everything drawn at random")
     parser.add_argument("--times", type=float, default=1.0, help="factor on how often each is done")
     parser.add_argument("--workers", type=int, default=2, help="processes that share the work")
+    parser.add_argument(
+        "--run", help="a folder to keep results in; what did not fail is not done again"
+    )
     parser.add_argument("--write", action="store_true", help=f"store the table in docs/{PAGE.name}")
     parser.add_argument("-v", "--verbose", action="store_true", help="show what every trial said")
     options = parser.parse_args()
@@ -68,12 +75,15 @@ def _options() -> argparse.Namespace:
     return options
 
 
-def _shared(chosen: Sequence[Fault], folder: Path, options: argparse.Namespace) -> Found:
+def _shared(chosen: Sequence[Fault], folder: Path, options: argparse.Namespace) -> list[_Told]:
     """What some processes find that share the work: each takes the next fault when it is done with one."""
+    kept = Path(options.run) if options.run else folder / "found"
+    kept.mkdir(parents=True, exist_ok=True)
+    files = [kept / f"{_slug(one)}.json" for one in chosen]
+    missing = [number for number, file in enumerate(files) if _failed(_read(file))]
     # The longest first, so that none is left with one of them at the end. A byte is read by one process only.
-    order = sorted(range(len(chosen)), key=lambda number: -chosen[number].count)
     take, put = os.pipe()
-    os.write(put, bytes(order))
+    os.write(put, bytes(sorted(missing, key=lambda number: -chosen[number].count)))
     os.close(put)
     processes = []
     for rank in range(options.workers):
@@ -81,7 +91,11 @@ def _shared(chosen: Sequence[Fault], folder: Path, options: argparse.Namespace) 
         if not process:
             code = 1
             try:
-                _work(chosen, folder / str(rank), take, options)
+                work = Work(folder / str(rank), options.seed)
+                inputs.make(work)
+                while number := os.read(take, 1):
+                    told = _done(chosen[number[0]], work, options.times, options.verbose)
+                    files[number[0]].write_text(json.dumps(told))
                 code = 0
             finally:
                 sys.stderr.flush()
@@ -89,26 +103,26 @@ def _shared(chosen: Sequence[Fault], folder: Path, options: argparse.Namespace) 
         processes.append(process)
     for process in processes:
         os.waitpid(process, 0)
-    found: dict[tuple[str, str], list[Trial]] = {}
-    for number, one in enumerate(chosen):
-        told = folder / f"{number}.json"
-        lost = [["FAILED", "the suite itself ended in the middle of it"]]
-        trials = json.loads(told.read_text()) if told.is_file() else lost
-        found[one.family, one.name] = [Trial(*trial) for trial in trials]
-    return found
+    return [_read(file) for file in files]
 
 
-def _work(chosen: Sequence[Fault], folder: Path, take: int, options: argparse.Namespace) -> None:
-    work = Work(folder, options.seed)
-    inputs.make(work)
-    while number := os.read(take, 1):
-        trials = _done(chosen[number[0]], work, options.times, options.verbose)
-        told = [[one.outcome, one.about] for one in trials]
-        (folder.parent / f"{number[0]}.json").write_text(json.dumps(told))
+def _slug(one: Fault) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", f"{one.family} {one.name}".lower()).strip("-")
 
 
-def _done(one: Fault, work: Work, times: float, verbose: bool) -> list[Trial]:
-    began = time.monotonic()
+def _read(file: Path) -> _Told:
+    if file.is_file():
+        told: _Told = json.loads(file.read_text())
+        return told
+    return {"processor": 0.0, "trials": [["FAILED", "the suite itself ended in the middle of it"]]}
+
+
+def _failed(told: _Told) -> int:
+    return sum(outcome == "FAILED" for outcome, _ in told["trials"])
+
+
+def _done(one: Fault, work: Work, times: float, verbose: bool) -> _Told:
+    began, used = time.monotonic(), _processor()
     trials = []
     for trial in _trials(one, work, max(1, round(one.count * times))):
         trials.append(trial)
@@ -117,7 +131,14 @@ def _done(one: Fault, work: Work, times: float, verbose: bool) -> list[Trial]:
     failed = sum(trial.outcome == "FAILED" for trial in trials)
     said = f"{len(trials)} times, {failed} failed, {time.monotonic() - began:.1f} s"
     print(f"{one.family}, {one.name}: {said}", file=sys.stderr, flush=True)
-    return trials
+    told = [[trial.outcome, trial.about] for trial in trials]
+    return {"processor": _processor() - used, "trials": told}
+
+
+def _processor() -> float:
+    """Seconds of processor time of this process and of its children that ended."""
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(one.ru_utime + one.ru_stime for one in used)
 
 
 def _trials(one: Fault, work: Work, count: int) -> Iterator[Trial]:
@@ -127,20 +148,18 @@ def _trials(one: Fault, work: Work, count: int) -> Iterator[Trial]:
         yield Trial("FAILED", str(error))
 
 
-def _summary(found: Found, seconds: float, seed: int) -> str:
+def _summary(found: Sequence[_Told], seed: int) -> str:
     import torch
     import transformers
 
-    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    processor = sum(one.ru_utime + one.ru_stime for one in used)
-    trials = sum(map(len, found.values()))
-    failed = sum(one.outcome == "FAILED" for given in found.values() for one in given)
+    trials = sum(len(told["trials"]) for told in found)
+    processor = sum(told["processor"] for told in found) / 60
     today = datetime.datetime.now(datetime.UTC).date()
     return (
-        f"{trials} faults, {failed} failed, in {seconds / 60:.1f} minutes ({processor / 60:.1f} of processor time); "
-        f"seed {seed}, full disks by {full_disk.how()}. `make faults`, {today}, Python {platform.python_version()}, "
-        f"PyTorch {torch.__version__}, transformers {transformers.__version__}, {platform.system()} "
-        f"{platform.machine()}."
+        f"{trials} faults, {sum(map(_failed, found))} failed; {processor:.1f} minutes of processor time, shared by two "
+        f"processes; seed {seed}, full disks by {full_disk.how()}. `make faults`, {today}, Python "
+        f"{platform.python_version()}, PyTorch {torch.__version__}, transformers {transformers.__version__}, "
+        f"{platform.system()} {platform.machine()}."
     )
 
 
