@@ -19,7 +19,7 @@ import random
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -231,7 +231,8 @@ def _read_cepstra(convolution: nn.Conv1d) -> None:
     mixture = torch.randn(width, len(basis), dtype=torch.float64) * len(basis) ** -0.5
     convolution.weight.copy_((mixture @ basis.flatten(1)).view_as(convolution.weight))
     mean = torch.linspace(0.35, -0.7, bands, dtype=torch.float64)  # of speech, over bands
-    convolution.bias.copy_(-(convolution.weight.double() * mean[:, None]).sum((1, 2)))
+    usual = (convolution.weight.double() * mean[:, None]).sum((1, 2))
+    cast(nn.Parameter, convolution.bias).copy_(-usual)
 
 
 def _sinusoids(length: int, width: int) -> Tensor:
