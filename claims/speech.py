@@ -40,8 +40,8 @@ from postlude.zoo.degraded_speech.__main__ import make_sets, speakers
 from postlude.zoo.degraded_speech.voices import Toy
 from postlude.zoo.speech_answers import PARTS, SCORES
 
-CALIBRATION = TuneRun(steps=400, batch_size=16, learning_rate=1e-3)
-LONG = TuneRun(steps=100, batch_size=16, learning_rate=1e-3)
+CALIBRATION = TuneRun(steps=250, batch_size=16, learning_rate=1e-3)
+LONG = TuneRun(steps=250, batch_size=16, learning_rate=1e-3)
 GROUPS = TuneRun(steps=80, batch_size=16, learning_rate=2e-4)
 REINFORCED = GRPO(reward=("speech-verifiable",), generations=4, max_new_tokens=60, beta=0.04)  # type: ignore[arg-type]
 
