@@ -15,7 +15,8 @@ from postlude.errors import DataError, SettingsError
 from postlude.runs.audio import write_wav
 from postlude.runs.checkpoint import Checkpoint
 from postlude.surgery.anatomy import anatomy_of
-from postlude.tuning.audio_groups import AudioGroups, token_dimensions
+from postlude.tuning.audio_groups import AudioGroups
+from postlude.tuning.credit import token_dimensions
 from postlude.tuning.reinforcement import GRPO
 from postlude.tuning.run import Job, TuneRun
 from postlude.tuning.speech_rewards import SPEECH_REWARDS

@@ -5,10 +5,9 @@ same. A recording and its question are read once for all answers of a group, whe
 are taken (:mod:`postlude.runs.rollouts`). Model and encoder run without dropout throughout, so the ratio of the first
 pass over the answers is exactly 1.
 
-With divided credit, each dimension of the reward is compared within the group by itself. A token gets the mean of the
-advantages of the dimensions that it speaks of. What speaks of none (separators, the end) gets that of the format and of
-the dimensions that the answer leaves out; so a missing part is blamed on the tokens that should have led to it (our
-choice). Advantages have a spread of 1 either way, so both kinds of credit take steps of one size.
+With divided credit, each dimension of the reward is compared within the group by itself, and a token gets the mean of
+the advantages of the dimensions that it speaks of (:mod:`postlude.tuning.credit`). Advantages have a spread of 1 either
+way, so both kinds of credit take steps of about one size.
 
 Random numbers of an answer depend on the seed and on its place in the run, not on what was drawn before.
 """
@@ -18,7 +17,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -41,6 +40,7 @@ from postlude.runs.ranks import ranks
 from postlude.runs.rollouts import Answers, log_probabilities, read_prompts, sample_answers
 from postlude.surgery.capture import placed_on
 from postlude.tuning import on_trl
+from postlude.tuning.credit import token_dimensions
 from postlude.tuning.examples import Row, read_rows
 from postlude.tuning.prompts import Prompt
 from postlude.tuning.recordings import AUDIO, Recordings, audio_path
@@ -51,7 +51,7 @@ from postlude.tuning.trainer import arguments, joined, only, seeded
 if TYPE_CHECKING:
     from postlude.tuning.reinforcement import GRPO
 
-__all__ = ["DIMENSION", "AudioGroups", "read", "reinforce", "token_dimensions"]
+__all__ = ["DIMENSION", "AudioGroups", "read", "reinforce"]
 
 DIMENSION = "reward"
 """Columns of the log are ``reward`` for the sum and ``reward.NAME`` for a dimension."""
@@ -402,45 +402,3 @@ def _ends(job: Job) -> set[int]:
     ):
         ends.update(one if isinstance(one, list | tuple) else [] if one is None else [one])
     return ends
-
-
-def token_dimensions(
-    tokenizer: Any, ids: Sequence[Sequence[int]], said: Sequence[str], reward: Dimensioned
-) -> Tensor:
-    """Which dimensions each token of answers speaks of.
-
-    Args:
-        tokenizer: that decodes them.
-        ids: tokens of each answer, ends included.
-        said: the answers as text.
-        reward: that knows which characters speak of what.
-
-    Returns:
-        ``bool [N, T, D]``. A token that speaks of nothing belongs to the format, and to every dimension that the answer
-        leaves out.
-    """
-    names = reward.dimensions
-    found = torch.zeros(len(ids), max(map(len, ids)), len(names), dtype=torch.bool)
-    for row, (tokens, text) in enumerate(zip(ids, said, strict=True)):
-        places = reward.segments(text)
-        for at, (start, end) in enumerate(_characters(tokenizer, tokens)):
-            for number, name in enumerate(names):
-                place = places.get(name)
-                if place is not None and start < place[1] and place[0] < end:
-                    found[row, at, number] = True
-        outside = ~found[row].any(1)
-        outside[len(tokens) :] = False
-        for number, name in enumerate(names):
-            if name not in places:
-                found[row, outside, number] = True
-    return found
-
-
-def _characters(tokenizer: Any, tokens: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """Characters ``[start, end)`` of the decoded text that each token adds."""
-    start = 0
-    for count in range(1, len(tokens) + 1):
-        # Decoded from the first on, since what a token adds may depend on those before it.
-        end = len(tokenizer.decode(tokens[:count], skip_special_tokens=True))
-        yield start, end
-        start = max(start, end)
