@@ -7,6 +7,9 @@ import json
 import os
 import re
 import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,7 +23,7 @@ pytestmark = [
 
 Ranks = Callable[..., dict[str, Any]]
 # Seconds of silence after which a rank counts as lost, and the most that the others may then take to stop.
-SILENCE, BOUND = 3, 30
+SILENCE, BOUND = 2, 30
 QUICK = {"POSTLUDE_RANK_TIMEOUT": str(SILENCE)}
 
 
@@ -74,6 +77,7 @@ def test_evaluate_gives_the_numbers_of_one_rank(
         assert json.loads(out.read_text())["loss"] == one["loss"]
 
 
+@pytest.mark.slow
 def test_attribute_build_writes_the_bytes_of_one_rank(
     on_ranks: Ranks, tiny_llama_dir: Path, train: Path, tmp_path: Path
 ) -> None:
@@ -110,6 +114,39 @@ def test_quantize_writes_the_bytes_of_one_rank(
         assert not (tmp_path / f".{size}.run").exists()
     assert made[1] == made[2]
     assert contents(tmp_path / "1") == contents(tmp_path / "2")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+def test_as_torchrun_starts_them(tiny_llama_dir: Path, train: Path, tmp_path: Path) -> None:
+    """The command of the documentation: an end of all when one is killed, and one JSON object."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command += ["-m", "postlude", "attribute", "build", str(tiny_llama_dir), str(train), "--json"]
+    command += ["--shard-examples", "3", "-o"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+
+    def launch(out: str) -> subprocess.Popen[str]:
+        words = [*command, str(tmp_path / out)]
+        pipe = subprocess.PIPE
+        return subprocess.Popen(words, env=environment, stdout=pipe, stderr=pipe, text=True)
+
+    with launch("killed") as run:
+        listed, workers = Path(f"/proc/{run.pid}/task/{run.pid}/children"), []
+        while run.poll() is None and len(workers) < 2:
+            time.sleep(0.01)
+            workers = listed.read_text().split()
+        os.kill(int(workers[-1]), signal.SIGKILL)
+        began = time.monotonic()
+        _, said = run.communicate(timeout=450)
+        assert time.monotonic() - began < 2 * BOUND
+        assert run.returncode == 1
+        assert "Signal 9 (SIGKILL)" in said
+    for out in ("killed", "whole"):
+        with launch(out) as run:
+            printed, said = run.communicate(timeout=450)
+            assert run.returncode == 0, said
+            assert json.loads(printed)["examples"] == 14
+    assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
 
 
 @pytest.mark.slow
@@ -227,7 +264,7 @@ def killed(answer: dict[str, Any], rank: int) -> str:
     return said
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_a_killed_build_is_noticed_and_resumes(
     on_ranks: Ranks, tiny_llama_dir: Path, train: Path, tmp_path: Path, rank: int
 ) -> None:
@@ -293,6 +330,7 @@ def test_a_rank_that_hangs_counts_as_lost(
     assert "rank 1 of 2 has not been heard of" in answer["err"][0]
 
 
+@pytest.mark.slow
 def test_an_error_of_one_rank_is_told_to_the_others(
     on_ranks: Ranks, tiny_llama_dir: Path, train: Path, tmp_path: Path
 ) -> None:
