@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from postlude.errors import ArchitectureError, SettingsError
+from postlude.errors import ArchitectureError, DataError, SettingsError
 from postlude.evaluation import speech
 from postlude.evaluation.speech import evaluate_speech, judge_findings, judge_scores, pearson
 from postlude.runs.audio import write_wav
@@ -204,6 +204,22 @@ def test_a_model_that_knows_everything(
     short = evaluate_speech(checkpoint, clips, questions="short")
     assert short["mean_pcc"] == pytest.approx(1) and short["skipped"] == 0
     assert parse_score("3") == 3
+
+
+def test_labels_that_cannot_be_read_are_left_out_and_told(
+    checkpoint: Checkpoint, clips: Path
+) -> None:
+    rows = [json.loads(line) for line in (clips / "labels.jsonl").read_text().splitlines()]
+    rows[1]["Noise Description"] = "a hum from the 2nd second on"
+    (clips / "labels.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = evaluate_speech(checkpoint, clips, questions="short")
+    assert found["clips"] == 3 and found["asked"] == 18
+    assert len(found["unclear"]) == 1 and "1: 'Noise Description' is 'a hum" in found["unclear"][0]
+    for row in rows:
+        row["Noise Description"] = "?2"
+    (clips / "labels.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(DataError, match="the labels of none of 4 clips can be read; the first: 0:"):
+        evaluate_speech(checkpoint, clips)
 
 
 def test_what_is_refused(checkpoint: Checkpoint, clips: Path, make_model: Any) -> None:

@@ -149,6 +149,9 @@ def _view(result: dict[str, Any]) -> object:
     parts += [
         Text(f"no correlation of {row['dimension'].lower()}: {row['note']}") for row in undefined
     ]
+    if result["unclear"]:
+        left = f"{len(result['unclear'])} clips are left out, since their labels cannot be read; the first: "
+        parts.append(Text(left + result["unclear"][0]))
     if result["cut"]:
         parts.append(Text(f"the answers about {result['cut']} clips were cut off"))
     parts += [

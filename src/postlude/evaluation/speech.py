@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 
-from postlude.errors import SettingsError
+from postlude.errors import DataError, SettingsError
 from postlude.evaluation.lds import spearman as _spearman
 from postlude.numerics.intervals import iou
 from postlude.runs.audio import Clip, Recording, read_clips
@@ -144,15 +144,15 @@ def evaluate_speech(
         ``dimensions``, see :func:`judge_scores`; ``artifacts``, see :func:`judge_findings`; means of their ``pcc``,
         ``spearman``, ``f1`` and ``iou``; ``mean_pcc_zero``, with 0 for an undefined one; ``clips``, ``skipped``
         (dimensions and parts of answers that could not be read), ``asked`` (how many there were), ``exact`` (share of
-        answers written as they should be), ``cut`` (answers that reached the longest), ``converted``, ``samples``.
+        answers written as they should be), ``cut`` (answers that reached the longest), ``unclear`` (clips left out
+        because a description among their labels cannot be read, and why), ``converted``, ``samples``.
 
     Raises:
         ArchitectureError: another kind of model.
-        DataError: clips or labels that cannot be read.
+        DataError: clips that cannot be read, or no labels that can.
         SettingsError: other questions.
     """
-    clips = _clips(data, limit)
-    truth = [assessment_of({"id": clip.id, **clip.scores, **clip.descriptions}) for clip in clips]
+    clips, truth, unclear = _readable(_clips(data, limit))
     display = progress or Progress(show=False)
     with display:
         recordings = [clip.read() for clip in display.iterate(clips, "recordings")]
@@ -178,6 +178,7 @@ def evaluate_speech(
         "mean_iou": _mean(row["iou"] for row in artifacts),
         "dimensions": dimensions,
         "artifacts": artifacts,
+        "unclear": unclear,
         "converted": dict(sorted(converted.items())),
         "samples": [
             {"id": clip.id, "answers": list(one.texts)}
@@ -190,6 +191,25 @@ def _clips(data: str | os.PathLike[str] | Sequence[Clip], limit: int | None) -> 
     if isinstance(data, str | os.PathLike):
         return read_clips(data, limit)
     return list(data[:limit])
+
+
+def _readable(clips: Sequence[Clip]) -> tuple[list[Clip], list[Assessment], list[str]]:
+    """Clips whose labels can be read, these labels, and why others are left out: people write them in many ways."""
+    kept: list[Clip] = []
+    truth: list[Assessment] = []
+    unclear: list[str] = []
+    for clip in clips:
+        try:
+            truth.append(assessment_of({"id": clip.id, **clip.scores, **clip.descriptions}))
+            kept.append(clip)
+        except DataError as error:
+            unclear.append(str(error))
+    if not kept:
+        raise DataError(
+            f"the labels of none of {len(clips)} clips can be read"
+            + (f"; the first: {unclear[0]}" if unclear else "")
+        )
+    return kept, truth, unclear
 
 
 # -------------------------------------------------------------------------------------------------------- scores
