@@ -28,7 +28,17 @@ _METHODS = {
     "export": ("to", "export"),
 }
 # What names something that has to be there: the words that stand for it in a help text.
-_PATHS = ("CHECKPOINT", "FILE", "FOLDER", "DATA", "TRAIN", "DIRECTORY", "INDEX", "IMAGES")
+_PATHS = (
+    "CHECKPOINT",
+    "FILE",
+    "FOLDER",
+    "DATA",
+    "TRAIN",
+    "DIRECTORY",
+    "INDEX",
+    "IMAGES",
+    "RECORDING.WAV",
+)
 # What the command line can tell of a word before the command runs.
 _CHECKS = {"bits": parse_bits}
 _EXPORTED = {"gguf": "model.gguf"}
@@ -39,6 +49,7 @@ _FILES = {
     "attribute learn-weights": "weights.safetensors",
     "attribute select": "examples.jsonl",
     "attribute damage": "examples.jsonl",
+    "explain": "picture.png",
     "fit": "picture.inr",
     "render": "picture.png",
 }
