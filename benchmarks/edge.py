@@ -59,7 +59,7 @@ SIZES = {
     "small": Backbone(image_size=224, patch=16, width=384, depth=12, heads=6),
 }
 # Pixels of a detector's picture that make the two stages about equal.
-FRAMES = {"tiny": 96, "small": 640}
+FRAMES = {"tiny": 120, "small": 1216}
 METHODS = {"rtn": (8, 8), "adalog": (4, 4)}
 BOX = torch.tensor([[700.0, 400.0, 1250.0, 900.0]])
 

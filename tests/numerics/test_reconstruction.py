@@ -111,4 +111,7 @@ def test_learned_rounding_is_judged_by_what_is_stored() -> None:
 @pytest.mark.parametrize(("iterations", "rate"), [(-1, 1.0), (1, 0.0), (1, math.inf)])
 def test_settings_without_sense_are_refused(iterations: int, rate: float) -> None:
     with pytest.raises(SettingsError, match="0 or more steps at a positive rate"):
-        reconstruct([], lambda i: torch.zeros(1), [], iterations=iterations, learning_rate=rate, generator=chance())  # fmt: skip
+        reconstruct(
+            [], lambda i: torch.zeros(1), [],
+            iterations=iterations, learning_rate=rate, generator=chance(),
+        )  # fmt: skip
