@@ -203,7 +203,8 @@ def own(work: Work, count: int) -> Iterator[Trial]:
 def config(work: Work, count: int) -> Iterator[Trial]:
     """A number in it may become another number."""
     source = work.inputs / "model"
-    says = r"config\.json|inputs|model|trial"
+    # A longer context, for one, asks for more text.
+    says = r"config\.json|inputs|model|trial|tokens"
     yield from read(work, _CONFIG, source, "config.json", _evaluate(work), count, advice=says)
 
 

@@ -25,6 +25,7 @@ from postlude.runs import selfcheck
 from postlude.runs.checkpoint import Checkpoint
 from postlude.runs.loading import load
 from postlude.runs.selfcheck import RELOAD, compare_reload, fresh_logits, in_float32, probe_tokens
+from postlude.runs.weights import SUMS
 from postlude.surgery import kernels
 from postlude.surgery.anatomy import anatomy_of
 from postlude.surgery.key_values import KeyValueQuantizer
@@ -231,6 +232,7 @@ def test_tampered_scales_are_refused(
     tensors = load_file(file)
     tensors["model.layers.1.mlp.up_proj.scale"][2:4] = value
     save_file(tensors, file, metadata={"format": "pt"})
+    (tmp_path / "out" / SUMS).unlink()  # changed on purpose
     expected = (
         r"layers\.1\.mlp\.up_proj has 2 scales of 44 that are NaN.*copy it again, or quantize again"
     )
