@@ -10,9 +10,10 @@ weights, hears clips with known damage (docs/speech.md) in voices and sentences 
     GRPO, one reward        after both: every token is credited with the whole answer
     GRPO, by dimension      the same number of answers: a token is credited with the dimension it speaks of
 
-Both kinds of GRPO use the reward ``speech-verifiable``, the mean over dimensions. The seed draws weights, order and
-answers; the clips are the same. Calibration asks for all scores at once: with a question for each, as
-``calibration.jsonl`` has them, a random model needs several times as long for the same correlation.
+Both kinds of GRPO use the reward ``speech-verifiable``, the mean over dimensions, and clips that were not learned
+before. The seed draws weights, order and answers; the clips are the same. Calibration asks for all scores at once: with
+a question for each, as ``calibration.jsonl`` has them, a random model needs several times as long for the same
+correlation.
 
 Data, models and measurements are kept in ``runs/claims/speech``.
 """
@@ -22,6 +23,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,8 +32,10 @@ import torch
 
 import postlude as pl
 from _claim import Claim, share, spread
-from postlude.evaluation.speech import evaluate_speech
+from postlude.evaluation.speech import ask, evaluate_speech
 from postlude.runs.atomic import atomic_write
+from postlude.runs.audio import Clip, read_clips
+from postlude.runs.checkpoint import Checkpoint
 from postlude.runs.directory import RunDirectory
 from postlude.tuning.reinforcement import GRPO
 from postlude.tuning.run import TuneRun
@@ -40,9 +44,9 @@ from postlude.zoo.degraded_speech.__main__ import make_sets, speakers
 from postlude.zoo.degraded_speech.voices import Toy
 from postlude.zoo.speech_answers import PARTS, SCORES
 
-CALIBRATION = TuneRun(steps=250, batch_size=16, learning_rate=1e-3)
-LONG = TuneRun(steps=250, batch_size=16, learning_rate=1e-3)
-GROUPS = TuneRun(steps=80, batch_size=16, learning_rate=2e-4)
+CALIBRATION = TuneRun(steps=300, batch_size=16, learning_rate=1e-3)
+LONG = TuneRun(steps=300, batch_size=16, learning_rate=1e-3)
+GROUPS = TuneRun(steps=150, batch_size=16, learning_rate=1e-4)
 REINFORCED = GRPO(reward=("speech-verifiable",), generations=4, max_new_tokens=60, beta=0.04)  # type: ignore[arg-type]
 
 ARMS = {
@@ -60,19 +64,28 @@ class Bench:
     """What the arms share.
 
     Attributes:
-        data: folder of the two sets.
+        data: folder of the two sets that are learned and tested on.
+        more: folder of other clips, to be reinforced on.
         models: folder of every model that was trained.
         quick: do as little as shows that the script runs.
         claim: for its display.
     """
 
     data: Path
+    more: Path
     models: Path
     quick: bool
     claim: Claim
 
     def tuned(
-        self, name: str, seed: int, start: Path, file: str, goal: Any, run: TuneRun, **settings: Any
+        self,
+        name: str,
+        seed: int,
+        start: Path,
+        file: Path,
+        goal: Any,
+        run: TuneRun,
+        **settings: Any,
     ) -> Path:
         """A model trained from ``start``, or the one of an earlier run of this script."""
         out = self.models / f"{name}-{seed}"
@@ -82,7 +95,7 @@ class Bench:
             self.claim.progress.log(f"seed {seed}: {name}, {run.steps} steps")
             pl.tune(
                 start,
-                self.data / "train" / f"{file}.jsonl",
+                file,
                 goal,
                 dataclasses.replace(run, seed=seed),
                 out=out,
@@ -94,22 +107,30 @@ class Bench:
     def model(self, arm: str, seed: int) -> Path:
         """The directory of an arm's model, with all that it is made from."""
         self._write_scores()
+        scores, long_answers = (self.data / "train" / f"{n}.jsonl" for n in ("scores", "answers"))
         start = self.models / f"random-{seed}"
         if not (start / "config.json").is_file():
             audio_llm.make(start, seed)
         if arm == "frozen":
-            return self.tuned(arm, seed, start, "scores", "sft", CALIBRATION, encoder="frozen")
+            return self.tuned(arm, seed, start, scores, "sft", CALIBRATION, encoder="frozen")
         if arm == "alone":
             whole = dataclasses.replace(LONG, steps=(CALIBRATION.steps or 0) + (LONG.steps or 0))
-            return self.tuned(arm, seed, start, "answers", "sft", whole)
-        calibrated = self.tuned("calibrated", seed, start, "scores", "sft", CALIBRATION)
+            return self.tuned(arm, seed, start, long_answers, "sft", whole)
+        calibrated = self.tuned("calibrated", seed, start, scores, "sft", CALIBRATION)
         if arm == "calibrated":
             return calibrated
-        long = self.tuned("long", seed, calibrated, "answers", "sft", LONG)
+        long = self.tuned("long", seed, calibrated, long_answers, "sft", LONG)
         if arm == "long":
             return long
         goal = dataclasses.replace(REINFORCED, credit=arm)
-        return self.tuned(arm, seed, long, "reinforce", goal, GROUPS)
+        return self.tuned(arm, seed, long, self.more / "train" / "reinforce.jsonl", goal, GROUPS)
+
+    def _reward(self, model: Checkpoint, clips: Sequence[Clip]) -> float:
+        """What GRPO reinforces, of the most probable answers."""
+        heard = ask(model, [clip.read() for clip in clips], batch_size=120)
+        columns = {name: [clip.columns[name] for clip in clips] for name in clips[0].columns}
+        (reward,) = REINFORCED.rewards()
+        return statistics.fmean(reward([one.texts[0] for one in heard], columns))
 
     def _write_scores(self) -> None:
         """Long answers up to where the scores end."""
@@ -123,13 +144,9 @@ class Bench:
     def measure(self, arm: str, seed: int) -> Mapping[str, float]:
         """Numbers of an arm on the clips for testing."""
         torch.set_flush_denormal(True)
-        found = evaluate_speech(
-            pl.load(self.model(arm, seed)),
-            self.data / "test",
-            batch_size=120,
-            limit=4 if self.quick else None,
-            progress=self.claim.progress,
-        )
+        model = pl.load(self.model(arm, seed))
+        clips = read_clips(self.data / "test", 4 if self.quick else None)
+        found = evaluate_speech(model, clips, batch_size=120, progress=self.claim.progress)
         numbers = {f"pcc.{row['key']}": row["pcc"] for row in found["dimensions"]}
         numbers |= {f"mae.{row['key']}": row["mean_error"] for row in found["dimensions"]}
         for row in found["artifacts"]:
@@ -138,6 +155,7 @@ class Bench:
         numbers |= {name: found[name] for name in ("mean_pcc_zero", "mean_f1", "mean_iou")}
         # Scores that could not be read; what calibration alone does not speak of is missing anyway.
         unread = sum(row["skipped"] for row in found["dimensions"])
+        numbers["reward"] = self._reward(model, clips)
         return numbers | {"skipped": unread / (len(found["dimensions"]) * found["clips"])}
 
 
@@ -153,14 +171,11 @@ def main() -> None:
         "grpo": dataclasses.asdict(REINFORCED),
     }
     kept = claim.directory(settings)
-    bench = Bench(
-        kept.path.with_name(f"{kept.path.name}-data"),
-        kept.path.with_name(f"{kept.path.name}-models"),
-        claim.quick,
-        claim,
-    )
+    folders = (kept.path.with_name(f"{kept.path.name}-{n}") for n in ("data", "new", "models"))
+    bench = Bench(*folders, claim.quick, claim)
     with claim.progress:
-        make_sets(bench.data, clips, 0, sources, progress=claim.progress)
+        for seed, folder in enumerate((bench.data, bench.more)):
+            make_sets(folder, clips, seed, sources, progress=claim.progress)
         found: dict[str, list[dict[str, float]]] = {arm: [] for arm in ARMS}
         # The frozen encoder last: nothing else rests on it.
         chains = [(seed, arm) for seed in claim.seeds for arm in ARMS if arm != "frozen"]
@@ -170,7 +185,7 @@ def main() -> None:
         f"{clips - clips // 5} clips of {' and '.join(settings['sources'])} for training, {clips // 5} with other "
         f"voices and sentences for testing. Calibration {CALIBRATION.steps} steps, long answers {LONG.steps} (alone "
         f"{(CALIBRATION.steps or 0) + (LONG.steps or 0)}), GRPO {GROUPS.steps} steps of {GROUPS.batch_size} answers, "
-        f"{REINFORCED.generations} to a clip."
+        f"{REINFORCED.generations} to a clip, on as many other clips as were learned."
     )
     _tables(claim, found)
     _verdicts(claim, found)
@@ -182,7 +197,7 @@ def _measured(
 ) -> dict[str, float]:
     found = claim.measured(kept, f"{arm}-{seed}", lambda: bench.measure(arm, seed))
     numbers = {name: float(value) for name, value in found.items()}
-    shown = {n: round(numbers[n], 3) for n in ("mean_pcc_zero", "mean_f1", "mean_iou")}
+    shown = {n: round(numbers[n], 3) for n in ("mean_pcc_zero", "mean_f1", "mean_iou", "reward")}
     claim.progress.log(f"seed {seed}, {ARMS[arm]}: {shown}")
     return numbers
 
@@ -205,21 +220,14 @@ def _tables(claim: Claim, found: Mapping[str, Sequence[Mapping[str, float]]]) ->
     parts = [part.key for part in PARTS]
     columns = [f"{name}.{part}" for name in ("f1", "iou") for part in parts]
     rows = [
-        [ARMS[arm], *(_over(found[arm], column) for column in columns)]
+        [ARMS[arm], *(_over(found[arm], column) for column in [*columns, "reward"])]
         for arm in ("alone", "long", "answer", "dimension")
     ]
     always = [_over(found["long"], f"always_{column}") for column in columns]
     claim.table(
-        "Artifacts: F1 of presence and IoU of times",
-        [
-            "",
-            *(
-                f"{name.upper() if name == 'f1' else 'IoU'} {p}"
-                for name in ("f1", "iou")
-                for p in parts
-            ),
-        ],
-        [["an artifact in every clip, from beginning to end", *always], *rows],
+        "Artifacts: F1 of presence and IoU of times; the reward",
+        ["", *(f"{name} {part}" for name in ("F1", "IoU") for part in parts), "reward"],
+        [["an artifact in every clip, from beginning to end", *always, ""], *rows],
     )
 
 
@@ -242,7 +250,7 @@ def _verdicts(claim: Claim, found: Mapping[str, Sequence[Mapping[str, float]]]) 
     rows = []
     for name, better, worse in pairs:
         row = [name]
-        for number in ("mean_pcc_zero", "mean_f1", "mean_iou"):
+        for number in ("mean_pcc_zero", "mean_f1", "mean_iou", "reward"):
             gains = [
                 a[number] - b[number] for a, b in zip(found[better], found[worse], strict=True)
             ]
@@ -253,7 +261,7 @@ def _verdicts(claim: Claim, found: Mapping[str, Sequence[Mapping[str, float]]]) 
         rows.append(row)
     claim.table(
         "Gain, seed by seed, and in how many seeds it is above 0",
-        ["", "mean PCC", "mean F1", "mean IoU"],
+        ["", "mean PCC", "mean F1", "mean IoU", "reward"],
         rows,
     )
 
