@@ -18,7 +18,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -38,7 +38,7 @@ from prift import MODELS, State, Values, difference, show
 PARTS = ("prior", "backbone")
 NOISE = 0.4
 BITS = (4, 3, 2)
-BACKBONES = (4, 3)
+BACKBONES = {3: ("prift-mass",)}  # bits, and the rules that are measured on them
 RULES = {"prift-prob": PriFTProb, "prift-mass": PriFTMass}
 LORA = Adapter("lora", rank=8)
 
@@ -197,7 +197,7 @@ def backbone(claim: Claim) -> None:
         return
     student, kept = found
     values: Values = {}
-    for bits in BACKBONES:
+    for bits, rules in BACKBONES.items():
         adapted = Adapted(
             f"{bits} bits", quantized(student.start, bits), student.text, problems=len(student.problems),
             batch=student.batch, steps=student.steps, rate=student.rate,
@@ -207,7 +207,7 @@ def backbone(claim: Claim) -> None:
         before = claim.measured(kept, f"{bits}-before", adapted.measure)
         for key, value in before.items():
             values.setdefault(f"{bits} bits, before", {})[key] = [float(value)]
-        names = ["sft", *(f"{rule}, {whose}" for rule in RULES for whose in ("own", "float"))]
+        names = ["sft", *(f"{rule}, {whose}" for rule in rules for whose in ("own", "float"))]
         jobs = [(seed, name) for seed in claim.seeds for name in names]
         for seed, name in claim.progress.iterate(jobs, f"{bits} bits"):
             rule, _, whose = name.partition(", ")
@@ -231,19 +231,20 @@ def backbone(claim: Claim) -> None:
     )
     owns = {
         f"{bits} bits, {rule}, own": f"{bits} bits, {rule}, float"
-        for bits in (4, 3)
-        for rule in RULES
+        for bits, rules in BACKBONES.items()
+        for rule in rules
     }
     changes(claim, values, owns)
     memory(claim, student, kept)
-    verdict(claim, values, [f"{bits} bits" for bits in BACKBONES])
+    verdict(claim, values)
 
 
-def verdict(claim: Claim, values: Values, starts: Sequence[str]) -> None:
+def verdict(claim: Claim, values: Values) -> None:
     """Print in how many seeds a prior helps, whoever's it is."""
     lines = []
-    for start in starts:
-        for rule in RULES:
+    for bits, rules in BACKBONES.items():
+        start = f"{bits} bits"
+        for rule in rules:
             for whose in ("own", "float"):
                 pairs = zip(
                     values[f"{start}, {rule}, {whose}"]["forgetting"],
