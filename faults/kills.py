@@ -19,7 +19,7 @@ from faults.suite import Trial, Work, command, contents, ended, fault, fork
 # Pages and marks of what is under way are no results; these files also say how long something took.
 _IGNORED = ("started.json", "report.html")
 _TIMED = ("done.json", "tune.json", "steps.jsonl")
-_MEASURED = re.compile(r"seconds?$|_mib$|memory")
+_MEASURED = re.compile(r"seconds?$|_mib$|memory|^sha256$")
 _FAMILY = "SIGKILL at a random moment"
 
 

@@ -91,6 +91,7 @@ def test_stages_feed_each_other_and_run_once(recipe: Recipe, tmp_path: Path) -> 
         ("an output", ["b"]),
         ("a lost output", ["a"]),
         ("a record", ["look"]),
+        ("a number in a record", ["look"]),
     ],
 )
 def test_what_changed_is_done_again_and_nothing_else(
@@ -106,6 +107,9 @@ def test_what_changed_is_done_again_and_nothing_else(
         (out / "stages/two/text.txt").write_text("spoiled")
     elif change == "a lost output":
         (out / "stages/one/text.txt").unlink()
+    elif change == "a number in a record":
+        file = out / "stages/seen/done.json"
+        file.write_text(file.read_text().replace('"length": 3', '"length": 7'))
     else:
         (out / "stages/seen/done.json").write_text('{"key": ')
     machine = Machine()

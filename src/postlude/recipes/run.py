@@ -4,7 +4,7 @@
     run.json                its name, variables and the order of its stages; written last
     stages/NAME/started.json   the key of the work that is, or was, under way here
     stages/NAME/output...      what the command wrote
-    stages/NAME/done.json      key, command line, seconds, result, and the hash of every file of the output
+    stages/NAME/done.json      key, command line, seconds, result, the hash of every file of the output, and its own
 
 The key of a stage is a hash of its command, arguments and options, of the bytes of every file that they name, of the
 keys of the stages whose outputs it reads, and of the version. A stage whose key and files are those of ``done.json``
@@ -39,6 +39,7 @@ Execute = Callable[[Sequence[str]], Any]
 
 _RUN, _RECIPE, _STAGES = "run.json", "recipe.yaml", "stages"
 _STARTED, _DONE = "started.json", "done.json"
+_SUM = "sha256"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,7 +168,7 @@ def state(out: str | os.PathLike[str]) -> tuple[dict[str, Any], list[Done]]:
     stages = []
     for name in summary["stages"]:
         record = _read(directory / _STAGES / name / _DONE)
-        if record is None:
+        if record is None or (_SUM in record and record.pop(_SUM) != _sum(record)):
             raise RunDirectoryError(
                 f"{directory}: stage {name!r} is not finished. Run the recipe again."
             )
@@ -238,7 +239,8 @@ def _run_stage(
             "result": result,
             "files": _files(folder),
         }
-        _write(folder / _DONE, json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+        signed = {**record, _SUM: _sum(record)}
+        _write(folder / _DONE, json.dumps(signed, indent=1, ensure_ascii=False) + "\n")
         return record
 
     done = _from_record(stage.name, processes.agree(finish))
@@ -263,9 +265,17 @@ def _start(folder: Path, key: str) -> None:
 def _kept(folder: Path, key: str) -> dict[str, Any] | None:
     """The record of a stage, if it is of this work and its files are as they were."""
     record = _read(folder / _DONE)
-    if record is None or record.get("key") != key or record.get("files") != _files(folder):
+    if record is None or record.pop(_SUM, None) != _sum(record):
+        return None
+    if record.get("key") != key or record.get("files") != _files(folder):
         return None
     return record
+
+
+def _sum(record: Mapping[str, Any]) -> str:
+    """Hash of what a record says, kept in it: one of which a byte is damaged is no record."""
+    read = json.loads(json.dumps(record))
+    return hashlib.sha256(json.dumps(read, sort_keys=True).encode()).hexdigest()
 
 
 def _from_record(name: str, record: Mapping[str, Any]) -> Done:
