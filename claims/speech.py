@@ -6,7 +6,8 @@ what long answers alone forget. Here a model of one million parameters in the sh
 weights, hears clips with known damage (docs/speech.md) in voices and sentences that it was not trained on.
 
     calibration             answers are the scores and nothing else; the encoder trained, or frozen as it was drawn
-    long answers            scores, artifacts and times, from the random model (for as many steps), or after calibration
+    long answers            scores, artifacts and times, after calibration, or from the random model, for as many steps
+                            as both together or for the same number
     GRPO, one reward        after both: every token is credited with the whole answer
     GRPO, by dimension      the same number of answers: a token is credited with the dimension it speaks of
 
@@ -52,7 +53,9 @@ REINFORCED = GRPO(reward=("speech-verifiable",), generations=4, max_new_tokens=6
 ARMS = {
     "calibrated": "calibration alone",
     "frozen": "calibration alone, encoder frozen",
+    "half": "long answers alone, half as many steps",
     "alone": "long answers alone",
+    "alone-dimension": "long answers alone, GRPO by dimension",
     "long": "calibration, long answers",
     "answer": "calibration, long answers, GRPO with one reward",
     "dimension": "calibration, long answers, GRPO by dimension",
@@ -113,9 +116,16 @@ class Bench:
             audio_llm.make(start, seed)
         if arm == "frozen":
             return self.tuned(arm, seed, start, scores, "sft", CALIBRATION, encoder="frozen")
-        if arm == "alone":
+        new = self.more / "train" / "reinforce.jsonl"
+        if arm == "half":
+            return self.tuned(arm, seed, start, long_answers, "sft", LONG)
+        if arm.startswith("alone"):
             whole = dataclasses.replace(LONG, steps=(CALIBRATION.steps or 0) + (LONG.steps or 0))
-            return self.tuned(arm, seed, start, long_answers, "sft", whole)
+            alone = self.tuned("alone", seed, start, long_answers, "sft", whole)
+            by_dimension = dataclasses.replace(REINFORCED, credit="dimension")
+            return (
+                alone if arm == "alone" else self.tuned(arm, seed, alone, new, by_dimension, GROUPS)
+            )
         calibrated = self.tuned("calibrated", seed, start, scores, "sft", CALIBRATION)
         if arm == "calibrated":
             return calibrated
@@ -123,7 +133,7 @@ class Bench:
         if arm == "long":
             return long
         goal = dataclasses.replace(REINFORCED, credit=arm)
-        return self.tuned(arm, seed, long, self.more / "train" / "reinforce.jsonl", goal, GROUPS)
+        return self.tuned(arm, seed, long, new, goal, GROUPS)
 
     def _reward(self, model: Checkpoint, clips: Sequence[Clip]) -> float:
         """What GRPO reinforces, of the most probable answers."""
@@ -177,9 +187,10 @@ def main() -> None:
         for seed, folder in enumerate((bench.data, bench.more)):
             make_sets(folder, clips, seed, sources, progress=claim.progress)
         found: dict[str, list[dict[str, float]]] = {arm: [] for arm in ARMS}
-        # The frozen encoder last: nothing else rests on it.
-        chains = [(seed, arm) for seed in claim.seeds for arm in ARMS if arm != "frozen"]
-        for seed, arm in [*chains, *((seed, "frozen") for seed in claim.seeds)]:
+        # First what the others rest on.
+        late = ("frozen", "half", "alone-dimension")
+        chains = [(seed, arm) for seed in claim.seeds for arm in ARMS if arm not in late]
+        for seed, arm in [*chains, *((seed, arm) for seed in claim.seeds for arm in late)]:
             found[arm].append(_measured(claim, kept, bench, arm, seed))
     claim.say(
         f"{clips - clips // 5} clips of {' and '.join(settings['sources'])} for training, {clips // 5} with other "
@@ -221,7 +232,8 @@ def _tables(claim: Claim, found: Mapping[str, Sequence[Mapping[str, float]]]) ->
     columns = [f"{name}.{part}" for name in ("f1", "iou") for part in parts]
     rows = [
         [ARMS[arm], *(_over(found[arm], column) for column in [*columns, "reward"])]
-        for arm in ("alone", "long", "answer", "dimension")
+        for arm in ARMS
+        if arm not in ("calibrated", "frozen")
     ]
     always = [_over(found["long"], f"always_{column}") for column in columns]
     claim.table(
@@ -241,10 +253,12 @@ def _over(rows: Sequence[Mapping[str, float]], name: str) -> str:
 
 def _verdicts(claim: Claim, found: Mapping[str, Sequence[Mapping[str, float]]]) -> None:
     pairs = (
-        ("calibration before long answers", "long", "alone"),
+        ("half the steps on calibration against all on long answers", "long", "alone"),
+        ("calibration before the same long answers", "long", "half"),
         ("GRPO with one reward against none", "answer", "long"),
         ("GRPO by dimension against none", "dimension", "long"),
         ("GRPO by dimension against one reward", "dimension", "answer"),
+        ("GRPO by dimension without calibration against none", "alone-dimension", "alone"),
         ("a trained encoder against a frozen one", "calibrated", "frozen"),
     )
     rows = []
