@@ -140,7 +140,7 @@ def serve(job: dict[str, Any]) -> dict[str, Any]:
             processes.append(process)
         codes: dict[int, int] = {}
         seconds: dict[int, float] = {}
-        limit = job.get("limit", 100)
+        limit = job.get("limit", 250)
         while len(codes) < len(processes):
             for rank, process in enumerate(processes):
                 if rank in codes:

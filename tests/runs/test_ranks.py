@@ -212,6 +212,7 @@ stages:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1500)
 def test_a_recipe_runs_on_all_ranks(
     on_ranks: Ranks, tiny_llama_dir: Path, train: Path, tmp_path: Path
 ) -> None:
@@ -220,7 +221,8 @@ def test_a_recipe_runs_on_all_ranks(
     made = {}
     for size in (1, 2):
         out = tmp_path / f"{size}"
-        answer = on_ranks(["run", str(recipe), "--json", "-o", str(out)], size=size)
+        line = ["run", str(recipe), "--json", "-o", str(out)]
+        answer = on_ranks(line, size=size, limit=500)
         assert set(answer["codes"]) == {0}, answer
         made[size] = json.loads(answer["out"][0])["stages"]
         assert (out / "report.html").is_file()
