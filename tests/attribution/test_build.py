@@ -101,7 +101,9 @@ def test_a_full_disk_in_the_middle_costs_one_shard(
     out = tmp_path / "full"
     with monkeypatch.context() as patch:
         patch.setattr(store_module, "save_file", full_at_second)
-        with pytest.raises(NoSpaceError, match=r"no space left .*make room and run the same command"):
+        with pytest.raises(
+            NoSpaceError, match=r"no space left .*make room and run the same command"
+        ):
             build(model, data, METHOD, out, collection=collection())
     with pytest.raises(StoreError, match="not finished: 1 of 2 shards"):
         Index(out)

@@ -38,15 +38,15 @@ def test_options(door: Any, postlude_command: Any) -> None:
     door.results["sample_calibrate"] = {"statistics": object(), "steps": 3}
     done = postlude_command(
         "sample", "calibrate", "small", "--reference", "base", "-o", "new.safetensors", "--runs", 3, "--batch", 2,
-        "--sampler", "euler", "--steps", 7, "--guidance", 1.5, "--reuse", 2, "--labels", "4,2", "--channelwise", "--seed", 9,
-        "--json",
+        "--sampler", "euler", "--steps", 7, "--guidance", 1.5, "--reuse", 2, "--labels", "4,2",
+        "--channelwise", "--seed", 9, "--json",
     )  # fmt: skip
     assert done.json == {"steps": 3}
     name, words, given = door.calls[-1]
     assert (name, words) == ("sample_calibrate", ("<small>", "<base>"))
     assert given == {
-        "runs": 3, "batch": 2, "sampler": "euler", "steps": 7, "guidance": 1.5, "reuse": 2, "labels": [4, 2], "conditions": None,
-        "channelwise": True, "seed": 9, "out": "new.safetensors", "overwrite": False,
+        "runs": 3, "batch": 2, "sampler": "euler", "steps": 7, "guidance": 1.5, "reuse": 2, "labels": [4, 2],
+        "conditions": None, "channelwise": True, "seed": 9, "out": "new.safetensors", "overwrite": False,
     }  # fmt: skip
 
 

@@ -105,7 +105,8 @@ class _Model:
 class _Cost:
     """Operations, bytes held, bytes written, the model that comes out, what is not counted, and whether ranks share.
 
-    ``most`` is how many ranks can share, 0 for any number; ``divided`` are the bytes that each rank holds a part of only, if the run is sharded.
+    ``most`` is how many ranks can share, 0 for any number; ``divided`` are the bytes that each rank holds a part of only,
+    if the run is sharded.
     """
 
     operations: float

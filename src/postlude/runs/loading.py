@@ -25,6 +25,7 @@ from postlude.runs.quiet import quiet_transformers
 from postlude.runs.weights import check_finite, check_sums, read_json, weight_files
 from postlude.surgery.anatomy import Anatomy, Kind, anatomy_of, kind_of
 from postlude.surgery.layers import check_scales, quantized_linears
+from postlude.zoo import MADE
 
 __all__ = ["dtype_of", "load", "resolve"]
 
@@ -55,8 +56,8 @@ def load(
     """Load a model from a Hugging Face directory; never from the network.
 
     What it is, its files say: a causal language model, an audio language model, a vision transformer (with or without
-    a head that classifies), or a denoiser in the layout of diffusers, as a pipeline or alone. Float checkpoints, those that
-    Postlude quantized and those in the layouts of GPTQ, AWQ and compressed-tensors load alike; the last become
+    a head that classifies), or a denoiser in the layout of diffusers, as a pipeline or alone. Float checkpoints, those
+    that Postlude quantized and those in the layouts of GPTQ, AWQ and compressed-tensors load alike; the last become
     Postlude's own quantized layers, bit for bit. Reads the weights twice: once to see that they are finite, once
     to build the model; and once more where their checksums (``SHA256SUMS``, written by Postlude) lie beside them.
 
@@ -139,6 +140,10 @@ def resolve(path: str | os.PathLike[str]) -> Path:
 def _zoo(name: str) -> Path:
     folder = Path(__file__).resolve().parent.parent / "zoo" / "checkpoints"
     known = [d.name for d in folder.iterdir() if d.is_dir()] if folder.is_dir() else []
+    if name in MADE:
+        raise CheckpointError(
+            f"zoo:{name} does not come with Postlude: make it ({MADE[name]}) and give its directory."
+        )
     if name not in known:
         raise UnknownNameError("zoo model", name, known)
     return folder / name

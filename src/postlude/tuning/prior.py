@@ -31,7 +31,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import postlude
-from postlude.errors import DataError, SettingsError
+from postlude.errors import DataError
 from postlude.numerics.weighted_likelihood import COLUMNS, Head, TokenColumns, token_columns
 from postlude.runs.atomic import atomic_directory, discard
 from postlude.runs.checkpoint import Checkpoint

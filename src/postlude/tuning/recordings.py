@@ -68,7 +68,7 @@ def recordings_for(checkpoint: Checkpoint) -> Recordings | None:
 
 
 def recorded_probes(checkpoint: Checkpoint, data: Path, count: int) -> list[dict[str, Tensor]]:
-    """Arguments of the model's forward for the first lines that ask about a recording; none for a model that is deaf."""
+    """Arguments of the model's forward for the first lines that ask about a recording; none for a deaf model."""
     recordings = recordings_for(checkpoint)
     rows = [] if recordings is None else [row for row in read_rows(data) if AUDIO in row.fields]
     if recordings is None:
