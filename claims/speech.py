@@ -199,6 +199,7 @@ def main() -> None:
         f"{REINFORCED.generations} to a clip, on as many other clips as were learned."
     )
     _tables(claim, found)
+    _sampled(claim, bench)
     _verdicts(claim, found)
     claim.finish()
 
@@ -240,6 +241,40 @@ def _tables(claim: Claim, found: Mapping[str, Sequence[Mapping[str, float]]]) ->
         "Artifacts: F1 of presence and IoU of times; the reward",
         ["", *(f"{name} {part}" for name in ("F1", "IoU") for part in parts), "reward"],
         [["an artifact in every clip, from beginning to end", *always, ""], *rows],
+    )
+
+
+def _sampled(claim: Claim, bench: Bench) -> None:
+    """What GRPO's own answers got while it learned, from the logs of its runs."""
+    rows = []
+    for arm in ("answer", "dimension", "alone-dimension"):
+        first, last, undecided = [], [], []
+        for seed in claim.seeds:
+            file = bench.models / f"{arm}-{seed}" / "steps.jsonl"
+            steps = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+            part = max(1, len(steps) // 5)
+            first.append(statistics.fmean(step["reward"] for step in steps[:part]))
+            last.append(statistics.fmean(step["reward"] for step in steps[-part:]))
+            before, after = (
+                statistics.fmean(step["entropy"] for step in some)
+                for some in (steps[:part], steps[-part:])
+            )
+            undecided.append(after / before)
+        gains = [b - a for a, b in zip(first, last, strict=True)]
+        rose = share([gain > 0 for gain in gains])
+        rows.append(
+            [
+                ARMS[arm],
+                spread(first),
+                spread(last),
+                f"{spread(gains, 2)} ({rose})",
+                spread(undecided, 2),
+            ]
+        )
+    claim.table(
+        "Reward of the answers that are sampled, first and last fifth of the steps",
+        ["", "first", "last", "gain", "entropy, last over first"],
+        rows,
     )
 
 
