@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 import torch
 
-from postlude.errors import OutputExistsError, SettingsError
+from postlude.errors import CheckpointError, OutputExistsError, SettingsError
+from postlude.runs.loading import load
 from postlude.zoo.audio_llm import build, build_processor, make
 from postlude.zoo.speech_answers import ALL, LONG_QUESTION, question
 
@@ -63,6 +64,11 @@ def test_make(tmp_path: Path) -> None:
     assert made["bytes"] == (tmp_path / "out" / "model.safetensors").stat().st_size
     with pytest.raises(OutputExistsError, match="--overwrite"):
         make(tmp_path / "out")
+
+
+def test_the_name_says_how_it_is_made() -> None:
+    with pytest.raises(CheckpointError, match=r"postlude\.zoo\.audio_llm make -o DIR"):
+        load("zoo:audio-llm")
 
 
 def test_bad_settings(processor: Any) -> None:

@@ -10,9 +10,12 @@ from pathlib import Path
 
 from postlude.errors import UnknownNameError
 
-__all__ = ["MODELS", "checkpoint_path"]
+__all__ = ["MADE", "MODELS", "checkpoint_path"]
 
 MODELS = ("tiny-lm", "tiny-dit", "tiny-dit-flow")
+
+MADE = {"audio-llm": "python -m postlude.zoo.audio_llm make -o DIR"}
+"""Models that do not come with Postlude, and the command that makes them."""
 
 
 def checkpoint_path(name: str) -> Path:
