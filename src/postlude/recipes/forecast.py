@@ -105,7 +105,7 @@ class _Model:
 class _Cost:
     """Operations, bytes held, bytes written, the model that comes out, what is not counted, and whether ranks share.
 
-    ``most`` is how many ranks can share, 0 for any number; ``divided`` are the bytes that each rank holds a part of only,
+    ``most`` is how many ranks can share, 0 for any number; ``divided`` are the bytes of which each rank holds a part,
     if the run is sharded.
     """
 

@@ -437,8 +437,9 @@ def _readable(token: str) -> str:
 def svg(figure: Figure, identifier: str, alt: str) -> str:
     """The drawing as an element of an HTML page: no declarations, ids of its own, a text for screen readers."""
     # As savefig(transparent=True), which draws everything once more to place it.
-    for part in (figure, *figure.axes):
-        part.patch.set_visible(False)
+    figure.patch.set_visible(False)
+    for axes in figure.axes:
+        axes.patch.set_visible(False)
     engine = figure.get_layout_engine()
     if engine is not None:
         engine.execute(figure)
