@@ -91,7 +91,7 @@ def test_a_seed_is_given_to_every_stage_that_has_none(tmp_path: Path) -> None:
         ("samples: 4", "samples: many", r"line 10: `samples` of `quantize` is 'many': .*valid integer"),
         ("check: false", "check: maybe", r"line 11: `check` of `quantize` is 'maybe'"),
         ("method: offq", "method: ofq", r"line 8: No quantize method named 'ofq'. Did you mean 'offq'"),
-        ("quantize: ${model}", "quantise: ${model}", r"line 6: .*no command; expected one. Did you mean 'quantize'"),
+        ("quantize: ${model}", "quantise: ${model}", r"line 7: there is no command 'quantise'. .* 'quantize'"),
         ("quantize: ${model}", "quantize: [a, b]", r"line 7: `quantize` takes the arguments CHECKPOINT; found 2"),
         ("evaluate: ${small}", "evaluate: ${smal}", r"line 14: \$\{smal\} is neither .* mean 'small'"),
         ("evaluate: ${small}", "evaluate: ${update}", r"line 14: \$\{update\} is neither"),
@@ -103,7 +103,8 @@ def test_a_seed_is_given_to_every_stage_that_has_none(tmp_path: Path) -> None:
         ("  quality:", "  model:", r"line 13: 'model' is the name of a variable, too"),
         ("name: four bits", "nam: four bits", r"line 1: A recipe has no 'nam'. Did you mean 'name'"),
         ("  bits: w4a8", "  bits:", r"line 4: the variable 'bits' has no value: give one \(--set bits=VALUE\)"),
-        ("    samples: 4", "    output: elsewhere", r"line 10: `quantize` has no 'output'"),
+        ("    samples: 4", "    output: elsewhere", r"line 10: a stage has no `output`: .*stages/small/"),
+        ("quantize: ${model}", "frobnicate: 1", r"line 6: stage 'small' has no command; expected one of .*evaluate"),
         ("stages:", "stages: []\nother:", r"other"),
     ],
 )  # fmt: skip
@@ -118,7 +119,7 @@ def test_a_mistake_is_named_with_its_line(tmp_path: Path, old: str, new: str, me
     [
         ("", "found an empty file"),
         ("- a", "found list"),
-        ("a: [", "is not YAML"),
+        ("a: [", r"yaml, line 1, column 5: not YAML"),
         ("stages: {}", "at least one stage"),
         ("a: !!python/object/apply:os.system [true]", "recipe has no 'a'"),
     ],
@@ -131,5 +132,24 @@ def test_what_is_no_recipe_is_refused(tmp_path: Path, text: str, message: str) -
 def test_a_variable_that_is_not_there_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"has no variable 'modle'\. Did you mean 'model'"):
         recipe(tmp_path, GOOD, modle="x")
-    with pytest.raises(DataError, match="cannot be read as a recipe"):
-        read(tmp_path / "absent.yaml", COMMANDS)
+    (tmp_path / "recipe.yaml").write_text(GOOD)
+    with pytest.raises(DataError, match=r"no recipe .*recipes.yaml. Did you mean 'recipe.yaml'"):
+        read(tmp_path / "recipes.yaml", COMMANDS)
+    with pytest.raises(DataError, match="cannot be read as a recipe: Is a directory"):
+        read(tmp_path, COMMANDS)
+
+
+def test_every_stage_with_a_mistake_is_named_at_once(tmp_path: Path) -> None:
+    text = GOOD.replace("samples: 4", "sampels: 4").replace("text: wiki.txt", "text: wikki.txt")
+    with pytest.raises(DataError, match=r"'sampels'.*\n.*'wikki.txt'") as caught:
+        recipe(tmp_path, text)
+    # What a stage with a mistake would have made is no mistake of the stages that read it.
+    assert len(str(caught.value).splitlines()) == 2
+
+
+def test_every_variable_without_a_value_is_named_at_once(tmp_path: Path) -> None:
+    text = GOOD.replace("  bits: w4a8", "  bits:\n  text:")
+    with pytest.raises(
+        DataError, match=r"'bits' and 'text' have no values: .*--set bits=VALUE --set text=VALUE"
+    ):
+        recipe(tmp_path, text)

@@ -168,6 +168,14 @@ def _forecast_view(plan: Forecasts) -> object:
         if one.fits is False:
             why.insert(0, "more memory than that machine has")
         table.add_row(one.stage, *cells, "done before" if one.done else "; ".join(why))
+    left = [one for one in plan.stages if not one.done]
+    table.add_row(
+        "in all" if all(one.seconds is not None for one in left) else "in all, of these",
+        duration(sum(one.seconds or 0 for one in left)),
+        "",
+        decimal(int(sum(one.bytes or 0 for one in left))),
+        style="bold",
+    )
     commands = Text("\n" + "\n".join(one.command for one in plan.stages), style="dim")
     note = f"\nAn order of magnitude, on {plan.machine}. Nothing was run."
     return Group(table, note, commands)

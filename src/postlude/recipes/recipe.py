@@ -110,9 +110,13 @@ def read(
     file = Path(path)
     try:
         text = file.read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        near = _nearest(file.name, sorted(one.name for one in file.parent.glob("*.y*ml")))
+        raise DataError(f"there is no recipe {file}{near}") from error
     except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
         raise DataError(
-            f"{file} cannot be read as a recipe: {error}. Expected a YAML file."
+            f"{file} cannot be read as a recipe: {reason}. Expected a YAML file."
         ) from error
     return _Reader(file, text, commands, seed).recipe(variables or {})
 
@@ -124,6 +128,7 @@ class _Reader:
         self._file, self._text, self._commands, self._seed = file, text, commands, seed
         self._lines: dict[tuple[Any, ...], int] = {}
         self._nodes = 0
+        self._failed: set[str] = set()
 
     def _error(self, where: tuple[Any, ...], message: str) -> DataError:
         while where and where not in self._lines:
@@ -138,6 +143,7 @@ class _Reader:
         if not isinstance(stages, dict) or not stages:
             raise self._error(("stages",), "expected `stages:` with at least one stage under it.")
         done: dict[str, Stage] = {}
+        problems: list[DataError] = []
         for name, value in stages.items():
             if not isinstance(name, str) or not _NAME.fullmatch(name):
                 raise self._error(
@@ -149,7 +155,15 @@ class _Reader:
                 raise self._error(
                     ("stages", name), f"{name!r} is the name of a variable, too; rename one."
                 )
-            done[name] = self._stage(name, value, variables, done)
+            try:
+                done[name] = self._stage(name, value, variables, done)
+            except DataError as error:
+                self._failed.add(name)
+                problems.append(error)
+        if len(problems) == 1:
+            raise problems[0]
+        if problems:
+            raise DataError("\n".join(map(str, problems)))
         return Recipe(
             name=str(content.get("name") or self._file.stem),
             about=str(content.get("about") or ""),
@@ -162,6 +176,12 @@ class _Reader:
         try:
             node = yaml.compose(self._text, Loader=yaml.SafeLoader)
             content = None if node is None else self._value(node, ())
+        except yaml.MarkedYAMLError as error:
+            mark = error.problem_mark or error.context_mark
+            where = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+            raise DataError(
+                f"{self._file}{where}: not YAML: {error.problem or error.context}."
+            ) from error
         except yaml.YAMLError as error:
             raise DataError(f"{self._file} is not YAML: {error}") from error
         except RecursionError as error:
@@ -227,9 +247,13 @@ class _Reader:
                 raise DataError(f"{self._file} has no variable {name!r}{_nearest(name, list(own))}")
         missing = [name for name, value in own.items() if value is None and name not in given]
         if missing:
+            names = " and ".join(map(repr, missing))
+            how = " ".join(f"--set {name}=VALUE" for name in missing)
             raise self._error(
                 ("variables", missing[0]),
-                f"the variable {missing[0]!r} has no value: give one (--set {missing[0]}=VALUE).",
+                f"the variable {names} has no value: give one ({how})."
+                if len(missing) == 1
+                else f"the variables {names} have no values: give them ({how}).",
             )
         return {**own, **{name: self._given(name, value) for name, value in given.items()}}
 
@@ -259,8 +283,14 @@ class _Reader:
         calls = [key for key in value if key in self._commands]
         if len(calls) != 1:
             found = f"the commands {' and '.join(map(repr, calls))}" if calls else "no command"
-            near = "" if calls else _nearest(next(iter(value), ""), list(self._commands))
-            raise self._error(where, f"stage {name!r} has {found}; expected one{near or '.'}")
+            meant = next(iter(value), None)
+            if not calls and _close(meant, self._commands):
+                near = _nearest(meant, list(self._commands))
+                raise self._error((*where, meant), f"there is no command {meant!r}{near}")
+            raise self._error(
+                where,
+                f"stage {name!r} has {found}; expected one of {', '.join(sorted(self._commands))}.",
+            )
         command = self._commands[calls[0]]
         arguments = value[command.name]
         listed = (
@@ -300,6 +330,8 @@ class _Reader:
             if name in variables:
                 if value == f"${{{name}}}":
                     return variables[name]
+            elif name in self._failed:
+                continue
             elif name not in done:
                 known = [*variables, *done]
                 raise self._error(
@@ -334,6 +366,12 @@ class _Reader:
     def _check_options(self, stage: Stage) -> None:
         where = ("stages", stage.name)
         options = stage.command.options
+        if "output" in stage.options and stage.command.output:
+            raise self._error(
+                (*where, "output"),
+                f"a stage has no `output`: it writes under RUN/stages/{stage.name}/, and later stages read that as "
+                f"${{{stage.name}}}.",
+            )
         self._known(where, stage.options, [one.name for one in options], f"`{stage.command.name}`")
         try:
             stage.command.model().model_validate(dict(stage.options))
@@ -388,7 +426,11 @@ def _replaced(value: Any, values: Mapping[str, str]) -> Any:
 
 def _nearest(name: object, known: Sequence[str]) -> str:
     """The end of a message on a name that is not known."""
-    near = difflib.get_close_matches(str(name), known, n=1)
+    near = _close(name, known)
     if near:
         return f". Did you mean {near[0]!r}?"
     return f"; known: {', '.join(known)}." if known else "."
+
+
+def _close(name: object, known: Iterable[str]) -> list[str]:
+    return difflib.get_close_matches(str(name), list(known), n=1)
