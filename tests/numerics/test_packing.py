@@ -25,6 +25,15 @@ def test_layout_and_inverse(bits: int, width: int) -> None:
     assert torch.equal(unpack(packed, bits, width), codes)
 
 
+@pytest.mark.parametrize("bits", range(1, 9))
+@pytest.mark.parametrize("shape", [(0, 1), (0, 172), (3, 0), (0,)])
+def test_nothing_is_packed_as_nothing(bits: int, shape: tuple[int, ...]) -> None:
+    codes = torch.zeros(shape, dtype=torch.uint8)
+    packed = pack(codes, bits)
+    assert packed.shape == (*shape[:-1], packed_width(shape[-1], bits))
+    assert torch.equal(unpack(packed, bits, shape[-1]), codes)
+
+
 def test_wrong_sizes_are_refused() -> None:
     with pytest.raises(ValueError, match="1 to 8 bits"):
         pack(torch.zeros(4, dtype=torch.uint8), 9)

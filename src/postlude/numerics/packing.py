@@ -61,6 +61,8 @@ def unpack(packed: Tensor, bits: int, width: int) -> Tensor:
         )
     if bits == 8:
         return packed
+    if not packed.numel():  # PyTorch reads no bytes of nothing
+        return packed.new_empty(*packed.shape[:-1], width)
     if bits == 4 and sys.byteorder == "little":
         return _nibbles(packed)[..., :width].contiguous()
     padded = torch.nn.functional.pad(packed, (0, -packed.shape[-1] % chunk_bytes))
