@@ -58,10 +58,8 @@ def test_floats(tmp_path: Path, bits: int) -> None:
     (tmp_path / "a.wav").write_bytes(riff(data, 3, 1, RATE, bits))
     found = read_wav(tmp_path / "a.wav")
     np.testing.assert_allclose(found.samples, 4 * TONE, rtol=1e-6)
-    assert (
-        found.converted[0].startswith(f"{bits}-bit floats")
-        and "beyond full scale" in found.converted[1]
-    )
+    (said,) = found.converted
+    assert "beyond full scale" in said
 
 
 def test_the_extensible_header_and_a_length_that_a_pipe_did_not_know(tmp_path: Path) -> None:

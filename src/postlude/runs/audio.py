@@ -59,7 +59,7 @@ class Recording:
     Attributes:
         samples: ``float32 [n]``, full scale is 1.
         rate: samples per second, always :data:`RATE`.
-        converted: what had to be changed to get there, in words; empty for a 16 kHz mono 16-bit file.
+        converted: what had to be changed to get there, in words; empty for a 16 kHz mono file of 16 bits or floats.
     """
 
     samples: Samples
@@ -270,15 +270,20 @@ def _table(path: Path) -> Path:
         raise DataError(f"there is no folder or file {path}; expected clips with {LABELS}")
     if (path / LABELS).is_file():
         return path / LABELS
+    inner = [f.parent for f in sorted(path.glob(f"*/{LABELS}"))]
+    if inner:
+        # What lies beside sets of clips, such as how they were made, is no table of labels.
+        names = ", ".join(one.name for one in inner)
+        raise DataError(
+            f"{path} holds no {LABELS}; it has clips below it: {names}. Give the path of one, for example {inner[0]}"
+        )
     found = [f for f in sorted(path.iterdir()) if f.suffix in _TABLES and f.is_file()]
     if len(found) == 1:
         return found[0]
     if found:
         names = ", ".join(f.name for f in found)
         raise DataError(f"{path} holds several tables ({names}); give the path of one")
-    inner = [f.parent.name for f in sorted(path.glob(f"*/{LABELS}"))]
-    advice = f"; it has clips below it: {', '.join(inner)}. Give the path of one" if inner else ""
-    raise DataError(f"{path} holds no {LABELS} and no other table ({', '.join(_TABLES)}){advice}")
+    raise DataError(f"{path} holds no {LABELS} and no other table ({', '.join(_TABLES)})")
 
 
 def _rows(table: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:

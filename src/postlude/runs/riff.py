@@ -78,13 +78,11 @@ def decode(file: Path, longest: float) -> tuple[NDArray[np.float64], int, list[s
     if not length // frame:
         raise DataError(f"{file} holds no samples; expected {SHORTEST} s or more")
     check_length(file, length // frame / rate, longest)
-    converted = [] if (code, bits) == (_PCM, 16) else [_said(code, bits)]
+    # Floats stay what they are.
+    usual = code == _FLOAT or bits == 16
+    converted = [] if usual else [f"{bits}-bit integers to floats of full scale 1"]
     samples = _decode(content[start : start + length // frame * frame], code, bits)
     return samples.reshape(-1, channels), rate, converted
-
-
-def _said(code: int, bits: int) -> str:
-    return f"{bits}-bit {'integers' if code == _PCM else 'floats'} to floats of full scale 1"
 
 
 def _decode(content: bytes, code: int, bits: int) -> NDArray[np.float64]:

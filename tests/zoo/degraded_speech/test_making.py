@@ -208,8 +208,29 @@ def test_the_command_and_a_kill(
     assert [row["completion"] for row in answers] == [
         write(assessment_of(clip.columns)) for clip in clips["train"]
     ]
+    scores = lines(tmp_path / "a/train/scores.jsonl")
+    for row, whole_answer in zip(scores, answers, strict=True):
+        assert row["completion"] == whole_answer["completion"].split(" | ")[0]
+        assert {**row, "completion": 0} == {**whole_answer, "completion": 0}
     open_ = lines(tmp_path / "a/train/reinforce.jsonl")
     assert "completion" not in open_[0] and open_[0]["Distortion"] == one.scores["Distortion"]
+
+
+def test_the_command_says_who_speaks_and_what_comes_next(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("POSTLUDE_DATA", str(tmp_path / "nothing"))
+    monkeypatch.setattr(Espeak, "available", staticmethod(lambda: True))
+    out = tmp_path / "two words"
+    assert command.main(["data", "--n", "5", "--source", "toy", "-o", str(out)]) == 0
+    shown = capsys.readouterr().out
+    assert "speakers: toy\n" in shown and "left out: espeak (they are here: --source" in shown
+    assert "left out: digits (there is no fsdd_recordings.tar.gz in POSTLUDE_DATA: give" in shown
+    assert f"postlude tune random/ '{out}/train'/scores.jsonl -o calibrated/" in shown
+    assert f"evaluate speech calibrated/ --data '{out}/test'" in shown
+    # The folder of both sets is no set, and its other file no table of labels.
+    with pytest.raises(DataError, match=r"has clips below it: test, train\. Give .*test"):
+        read_clips(out)
 
 
 def test_the_command_refuses(

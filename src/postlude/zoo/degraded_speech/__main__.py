@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -18,11 +19,13 @@ from postlude.zoo.degraded_speech.making import Maker
 from postlude.zoo.degraded_speech.voices import Digits, Espeak, Source, Toy, find_digits
 from postlude.zoo.speech_answers import answer_pair, calibration_pairs
 
-__all__ = ["main", "make_sets", "speakers"]
+__all__ = ["left_out", "main", "make_sets", "speakers"]
 
 _ABOUT = "about.json"
 _UNFINISHED = "labels.part"
 _TEST = 0.2
+_NO_ESPEAK = "there is no espeak-ng on this machine: apt-get install espeak-ng"
+_NO_DIGITS = "there is no fsdd_recordings.tar.gz in POSTLUDE_DATA: give --digits PATH"
 _NOWHERE = (
     "there is no espeak-ng on this machine and no fsdd_recordings.tar.gz in POSTLUDE_DATA: apt-get install espeak-ng, "
     "give --digits PATH, or take --source toy, whose syllables are nobody's"
@@ -50,6 +53,20 @@ def speakers(choice: str, digits: Path | None = None) -> list[Source]:
     if not found:
         raise DataError(_NOWHERE)
     return found
+
+
+def left_out(sources: Sequence[Source], digits: Path | None = None) -> list[str]:
+    """Speakers that a set does without, why, and how to have them."""
+    there = {
+        Espeak.name: None if Espeak.available() else _NO_ESPEAK,
+        Digits.name: None if digits or find_digits() else _NO_DIGITS,
+    }
+    names = {source.name for source in sources}
+    return [
+        f"{name} ({missing or 'they are here: --source both'})"
+        for name, missing in there.items()
+        if name not in names
+    ]
 
 
 def make_sets(
@@ -142,17 +159,22 @@ def _finished(file: Path) -> Iterator[dict[str, Any]]:
 
 
 def _write_questions(folder: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """What a model is tuned on: questions about one score, about everything, and about everything without answers."""
-    short, long, open_ = [], [], []
+    """What a model is tuned on.
+
+    A question about one score; the question about everything, answered by the scores, by everything, and not at all.
+    """
+    short, scored, long, open_ = [], [], [], []
     for row in rows:
         audio = {"audio": f"wav/{row['id']}.wav"}
         for _, asked, answer in calibration_pairs(row):
             short.append({**audio, "prompt": asked, "completion": answer})
         asked, answer = answer_pair(row)
         long.append({**audio, "prompt": asked, "completion": answer})
+        scored.append({**audio, "prompt": asked, "completion": answer.partition(" |")[0]})
         told = {name: row[name] for name in row if name not in ("words", "artifacts")}
         open_.append({**audio, "prompt": asked, **told})
-    for name, lines in (("calibration", short), ("answers", long), ("reinforce", open_)):
+    files = {"calibration": short, "scores": scored, "answers": long, "reinforce": open_}
+    for name, lines in files.items():
         _write_lines(folder / f"{name}.jsonl", lines)
 
 
@@ -201,20 +223,38 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
     options = _parser().parse_args(arguments)
     try:
+        sources = speakers(options.source, options.digits)
         result = make_sets(
             options.out,
             options.n,
             options.seed,
-            speakers(options.source, options.digits),
+            sources,
             codecs=options.codecs,
             progress=Progress(show=True),
         )
     except PostludeError as error:
         print(f"postlude: {error}", file=sys.stderr)
         return error.exit_code
-    lines = [f"{name}: {value}" for name, value in result.items()]
-    print(json.dumps(result) if options.json else "\n".join(lines))
+    if options.json:
+        print(json.dumps(result))
+        return 0
+    lines = [f"{name}: {value}" for name, value in result.items() if name != "sources"]
+    lines.append(f"speakers: {', '.join(result['sources'])}")
+    lines += [f"left out: {one}" for one in left_out(sources, options.digits)]
+    print("\n".join([*lines, "", *_next(options.out)]))
     return 0
+
+
+def _next(out: Path) -> list[str]:
+    """What to do with the sets."""
+    train, test = (shlex.quote(str(out / split)) for split in ("train", "test"))
+    return [
+        "Next, a small model that hears, and its calibration (docs/speech.md goes on from there):",
+        "  python -m postlude.zoo.audio_llm make -o random/ --seed 0",
+        f"  postlude tune random/ {train}/scores.jsonl -o calibrated/ --steps 1000 --batch-size 16 "
+        "--learning-rate 1e-3 --warmup 0.05",
+        f"  postlude evaluate speech calibrated/ --data {test}",
+    ]
 
 
 if __name__ == "__main__":
