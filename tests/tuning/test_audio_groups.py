@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import io
 import json
 import re
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 from postlude.errors import DataError, SettingsError
 from postlude.runs.audio import write_wav
 from postlude.runs.checkpoint import Checkpoint
+from postlude.runs.progress import Progress
 from postlude.surgery.anatomy import anatomy_of
 from postlude.tuning.audio_groups import AudioGroups
 from postlude.tuning.credit import token_dimensions
@@ -151,10 +153,17 @@ def test_equal_rewards_teach_nothing_but_the_divergence(
     with torch.no_grad():
         other.model.lm_head.weight.mul_(1.5)
     for beta, learns in ((0.0, False), (0.5, True)):
+        told = io.StringIO()
         job = make_job(checkpoint, data, steps=1, reference=other)
+        job = dataclasses.replace(job, progress=Progress(show=True, stream=told))
         found = GRPO("speech-verifiable", **SMALL, beta=beta, credit=credit).train(job)
         assert found.log[0]["zero_variance_groups"] == 1
         assert found.log[0]["zero_variance_dimensions"] == 1
+        assert found.log[0]["unreadable_answers"] == 1
+        assert "no answer of the first step could be read" in told.getvalue()
+        # All clips have the same columns: who says that of each of them is right.
+        assert found.result["baseline_answer"] == RIGHT
+        assert found.result["baseline_reward"] == pytest.approx(1.1)
         assert (found.log[0]["gradient_norm"] > 0) == learns
 
 
@@ -295,6 +304,7 @@ def test_what_is_refused(checkpoint: Checkpoint, data: Path, tmp_path: Path) -> 
         ({"audio": "../0.wav", "prompt": "x"}, r"outside of"),
         ({"audio": "0.wav", "prompt": "x", "prompts": 1}, r"has a column 'prompts'"),
         ({"audio": "0.wav", "prompt": "x"}, r"line 5: .* has no column 'Background noise'"),
+        ({"audio": "0.wav", "prompt": "x", "completion": "y"}, r"Take reinforce.jsonl, which has them"),
         ({"audio": "0.wav", "prompt": "x", **COLUMNS, "Noise Description": "hum 2-1s"}, r"is 'hum 2-1s'"),
     ],
 )  # fmt: skip

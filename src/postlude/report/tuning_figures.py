@@ -22,7 +22,7 @@ class Kind:
 
     Points are means over so many steps that no more than ``places`` of them stand beside each other. With a ``top``
     the axis goes from 0 to it, or to the largest value for 0. A log with one of the columns ``without`` does not have
-    the figure.
+    the figure. Lines that are all the same are drawn as one where they are ``merged``.
     """
 
     identifier: str
@@ -33,6 +33,7 @@ class Kind:
     top: float | None = None
     without: str = ""
     places: int = _PLACES
+    merged: bool = True
 
 
 _KINDS = (
@@ -109,10 +110,12 @@ _KINDS = (
             "zero_variance_groups": "groups of equal rewards",
             "zero_variance_dimensions": "the same by dimension",
             "truncated_completions": "answers cut off",
+            "unreadable_answers": "answers not readable",
         },
         "share",
         "A group whose answers all got the same reward has no better and no worse one.",
         top=1,
+        merged=False,
     ),
     Kind(
         "speed",
@@ -211,6 +214,7 @@ def _by_dimension(names: Sequence[str]) -> list[Kind]:
             "What each dimension got. One that stays at 0 or 1 is the same for all answers, and teaches nothing.",
             top=1,
             places=_FEW,
+            merged=False,
         )
         for at, (start, end) in enumerate(zip(starts, ends, strict=False))
     ]

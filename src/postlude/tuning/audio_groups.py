@@ -46,6 +46,8 @@ from postlude.tuning.prompts import Prompt
 from postlude.tuning.recordings import AUDIO, Recordings, audio_path
 from postlude.tuning.rewards import GIVEN, Dimensioned, Reward
 from postlude.tuning.run import Job
+from postlude.tuning.speech_baseline import NOTHING_READ, unreadable
+from postlude.tuning.speech_rewards import SpeechReward
 from postlude.tuning.trainer import arguments, joined, only, seeded
 
 if TYPE_CHECKING:
@@ -302,6 +304,8 @@ class AudioGroups(on_trl.OnTRL):
                 means = shown.mean(0).tolist()
                 for name, mean in zip(reward.function.dimensions, means, strict=True):
                     numbers[f"{DIMENSION}.{name}"] = mean
+            if isinstance(reward.function, SpeechReward):
+                numbers["unreadable_answers"] = unreadable(said)
         generations = settings.generations
         spread = totals.unflatten(0, (-1, generations)).std(1)
         numbers |= {
@@ -384,6 +388,8 @@ class AudioGroups(on_trl.OnTRL):
         means = torch.tensor([[one[name] for name in names] for one in found], dtype=torch.float64)
         every = self.accelerator.gather(means.mean(0)[None].to(self.args.device)).mean(0).tolist()
         row |= dict(zip(names, every, strict=True))
+        if self.state.global_step == 1 and row.get("unreadable_answers") == 1:
+            self._progress.log(NOTHING_READ)
         now = time.monotonic()
         # Also of a further pass over the same answers: what is learned from in a second.
         row["answers_per_second"] = self._asked * self.args.world_size / (now - self._started)

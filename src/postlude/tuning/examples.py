@@ -388,7 +388,8 @@ def _about_recording(tokenizer: Any, row: Row, recordings: Recordings | None) ->
         )
     if not {"prompt", "completion"} <= row.fields.keys():
         raise DataError(
-            f'{row.where} has keys {sorted(row.fields)}; expected "{AUDIO}", "prompt" and "completion".'
+            f'{row.where} has keys {sorted(row.fields)}; expected "{AUDIO}", "prompt" and "completion". Questions '
+            "without an answer, such as reinforce.jsonl, are for --objective grpo; answers are in answers.jsonl."
         )
     prompt, completion = _string(row, "prompt"), _string(row, "completion")
     listener, features = recordings.listener, recordings.read(row)

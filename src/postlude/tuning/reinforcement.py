@@ -45,6 +45,8 @@ from postlude.tuning.audio_groups import DIMENSION
 from postlude.tuning.prompts import Prompt, read_prompts
 from postlude.tuning.rewards import GIVEN, NAMED, Dimensioned, Reward, find_reward, parse_reward
 from postlude.tuning.run import Job, Objective, Outcome
+from postlude.tuning.speech_baseline import reward_without_ears
+from postlude.tuning.speech_rewards import SpeechReward
 from postlude.tuning.trl_groups import Rollouts
 
 __all__ = ["GRPO", "Reward", "Rollouts", "find_reward", "parse_reward"]
@@ -199,7 +201,14 @@ class GRPO(Objective):
                 try:
                     reward.function.check(one.columns)
                 except DataError as error:
-                    raise DataError(f"The reward {reward.name}, {one.where}: {error}") from error
+                    # The long answers hold the same questions without the columns.
+                    answered = (
+                        isinstance(reward.function, SpeechReward) and "completion" in one.columns
+                    )
+                    advice = ". Take reinforce.jsonl, which has them" if answered else ""
+                    raise DataError(
+                        f"The reward {reward.name}, {one.where}: {error}{advice}"
+                    ) from error
 
     def _check_sizes(self, job: Job, prompts: Sequence[Prompt]) -> None:
         limit = on_trl.length_limit(job)
@@ -238,11 +247,20 @@ class GRPO(Objective):
             "completion_length": on_trl.mean(rows, "completion_length", 10),
             "zero_variance_groups": on_trl.mean(rows, "zero_variance_groups"),
             "answers_per_second": on_trl.mean(rows, "answers_per_second"),
+            **self._without_ears(rewards, prompts),
             "steps": len(rows),
             "prompts": len(prompts),
             "samples": samples,
         }
         return Outcome(result, rows)
+
+    def _without_ears(self, rewards: Sequence[Reward], prompts: Sequence[Prompt]) -> dict[str, Any]:
+        """What saying the same of every clip would get; nothing where another model has to judge that."""
+        function = rewards[0].function
+        if len(rewards) > 1 or not isinstance(function, SpeechReward) or self.sentence_encoder:
+            return {}
+        answer, value = reward_without_ears(function, [one.columns for one in prompts])
+        return {"baseline_answer": answer, "baseline_reward": value * rewards[0].weight}
 
     def reference(self, job: Job) -> Any:
         """The frozen model; None where there is no divergence, or where the adapters are switched off for it."""
