@@ -34,7 +34,6 @@ import torch
 import postlude as pl
 from _claim import Claim, share, spread
 from postlude.evaluation.speech import ask, evaluate_speech
-from postlude.runs.atomic import atomic_write
 from postlude.runs.audio import Clip, read_clips
 from postlude.runs.checkpoint import Checkpoint
 from postlude.runs.directory import RunDirectory
@@ -46,6 +45,7 @@ from postlude.zoo.degraded_speech.voices import Toy
 from postlude.zoo.speech_answers import PARTS, SCORES
 
 CALIBRATION = TuneRun(steps=300, batch_size=16, learning_rate=1e-3)
+LONGER = dataclasses.replace(CALIBRATION, steps=1000)
 LONG = TuneRun(steps=300, batch_size=16, learning_rate=1e-3)
 GROUPS = TuneRun(steps=150, batch_size=16, learning_rate=1e-4)
 REINFORCED = GRPO(reward=("speech-verifiable",), generations=4, max_new_tokens=60, beta=0.04)  # type: ignore[arg-type]
@@ -53,6 +53,8 @@ REINFORCED = GRPO(reward=("speech-verifiable",), generations=4, max_new_tokens=6
 ARMS = {
     "calibrated": "calibration alone",
     "frozen": "calibration alone, encoder frozen",
+    "calibrated-longer": "calibration alone, longer",
+    "frozen-longer": "calibration alone, longer, encoder frozen",
     "half": "long answers alone, half as many steps",
     "alone": "long answers alone",
     "alone-dimension": "long answers alone, GRPO by dimension",
@@ -109,13 +111,16 @@ class Bench:
 
     def model(self, arm: str, seed: int) -> Path:
         """The directory of an arm's model, with all that it is made from."""
-        self._write_scores()
         scores, long_answers = (self.data / "train" / f"{n}.jsonl" for n in ("scores", "answers"))
         start = self.models / f"random-{seed}"
         if not (start / "config.json").is_file():
             audio_llm.make(start, seed)
         if arm == "frozen":
             return self.tuned(arm, seed, start, scores, "sft", CALIBRATION, encoder="frozen")
+        if arm == "calibrated-longer":
+            return self.tuned(arm, seed, start, scores, "sft", LONGER)
+        if arm == "frozen-longer":
+            return self.tuned(arm, seed, start, scores, "sft", LONGER, encoder="frozen")
         new = self.more / "train" / "reinforce.jsonl"
         if arm == "half":
             return self.tuned(arm, seed, start, long_answers, "sft", LONG)
@@ -141,15 +146,6 @@ class Bench:
         columns = {name: [clip.columns[name] for clip in clips] for name in clips[0].columns}
         (reward,) = REINFORCED.rewards()
         return statistics.fmean(reward([one.texts[0] for one in heard], columns))
-
-    def _write_scores(self) -> None:
-        """Long answers up to where the scores end."""
-        whole = (self.data / "train" / "answers.jsonl").read_text(encoding="utf-8")
-        rows = [json.loads(line) for line in whole.splitlines()]
-        for row in rows:
-            row["completion"] = row["completion"].partition(" |")[0]
-        with atomic_write(self.data / "train" / "scores.jsonl") as path:
-            path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
     def measure(self, arm: str, seed: int) -> Mapping[str, float]:
         """Numbers of an arm on the clips for testing."""
@@ -188,15 +184,15 @@ def main() -> None:
             make_sets(folder, clips, seed, sources, progress=claim.progress)
         found: dict[str, list[dict[str, float]]] = {arm: [] for arm in ARMS}
         # First what the others rest on.
-        late = ("frozen", "half", "alone-dimension")
+        late = ("frozen", "half", "alone-dimension", "calibrated-longer", "frozen-longer")
         chains = [(seed, arm) for seed in claim.seeds for arm in ARMS if arm not in late]
         for seed, arm in [*chains, *((seed, arm) for seed in claim.seeds for arm in late)]:
             found[arm].append(_measured(claim, kept, bench, arm, seed))
     claim.say(
         f"{clips - clips // 5} clips of {' and '.join(settings['sources'])} for training, {clips // 5} with other "
-        f"voices and sentences for testing. Calibration {CALIBRATION.steps} steps, long answers {LONG.steps} (alone "
-        f"{(CALIBRATION.steps or 0) + (LONG.steps or 0)}), GRPO {GROUPS.steps} steps of {GROUPS.batch_size} answers, "
-        f"{REINFORCED.generations} to a clip, on as many other clips as were learned."
+        f"voices and sentences for testing. Calibration {CALIBRATION.steps} steps, longer {LONGER.steps}; long answers "
+        f"{LONG.steps}, alone {(CALIBRATION.steps or 0) + (LONG.steps or 0)}; GRPO {GROUPS.steps} steps of "
+        f"{GROUPS.batch_size} answers, {REINFORCED.generations} to a clip, on as many other clips as were learned."
     )
     _tables(claim, found)
     _sampled(claim, bench)
@@ -234,7 +230,7 @@ def _tables(claim: Claim, found: Mapping[str, Sequence[Mapping[str, float]]]) ->
     rows = [
         [ARMS[arm], *(_over(found[arm], column) for column in [*columns, "reward"])]
         for arm in ARMS
-        if arm not in ("calibrated", "frozen")
+        if not arm.startswith(("calibrated", "frozen"))
     ]
     always = [_over(found["long"], f"always_{column}") for column in columns]
     claim.table(
@@ -295,6 +291,7 @@ def _verdicts(claim: Claim, found: Mapping[str, Sequence[Mapping[str, float]]]) 
         ("GRPO by dimension against one reward", "dimension", "answer"),
         ("GRPO by dimension without calibration against none", "alone-dimension", "alone"),
         ("a trained encoder against a frozen one", "calibrated", "frozen"),
+        ("the same, longer", "calibrated-longer", "frozen-longer"),
     )
     rows = []
     for name, better, worse in pairs:
@@ -303,7 +300,9 @@ def _verdicts(claim: Claim, found: Mapping[str, Sequence[Mapping[str, float]]]) 
             gains = [
                 a[number] - b[number] for a, b in zip(found[better], found[worse], strict=True)
             ]
-            if any(math.isnan(gain) for gain in gains):
+            # What speaks of no artifact cannot be rewarded for them.
+            silent = number == "reward" and better.startswith("calibrated")
+            if silent or any(math.isnan(gain) for gain in gains):
                 row.append("")
                 continue
             row.append(f"{spread(gains, 2)} ({share([gain > 0 for gain in gains])})")
