@@ -37,6 +37,9 @@ def test_fit_and_render(picture: Path, tmp_path: Path, postlude_command: Any) ->
     drawn = postlude_command("render", out, "-o", tmp_path / "b.png", "--scale", 2, "--json")
     assert (drawn.code, drawn.json["size"]) == (0, [24, 20])
     assert read_picture(tmp_path / "b.png").size == (24, 20)
+    person = postlude_command("fit", picture, "-o", tmp_path / "c.inr", *WORDS, "--bits", 6).out
+    for words in ("12 x 10 pixels", " dB", " MiB", "32, 6, 6, 6, 6, 6 a number"):
+        assert words in person
     again = postlude_command("fit", picture, "-o", out, *WORDS)
     assert again.code == 2
     assert "already exists" in again.err

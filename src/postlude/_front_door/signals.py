@@ -146,6 +146,7 @@ def fit(
             made_by = {"postlude": postlude.__version__, "steps": training.steps, "seed": seed}
             stored = encode(network, seen, coding, made_by=made_by, seed=seed, progress=shown)
             points = curve(network, seen, seed=seed, progress=shown) if html is not None else []
+            quality = evaluate(network, seen, shown), stored_psnr(stored, seen, shown)
     except InputError:
         # The same call would fail again, and another one is another run.
         if out is not None:
@@ -153,8 +154,7 @@ def fit(
         raise
     fitted = Fitted(
         stored,
-        evaluate(network, seen),
-        stored_psnr(stored, seen),
+        *quality,
         memory,
         seen.notes,
         tuple(points),

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import shlex
 import sys
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from postlude.cli import _options as options
-from postlude.cli._output import Result, refuse_existing
+from postlude.cli._output import Result, refuse_existing, tables
 
 __all__ = ["fit", "render"]
 
@@ -101,9 +101,23 @@ def fit(
         progress=Progress(show=True),
     )
     page = {} if html is None else {"html": html}
-    return Result(
-        {"output": output, **fitted.to_dict(), **page, "seed": seed, "settings": settings}
-    )
+    value = {"output": output, **fitted.to_dict(), **page, "seed": seed, "settings": settings}
+    return Result(value, _with_units(value))
+
+
+def _with_units(value: dict[str, Any]) -> object:
+    """What a person sees: single values with their units."""
+    from rich.console import Group
+
+    shown = dict(value)
+    shown["size"] = "{} x {} pixels".format(*value["size"])
+    shown["numbers"] = f"{value['numbers']:,}"
+    for name in ("psnr_float", "psnr"):
+        shown[name] = f"{value[name]:.2f} dB"
+    shown["bits"] = f"{', '.join(f'{bits:g}' for bits in value['bits'])} a number, layer by layer"
+    shown["bytes"] = f"{value['bytes']:,}"
+    shown["predicted_memory"] = f"{value['predicted_memory'] / 2**20:.0f} MiB"
+    return Group(*tables(shown))
 
 
 def render(

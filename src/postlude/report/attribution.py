@@ -40,7 +40,7 @@ from postlude.attribution.engine import Attributor
 from postlude.attribution.index import Index
 from postlude.attribution.query import Answer
 from postlude.report.environment import environment
-from postlude.report.sheet import folded, style, template
+from postlude.report.sheet import finite, folded, style, template
 
 __all__ = ["page_of", "render"]
 
@@ -193,7 +193,7 @@ def _introduction(method: Results, index: Results, queries: Sequence[Results]) -
 
 def _query(number: int, query: Results) -> dict[str, Any]:
     hits = query.get("results") or []
-    largest = max((abs(hit["score"]) for hit in hits if _finite(hit.get("score"))), default=0.0)
+    largest = max((abs(hit["score"]) for hit in hits if finite(hit.get("score"))), default=0.0)
     tokens, full = _coloured(query.get("tokens") or [])
     return {
         "number": number,
@@ -209,7 +209,7 @@ def _query(number: int, query: Results) -> dict[str, Any]:
 
 def _verdict(query: Results, hits: Sequence[Results]) -> str | None:
     """How far the best example stands above the rest."""
-    if not hits or not query.get("deviation") or not _finite(query.get("mean")):
+    if not hits or not query.get("deviation") or not finite(query.get("mean")):
         return None
     above = (hits[0]["score"] - query["mean"]) / query["deviation"]
     sentence = (
@@ -233,7 +233,7 @@ def _hit(rank: int, hit: Results, query: Results, largest: float) -> dict[str, A
     asked, asked_full = _coloured(hit.get("query_tokens") or [])
     excerpt = _excerpt(tokens)
     above = None
-    if query.get("deviation") and _finite(query.get("mean")):
+    if query.get("deviation") and finite(query.get("mean")):
         above = f"{(hit['score'] - query['mean']) / query['deviation']:+.1f}".replace("-", _MINUS)
     return {
         "rank": rank,
@@ -304,7 +304,7 @@ def _excerpt(tokens: list[dict[str, str]]) -> dict[str, Any]:
 
 def _layers(layers: Mapping[str, float]) -> dict[str, Any] | None:
     """Bars in the order of the model, grouped by block; heights in percent of the drawing."""
-    values = {name: value for name, value in layers.items() if _finite(value)}
+    values = {name: value for name, value in layers.items() if finite(value)}
     if not values:
         return None
     high, low = max(0.0, *values.values()), min(0.0, *values.values())
@@ -367,9 +367,9 @@ def _facts(method: Results, index: Results, results: Results) -> list[tuple[str,
         rows.append(("kept curvature", _bytes(index["curvature_bytes"])))
     if index.get("layers"):
         rows.append(("layers", f"{index['layers']} linear layers"))
-    if _finite(index.get("seconds")):
+    if finite(index.get("seconds")):
         rows.append(("building took", f"{index['seconds']:.3g} s"))
-    if _finite(results.get("seconds")):
+    if finite(results.get("seconds")):
         rows.append(("this query took", f"{results['seconds']:.3g} s"))
     return rows
 
@@ -400,7 +400,7 @@ def _count(number: float) -> str:
 
 def _number(value: float, signed: bool = False) -> str:
     """Three digits, with a real minus; powers of ten where a plain number would be long."""
-    if not _finite(value):
+    if not finite(value):
         return "\u2013"
     sign = _MINUS if value < 0 else "+" if signed and value > 0 else ""
     size = abs(value)
@@ -409,7 +409,3 @@ def _number(value: float, signed: bool = False) -> str:
         power = str(exponent).replace("-", _MINUS)
         return f"{sign}{size / 10**exponent:.2f} \u00d7 10^{power}"
     return f"{sign}{size:,.0f}" if size >= 1000 else f"{sign}{size:.3g}"
-
-
-def _finite(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -20,13 +20,12 @@ The page loads nothing and runs no script. Every text from the results is escape
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from postlude.report.figures import error_figure, inside_figures
 from postlude.report.findings import findings
-from postlude.report.sheet import folded, style, template
+from postlude.report.sheet import finite, folded, style, template
 
 __all__ = ["render"]
 
@@ -99,9 +98,9 @@ def _introduction(results: Results) -> list[str]:
 def _verdict(methods: Sequence[Results]) -> str | None:
     """One sentence: which method lost least, and how much."""
     base = next(
-        (row for row in methods if row.get("baseline") and _finite(row.get("perplexity"))), None
+        (row for row in methods if row.get("baseline") and finite(row.get("perplexity"))), None
     )
-    rows = [row for row in methods if not row.get("baseline") and _finite(row.get("perplexity"))]
+    rows = [row for row in methods if not row.get("baseline") and finite(row.get("perplexity"))]
     if base is None or len(rows) < 2:
         return None
     rows.sort(key=lambda row: row["perplexity"])
@@ -116,7 +115,7 @@ def _verdict(methods: Sequence[Results]) -> str | None:
         f"{_perplexity(base['perplexity'])} of the float model; {worst['name']} lost most and ended at "
         f"{_perplexity(worst['perplexity'])}."
     )
-    near = [row for row in rows if _finite(row.get("kl"))]
+    near = [row for row in rows if finite(row.get("kl"))]
     if len(near) > 1:
         closest = min(near, key=lambda row: row["kl"])
         if closest is not best:
@@ -213,21 +212,19 @@ _COLUMNS = (
 
 def _table(methods: Sequence[Results], model: Results) -> dict[str, Any]:
     """Columns that some method has a number for, and the rows as text."""
-    columns = [
-        column for column in _COLUMNS if any(_finite(row.get(column.key)) for row in methods)
-    ]
+    columns = [column for column in _COLUMNS if any(finite(row.get(column.key)) for row in methods)]
     best = {}
     for column in columns:
         values = [
             row[column.key]
             for row in methods
-            if not row.get("baseline") and _finite(row.get(column.key))
+            if not row.get("baseline") and finite(row.get(column.key))
         ]
         if len(values) > 1:
             best[column.key] = column.show(column.best(values))
 
     def cell(row: Results, column: _Column) -> dict[str, Any]:
-        text = column.show(row[column.key]) if _finite(row.get(column.key)) else _NONE
+        text = column.show(row[column.key]) if finite(row.get(column.key)) else _NONE
         return {"text": text, "best": not row.get("baseline") and text == best.get(column.key)}
 
     dtype = model.get("stored_dtype")
@@ -306,7 +303,3 @@ def _notes(results: Results) -> list[str]:
             "between methods vary with the model, the seed and the text."
         )
     return notes
-
-
-def _finite(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

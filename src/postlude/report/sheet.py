@@ -1,13 +1,14 @@
-"""What every page is made with: its template, its style, and commands that fit its lines."""
+"""What every page is made with: its template, its style, commands that fit its lines, numbers that can be shown."""
 
 from __future__ import annotations
 
 import functools
+import math
 from pathlib import Path
 
 import jinja2
 
-__all__ = ["folded", "style", "template"]
+__all__ = ["finite", "folded", "style", "template"]
 
 _TEMPLATES = Path(__file__).parent / "templates"
 
@@ -38,3 +39,8 @@ def folded(command: str, width: int = 78) -> str:
         else:
             lines.append(word if number == 0 else f"    {word}")
     return " \\\n".join(lines)
+
+
+def finite(value: object) -> bool:
+    """Whether a value from JSON is a number that can be shown."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

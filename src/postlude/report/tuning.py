@@ -16,7 +16,7 @@ from typing import Any
 from postlude.report.environment import environment
 from postlude.report.figures import Figure
 from postlude.report.plots import Line, line_plot
-from postlude.report.sheet import style, template
+from postlude.report.sheet import finite, style, template
 from postlude.report.tuning_figures import Kind, kinds_of
 
 __all__ = ["evaluation", "headline", "render", "write"]
@@ -119,7 +119,7 @@ def _count(number: int, what: str) -> str:
 def _verdict(log: Sequence[Row]) -> str | None:
     """Where the loss started and ended."""
     name = next(one for one in _JUDGED if one == "loss" or all(one in row for row in log))
-    values = [row[name] for row in log if _finite(row.get(name))]
+    values = [row[name] for row in log if finite(row.get(name))]
     if len(values) < 4:
         return None
     part = max(1, len(values) // 10)
@@ -131,7 +131,7 @@ def _verdict(log: Sequence[Row]) -> str | None:
 
 def _figures(log: Sequence[Row]) -> list[Figure]:
     columns = {
-        name for row in log for name, value in row.items() if _finite(value) and name != "step"
+        name for row in log for name, value in row.items() if finite(value) and name != "step"
     }
     return [_figure(kind, log) for kind in kinds_of(log, columns)]
 
@@ -142,7 +142,7 @@ def _figure(kind: Kind, log: Sequence[Row]) -> Figure:
     lines = [
         Line(name, [_mean(group, column) for group in groups])
         for column, name in kind.columns.items()
-        if any(_finite(row.get(column)) for row in log)
+        if any(finite(row.get(column)) for row in log)
     ]
     if len(lines) > 1 and all(line.values == lines[0].values for line in lines):
         lines = lines[:1]
@@ -179,7 +179,7 @@ def _groups(log: Sequence[Row], places: int) -> list[Sequence[Row]]:
 
 
 def _mean(rows: Sequence[Row], column: str) -> float | None:
-    values = [row[column] for row in rows if _finite(row.get(column))]
+    values = [row[column] for row in rows if finite(row.get(column))]
     return math.fsum(values) / len(values) if values else None
 
 
@@ -217,7 +217,3 @@ def _text(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.4g}"
     return str(value)
-
-
-def _finite(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -49,9 +49,9 @@ class Point:
     psnr: float
 
 
-def stored_psnr(stored: Stored, picture: Picture) -> float:
+def stored_psnr(stored: Stored, picture: Picture, progress: Progress | None = None) -> float:
     """PSNR in dB of what a file shows, rounded to 8 bits as a picture file is."""
-    return _psnr(render(stored.network(), *stored.size), picture.pixels)
+    return _psnr(render(stored.network(), *stored.size, progress), picture.pixels)
 
 
 def curve(

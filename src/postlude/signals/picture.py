@@ -11,7 +11,7 @@ import dataclasses
 import itertools
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -209,30 +209,35 @@ def fit(
     )
 
 
-def evaluate(network: nn.Module, picture: Picture) -> float:
-    """PSNR in dB on the pixel grid, before values are rounded to 8 bits."""
+def evaluate(network: nn.Module, picture: Picture, progress: Progress | None = None) -> float:
+    """PSNR in dB on the pixel grid, before values are rounded to 8 bits; ``progress`` counts parts of the picture."""
     flat = picture.pixels.reshape(-1, picture.channels)
     error = 0.0
-    for place, part in _values(network, *picture.size):
+    for place, part in _values(network, *picture.size, progress):
         difference = part.double().clamp(0, 1) - flat[place].double() / 255
         error += float(difference.square().sum())
     return -10 * math.log10(error / flat.numel()) if error else math.inf
 
 
-def render(network: nn.Module, width: int, height: int) -> Tensor:
-    """The picture that a network is: ``uint8 [height, width, channels]``."""
+def render(network: nn.Module, width: int, height: int, progress: Progress | None = None) -> Tensor:
+    """The picture that a network is: ``uint8 [height, width, channels]``; ``progress`` counts parts of it."""
     parts = [
         part.clamp(0, 1).mul_(255).round_().to(torch.uint8)
-        for _, part in _values(network, width, height)
+        for _, part in _values(network, width, height, progress)
     ]
     return torch.cat(parts).reshape(height, width, -1)
 
 
 @torch.no_grad()
-def _values(network: nn.Module, width: int, height: int) -> Iterator[tuple[slice, Tensor]]:
+def _values(
+    network: nn.Module, width: int, height: int, progress: Progress | None = None
+) -> Iterator[tuple[slice, Tensor]]:
     """What a network says at every pixel, some at a time: their place, and ``[n, channels]`` on the CPU."""
     device = next(itertools.chain(network.parameters(), network.buffers())).device
-    for first in range(0, width * height, POINTS):
+    parts: Iterable[int] = range(0, width * height, POINTS)
+    if progress is not None:
+        parts = progress.iterate(parts, "judge the picture")
+    for first in parts:
         place = slice(first, min(first + POINTS, width * height))
         chosen = torch.arange(place.start, place.stop)
         yield place, network(points(chosen, width, height).to(device)).detach().cpu()
