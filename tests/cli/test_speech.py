@@ -78,8 +78,10 @@ def test_explain(
     }  # fmt: skip
     assert [row["present"] for row in found["artifacts"]] == [True, False, True]
     assert found["notes"] == [
-        "unnatural pause is said to last until 9.0 s, beyond the end of the recording at 0.60 s"
+        "unnatural pause is said to last until 9.0 s, beyond the end of the recording at 0.60 s",
+        "drop-outs have no times in this answer; they show in Continuity",
     ]
+    assert (found["picture"], found["html"]) == (str(picture), str(page))
     assert found["converted"] == [] and found["exact"] and found["unparsed"] == []
     assert picture.read_bytes().startswith(b"\x89PNG")
     text = page.read_text()
@@ -88,9 +90,16 @@ def test_explain(
     assert not re.search(r"(src|href)=\"(?!data:|#)", text)
     again = postlude_command("explain", recording, "--model", model, "-o", picture)
     assert again.code == 2 and "already exists" in again.err
-    shown = postlude_command("explain", recording, "--model", model).out
+    done = postlude_command(
+        "explain", recording, "--model", model, "-o", picture, "--html", page, "--overwrite"
+    )
+    assert f"Picture: {picture}" in done.out and f"Page: {page}" in done.out
+    shown = done.out
     assert re.search(r"background noise +3", shown) and "0.1 to 0.3 s, 0.4 to 0.5 s" in shown
-    assert re.search(r"distortion +none", shown)
+    assert re.search(r"distortion +none", shown) and "names no artifact" not in shown
+    says(re.sub(r"noise .*", "noise none | dist none | pause none", ANSWER))
+    shown = postlude_command("explain", recording, "--model", model).out
+    assert "The model names no artifact." in shown and "drop-outs have no times" in shown
 
 
 def test_explain_says_what_was_converted_and_what_cannot_be_read(
@@ -107,6 +116,7 @@ def test_explain_says_what_was_converted_and_what_cannot_be_read(
     assert done.code == 0, done.err
     assert "converted: the mean of 2 channels, 8000 Hz to 16000 Hz" in done.out
     assert "could not be read" in done.out and "the answer was: " in done.out
+    assert "tune it on answers.jsonl first (docs/speech.md)" in " ".join(done.out.split())
     short = postlude_command("explain", file, "--model", model, "--questions", "short", "--json")
     assert short.json["artifacts"] == [] and len(short.json["answers"]) == 6
 
@@ -124,7 +134,11 @@ def test_evaluate_speech(postlude_command: Any, model: Path, recording: Path, sa
     assert done.json["artifacts"][0]["iou"] == pytest.approx(2 / 3)
     says("I would say from 1 to 5")
     shown = postlude_command("evaluate", "speech", model, "--data", folder).out
-    assert "9 of 9 scores and artifacts could not be read" in " ".join(shown.split())
+    said = " ".join(shown.split())
+    assert "9 of 9 scores and artifacts could not be read" in said
+    assert "Nothing could be read: the model does not answer this way yet: tune it on" in said
+    assert "mean PCC \u2013 over 0 of 6 scores" in said
+    assert "no times of distortion to compare" in said
     assert "no correlation of background noise: fewer than two answers could be read" in shown
 
 

@@ -42,6 +42,8 @@ def recording() -> Recording:
 def test_the_page(recording: Recording) -> None:
     page = speech.render(RESULT, recording, "postlude explain a.wav --model ears --html a.html")
     assert "Heard: noise (&lt;hum&gt;), 0.2 to 0.6 s, 0.8 to 1.4 s." in page
+    assert "This is what the model says, and no better than the model is" in page
+    assert page.count("Drop-outs have no times in this answer; they show in Continuity.") == 1
     assert "What was said of Unnatural pause could not be read." in page
     assert "Converted before it was heard: 8000 Hz to 16000 Hz." in page
     assert "<td>could not be read</td>" in page and "<hum>" not in page
@@ -68,3 +70,5 @@ def test_a_long_recording_is_drawn_as_well() -> None:
     result = {**RESULT, "duration": 30.0, "artifacts": []}
     assert speech.draw(result, Recording(sound)).startswith(b"\x89PNG")
     assert speech.spoken(result) == "Asked for scores only."
+    nothing = [{**row, "present": False, "times": []} for row in RESULT["artifacts"]]
+    assert speech.spoken({**RESULT, "artifacts": nothing}) == "The model names no artifact."

@@ -10,7 +10,7 @@ from typing import Any
 
 from postlude._front_door.opening import Path_, open_checkpoint
 from postlude.errors import SettingsError
-from postlude.evaluation.speech import Heard, ask
+from postlude.evaluation.speech import UNREAD, Heard, ask
 from postlude.evaluation.speech import evaluate_speech as _evaluate_speech
 from postlude.runs.atomic import atomic_write, check_replaceable_file
 from postlude.runs.audio import Clip, Recording, read_wav
@@ -19,6 +19,8 @@ from postlude.runs.progress import Progress
 from postlude.zoo.speech_answers import LONG_QUESTION, PARTS, SCORES, question
 
 __all__ = ["evaluate_speech", "explain"]
+
+_NO_TIMES = "drop-outs have no times in this answer; they show in Continuity"
 
 
 def evaluate_speech(
@@ -88,7 +90,8 @@ def explain(
     Returns:
         ``scores`` (a row a dimension; ``score`` None where it could not be read), ``artifacts`` (``present`` None
         likewise; ``type``, ``times`` in seconds), ``unparsed`` keys, ``exact``, ``answers``, ``notes``, ``converted``,
-        ``duration``, ``recording``, ``model``, ``questions``, ``seconds``.
+        ``duration``, ``recording``, ``model``, ``questions``, ``picture`` and ``html`` (what was written, or None),
+        ``seconds``.
 
     Raises:
         ArchitectureError: the model hears nothing.
@@ -112,6 +115,8 @@ def explain(
         **_explained(heard, sound, questions),
         "recording": Path(recording).name,
         "model": name,
+        "picture": None if picture is None else os.fspath(picture),
+        "html": None if html is None else os.fspath(html),
         "seconds": time.perf_counter() - started,
     }
     if picture is not None or html is not None:
@@ -150,8 +155,12 @@ def _explained(heard: Heard, sound: Recording, questions: str) -> dict[str, Any]
                 f"{artifacts[-1]['artifact'].lower()} is said to last until {times[-1][1]:.1f} s, beyond the end of "
                 f"the recording at {sound.duration:.2f} s"
             )
+    if artifacts:
+        notes.append(_NO_TIMES)
     if parsed.unparsed:
         notes.append(f"what was said of {', '.join(parsed.unparsed)} could not be read")
+    if len(parsed.unparsed) == len(scores) + len(artifacts):
+        notes.append(UNREAD[questions])
     if not heard.ended:
         notes.append("an answer was cut off")
     asked = [LONG_QUESTION] if questions == "long" else [question(one) for one in SCORES]

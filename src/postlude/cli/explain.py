@@ -100,9 +100,17 @@ def _view(result: dict[str, Any]) -> object:
     if result["converted"]:
         lines.append(f"converted: {', '.join(result['converted'])}")
     lines += result["notes"]
+    if result["artifacts"] and all(row["present"] is False for row in result["artifacts"]):
+        lines.insert(0, "The model names no artifact.")
     if result["unparsed"]:
         lines += [f"the answer was: {_short(one['answer'])}" for one in result["answers"]]
-    return Group(*parts, "", *map(Text, lines))
+    # To be copied, so in one piece.
+    files = [
+        Text(f"{name}: {result[key]}", no_wrap=True, overflow="ignore")
+        for name, key in (("Picture", "picture"), ("Page", "html"))
+        if result[key] is not None
+    ]
+    return Group(*parts, "", *map(Text, lines), *files)
 
 
 def _short(text: str, letters: int = 160) -> str:

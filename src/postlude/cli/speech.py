@@ -91,10 +91,10 @@ _SCORES = (
 _PARTS = (
     "artifact",
     "F1",
-    "always\nthere",
-    "right\ntype",
+    "said of\nevery clip",
+    "kind\nright",
     "IoU of\ntimes",
-    "always,\nall along",
+    "one all\nalong",
     "of\nclips",
     "skipped",
 )
@@ -136,11 +136,29 @@ def _view(result: dict[str, Any]) -> object:
     means = f"mean PCC {_text(result['mean_pcc'], 3)}"
     undefined = [row for row in result["dimensions"] if math.isnan(row["pcc"])]
     if undefined:
-        means += f" ({_text(result['mean_pcc_zero'], 3)} with 0 where it is undefined)"
+        every = len(result["dimensions"])
+        means += (
+            f" over {every - len(undefined)} of {every} scores ({_text(result['mean_pcc_zero'], 3)} with 0 for the "
+            "others)"
+        )
     if result["artifacts"]:
         means += f", F1 {_text(result['mean_f1'], 3)}, IoU {_text(result['mean_iou'], 3)}"
     parts.append(Text(means, style="bold"))
-    parts.append(Text("always the same score has no correlation; columns `always` need no ears"))
+    lines = ["always the same: the commonest score, said of every clip, which takes no listening"]
+    if result["artifacts"]:
+        lines[0] += (
+            "; likewise an artifact said of every clip, and one all along it, from its beginning to its end"
+        )
+        lines.append("kind right: of the artifacts that were rightly said to be there")
+        lines += [
+            f"no times of {row['artifact'].lower().removesuffix(' description')} to compare: neither label nor answer "
+            "of any clip that could be read has some"
+            for row in result["artifacts"]
+            if not row["iou_clips"]
+        ]
+    parts += [Text(line) for line in lines]
+    if result["advice"]:
+        parts.append(Text(f"Nothing could be read: {result['advice']}", style="bold"))
     skipped = (
         f"{result['clips']} clips; {result['skipped']} of {result['asked']} scores and artifacts could not be read and "
         f"are in no number above; {result['exact']:.0%} of the answers are written as they should be"

@@ -47,6 +47,7 @@ from postlude.zoo.speech_answers import (
 
 __all__ = [
     "QUESTIONS",
+    "UNREAD",
     "Heard",
     "ask",
     "evaluate_speech",
@@ -58,6 +59,14 @@ __all__ = [
 
 QUESTIONS = ("long", "short")
 """One answer about everything, or a question for each score, whose answer is a digit."""
+
+UNREAD = {
+    "long": "the model does not answer this way yet: tune it on answers.jsonl first (docs/speech.md); one that was "
+    "tuned on calibration.jsonl answers --questions short",
+    "short": "the model does not answer by a digit yet: tune it on calibration.jsonl first (docs/speech.md); one that "
+    "was tuned on scores.jsonl or answers.jsonl answers --questions long",
+}
+"""What to do where nothing of the answers to such questions could be read."""
 
 _LONGEST_ANSWER = {"long": 200, "short": 8}
 
@@ -145,7 +154,8 @@ def evaluate_speech(
         ``spearman``, ``f1`` and ``iou``; ``mean_pcc_zero``, with 0 for an undefined one; ``clips``, ``skipped``
         (dimensions and parts of answers that could not be read), ``asked`` (how many there were), ``exact`` (share of
         answers written as they should be), ``cut`` (answers that reached the longest), ``unclear`` (clips left out
-        because a description among their labels cannot be read, and why), ``converted``, ``samples``.
+        because a description among their labels cannot be read, and why), ``converted``, ``samples``, ``advice`` (what to do if nothing could be read, else
+        None).
 
     Raises:
         ArchitectureError: another kind of model.
@@ -179,6 +189,7 @@ def evaluate_speech(
         "dimensions": dimensions,
         "artifacts": artifacts,
         "unclear": unclear,
+        "advice": UNREAD[questions] if sum(skipped) == len(skipped) * len(clips) else None,
         "converted": dict(sorted(converted.items())),
         "samples": [
             {"id": clip.id, "answers": list(one.texts)}

@@ -17,7 +17,7 @@ from postlude.report.sheet import folded, style, template
 from postlude.report.spectrogram import Mark, picture, spectrogram_plot
 from postlude.runs.audio import Recording
 
-__all__ = ["draw", "marks", "render", "sentences", "spoken"]
+__all__ = ["caveat", "draw", "marks", "render", "sentences", "spoken"]
 
 Values = Mapping[str, Any]
 
@@ -50,6 +50,7 @@ def render(result: Values, recording: Recording, command: str) -> str:
         date=found.pop("date", None),
         style=style("report.css"),
         verdict=spoken(result),
+        caveat=caveat(result),
         sentences=sentences(result),
         figure=Figure("sound", "Spectrogram and artifacts", caption, plot),
         scores=[
@@ -109,9 +110,20 @@ def spoken(result: Values) -> str:
             when = times_text(row["times"])
             found.append(f"{name}{kind}{when and f', {when}'}")
     unread = [row["artifact"] for row in result["artifacts"] if row["present"] is None]
-    words = f"Heard: {'; '.join(found)}." if found else "No artifact was heard."
+    words = f"Heard: {'; '.join(found)}." if found else "The model names no artifact."
     if unread:
         words += f" What was said of {', '.join(unread)} could not be read."
+    return words
+
+
+def caveat(result: Values) -> str:
+    """What the sentence about artifacts is worth."""
+    words = (
+        "This is what the model says, and no better than the model is: postlude evaluate speech compares it with "
+        "labels."
+    )
+    if result["artifacts"]:
+        words += " Drop-outs have no times in this answer; they show in Continuity."
     return words
 
 
@@ -122,5 +134,7 @@ def sentences(result: Values) -> list[str]:
     ]
     if result["converted"]:
         lines.append(f"Converted before it was heard: {', '.join(result['converted'])}.")
-    lines += [f"{note[0].upper()}{note[1:]}." for note in result["notes"]]
+    lines += [
+        f"{note[0].upper()}{note[1:]}." for note in result["notes"] if "drop-outs" not in note
+    ]
     return lines
