@@ -133,7 +133,7 @@ class Calibrating:
                 "calibration data: give inputs that were recorded while it ran in its pipeline (--calibration "
                 "FILE.safetensors, one row of each argument of its forward per input)"
             )
-        from postlude.sampling.calibration import denoiser_inputs
+        from postlude.sampling.denoiser_inputs import denoiser_inputs
 
         def compute() -> Mapping[str, Tensor]:
             inputs = denoiser_inputs(

@@ -10,7 +10,7 @@ import torch
 
 from postlude.errors import SettingsError, UnknownNameError
 from postlude.runs.checkpoint import Checkpoint
-from postlude.sampling.calibration import SPREADS, denoiser_inputs
+from postlude.sampling.denoiser_inputs import SPREADS, denoiser_inputs
 from postlude.sampling.sample import sample
 from postlude.surgery.anatomy import anatomy_of
 from postlude.surgery.capture import joined
