@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from postlude.report.tuning import render
+from postlude.report.tuning import evaluation, headline, render
 
 COMMON = {"learning_rate": 1e-5, "loss": 0.5, "gradient_norm": 1.0}
 REWARDS = {"reward": 0.5, "reward_std": 0.1, "kl": 0.01, "zero_variance_groups": 0.25}
@@ -59,3 +59,37 @@ def test_rewards_by_dimension_follow_the_reward() -> None:
     assert "Speed" in titles and "reward.noi" not in titles
     for words in ("background noise", "overall quality", "noise: when", "pause: what", "format"):
         assert f">{words}</th>" in page, words
+
+
+def test_every_line_of_the_dimensions_is_named_where_all_are_the_same() -> None:
+    names = ("noise", "dist", "pause", "noise_times", "dist_times", "pause_times", "format")
+    columns = {f"reward.{name}": 0.0 for name in ("noi", "dis", "con", "eff", "nat", "mos", *names)}
+    page = render({"objective": "grpo", "steps": 2}, [{"step": 1, **columns, **REWARDS}] * 2)
+    for words in ("background noise", "noise: what", "dist: when", "format"):
+        assert f">{words}</th>" in page and f">{words}</text>" in page, words
+
+
+def test_what_was_asked_and_what_one_answer_gets() -> None:
+    result = {
+        "objective": "grpo",
+        "reward": [{"name": "speech-verifiable", "weight": 1.0, "source": None}],
+        "encoder": "trained",
+        "generations": 4,
+        "beta": 0.04,
+        "credit": "dimension",
+        "prompts": 960,
+        "steps": 200,
+        "answers_per_second": 12.34,
+        "baseline_reward": 0.6543,
+        "baseline_answer": "noi=5 | noise none",
+        "clips": "two words/test",
+    }
+    first, second, *_ = headline(result, [])[1:]
+    assert first == (
+        "960 clips, 4 answers to each (G), 200 steps; reward speech-verifiable, beta 0.04, credit by dimension; "
+        "12.3 answers per second."
+    )
+    assert (
+        "the commonest answer given to every clip gets a reward of 0.654: noi=5 | noise" in second
+    )
+    assert evaluation(result).endswith("--data 'two words/test'")

@@ -277,7 +277,10 @@ def tune(
         inplace=True,
         progress=Progress(show=main_process()),
     )
-    return Result(tuned.result, None if json else _view(tuned.result, tuned.log, checkpoint))
+    if json:
+        return Result(tuned.result)
+    told = {**tuned.result, "checkpoint": checkpoint, "clips": _clips_beside(data)}
+    return Result(tuned.result, _view(told, tuned.log))
 
 
 @app.command("prior")
@@ -311,7 +314,17 @@ def prior(
     return Result({"output": output, **manifest})
 
 
-def _view(result: Mapping[str, Any], log: Sequence[Mapping[str, Any]], checkpoint: str) -> object:
+def _clips_beside(data: str) -> str | None:
+    """The labelled clips that a model was not tuned on: ``test`` beside the folder of its data."""
+    from pathlib import Path
+
+    from postlude.runs.audio import LABELS
+
+    test = Path(data).parent.parent / "test"
+    return str(test) if (test / LABELS).is_file() and test != Path(data).parent else None
+
+
+def _view(result: Mapping[str, Any], log: Sequence[Mapping[str, Any]]) -> object:
     """What was done, what came of it, where it is and what to do next; then the main numbers."""
     import os.path
 
@@ -329,7 +342,7 @@ def _view(result: Mapping[str, Any], log: Sequence[Mapping[str, Any]], checkpoin
         f"Curves: {os.path.join(output, PAGE)}",
         f"All numbers: {os.path.join(output, 'tune.json')}, or --json",
         "What was learned:" if result.get("encoder") else "What was forgotten:",
-        f"  {evaluation({**result, 'checkpoint': checkpoint})}",
+        f"  {evaluation(result)}",
     ]
     table = Table(show_header=False, box=None, pad_edge=False)
     for name in _MAIN:

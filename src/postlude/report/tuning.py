@@ -68,14 +68,14 @@ def headline(result: Row, log: Sequence[Row]) -> list[str]:
 
 
 def evaluation(result: Row) -> str:
-    """The command that tells what was forgotten; of a model that hears, how well it does."""
+    """The command that tells what was forgotten; of a model that hears, how well it does on ``clips``."""
     output, checkpoint = (
         shlex.quote(str(result[name])) if result.get(name) else other
         for name, other in (("output", "OUTPUT"), ("checkpoint", "CHECKPOINT"))
     )
     if result.get("encoder"):
         # It hears, and what it lost or learned shows in what it says of labelled recordings.
-        return f"postlude evaluate speech {output} --data CLIPS"
+        return f"postlude evaluate speech {output} --data {shlex.quote(result.get('clips') or 'CLIPS')}"
     return f"postlude evaluate {output} --text other.txt --reference {checkpoint}"
 
 
@@ -99,11 +99,34 @@ def _introduction(result: Row) -> list[str]:
                 f"{data['lost_tokens']:,} tokens at their end."
             )
         lines.append(words)
+    elif "generations" in result and result.get("prompts"):
+        lines += _reinforced(result)
     elif "steps" in result:
         lines.append(f"{_count(result['steps'], 'step')}.")
     if result.get("skipped_steps"):
         lines.append(
             f"{_count(result['skipped_steps'], 'step')} had no token of any weight and left the model as it was."
+        )
+    return lines
+
+
+def _reinforced(result: Row) -> list[str]:
+    """What was asked and how answers were judged; what one answer to everything would get."""
+    # Recordings are asked about once each.
+    asked = "clip" if result.get("encoder") else "prompt"
+    rewards = ", ".join(one["name"] for one in result["reward"])
+    words = (
+        f"{_count(result['prompts'], asked)}, {result['generations']} answers to each (G), "
+        f"{_count(result['steps'], 'step')}; reward {rewards}, beta {_text(result['beta'])}, "
+        f"credit by {result['credit']}"
+    )
+    if result.get("answers_per_second"):
+        words += f"; {result['answers_per_second']:.3g} answers per second"
+    lines = [f"{words}."]
+    if result.get("baseline_reward") is not None:
+        lines.append(
+            f"Without listening, the commonest answer given to every {asked} gets a reward of "
+            f"{result['baseline_reward']:.3g}: {result['baseline_answer']}"
         )
     return lines
 
@@ -144,7 +167,7 @@ def _figure(kind: Kind, log: Sequence[Row]) -> Figure:
         for column, name in kind.columns.items()
         if any(finite(row.get(column)) for row in log)
     ]
-    if len(lines) > 1 and all(line.values == lines[0].values for line in lines):
+    if kind.merged and len(lines) > 1 and all(line.values == lines[0].values for line in lines):
         lines = lines[:1]
     size = len(groups[0])
     caption = kind.caption
