@@ -148,6 +148,10 @@ def test_evaluate_speech(postlude_command: Any, model: Path, recording: Path, sa
         (["explain", "none.wav", "--model", "MODEL"], "there is no recording none.wav"),
         (["explain", "TEXT", "--model", "MODEL"], "is not a recording"),
         (["explain", "SILENT", "--model", "MODEL"], "is silent"),
+        (
+            ["explain", "LONG", "--model", "MODEL"],
+            "long.wav lasts 31 s; expected at most 30 s. Cut it: sox long.wav",
+        ),
         (["explain", "CLIP", "--model", "zoo:tiny-lm"], "reads no recordings"),
         (
             ["explain", "CLIP", "--model", "MODEL", "-o", "a.svg"],
@@ -167,10 +171,12 @@ def test_what_is_refused(
 ) -> None:
     (tmp_path / "text.wav").write_text("no sound at all")
     write_wav(tmp_path / "silent.wav", np.zeros(8000, "float32"))
+    write_wav(tmp_path / "long.wav", np.ones(16000 * 31, "float32") * 0.1)
     places = {
         "MODEL": model,
         "CLIP": recording,
         "TEXT": tmp_path / "text.wav",
+        "LONG": tmp_path / "long.wav",
         "SILENT": tmp_path / "silent.wav",
     }
     done = postlude_command(*[places.get(word, word) for word in words])

@@ -13,8 +13,9 @@ from postlude.errors import SettingsError
 from postlude.evaluation.speech import UNREAD, Heard, ask
 from postlude.evaluation.speech import evaluate_speech as _evaluate_speech
 from postlude.runs.atomic import atomic_write, check_replaceable_file
-from postlude.runs.audio import Clip, Recording, read_wav
+from postlude.runs.audio import LONGEST, Clip, Recording, read_wav
 from postlude.runs.checkpoint import Checkpoint
+from postlude.runs.listening import Listener
 from postlude.runs.progress import Progress
 from postlude.zoo.speech_answers import LONG_QUESTION, PARTS, SCORES, question
 
@@ -107,8 +108,8 @@ def explain(
         raise SettingsError(
             f"the picture is {os.fspath(picture)}; expected a name that ends in .png"
         )
-    sound = read_wav(recording)
     opened = open_checkpoint(checkpoint)
+    sound = read_wav(recording, min(LONGEST, Listener(opened).longest))
     (heard,) = ask(opened, [sound], questions)
     name = opened.path.name if opened.path is not None else type(opened.model).__name__
     result = {

@@ -37,7 +37,7 @@ from postlude.zoo.degraded_speech.columns import (
     Artifact,
 )
 
-__all__ = ["LABELS", "RATE", "Clip", "Recording", "read_clips", "read_wav", "write_wav"]
+__all__ = ["LABELS", "LONGEST", "RATE", "Clip", "Recording", "read_clips", "read_wav", "write_wav"]
 
 Samples = NDArray[np.float32]
 

@@ -124,7 +124,8 @@ class Listener:
             )
         if recording.duration > self.longest:
             raise DataError(
-                f"the recording lasts {recording.duration:.1f} s and the model hears at most {self.longest:g} s; cut it"
+                f"the recording lasts {recording.duration:.1f} s and the model hears at most {self.longest:g} s; "
+                f"cut it: sox IN.wav part.wav trim 0 {self.longest:g}, or ffmpeg -i IN.wav -t {self.longest:g} part.wav"
             )
         found = self.processor(
             text=[self.processor.audio_token],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import struct
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,7 +24,7 @@ _CODES = {2: "ADPCM", 6: "A-law", 7: "mu-law", 17: "IMA ADPCM", 49: "GSM 06.10",
 _UNKNOWN_LENGTH = 0x7FFFF000
 
 
-def _chunks(content: bytes) -> Iterator[tuple[bytes, int, int]]:
+def _chunks(content: mmap.mmap) -> Iterator[tuple[bytes, int, int]]:
     """Name, declared length and start of every chunk."""
     place = 12
     while place + 8 <= len(content):
@@ -41,7 +42,17 @@ def decode(file: Path, longest: float) -> tuple[NDArray[np.float64], int, list[s
     Raises:
         DataError: a format without support, a damaged header, fewer samples than declared, none, or too many.
     """
-    content = file.read_bytes()
+    # What is refused by its header is not read.
+    with (
+        file.open("rb") as opened,
+        mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as content,
+    ):
+        return _decode_chunks(file, content, longest)
+
+
+def _decode_chunks(
+    file: Path, content: mmap.mmap, longest: float
+) -> tuple[NDArray[np.float64], int, list[str]]:
     found: dict[bytes, tuple[int, int]] = {}
     for name, length, start in _chunks(content):
         found.setdefault(name, (length, start))
@@ -105,6 +116,8 @@ def check_length(file: Path, seconds: float, longest: float) -> None:
         DataError: it lasts longer than ``longest``.
     """
     if seconds > longest:
+        part = min(longest, 30)
         raise DataError(
-            f"{file} lasts {seconds:.0f} s; expected at most {longest:g} s. Cut it: sox {file.name} part.wav trim 0 30"
+            f"{file} lasts {seconds:.0f} s; expected at most {longest:g} s. Cut it: sox {file.name} part.wav trim 0 "
+            f"{part:g}, or ffmpeg -i {file.name} -t {part:g} part.wav"
         )
