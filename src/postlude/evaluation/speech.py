@@ -154,8 +154,8 @@ def evaluate_speech(
         ``spearman``, ``f1`` and ``iou``; ``mean_pcc_zero``, with 0 for an undefined one; ``clips``, ``skipped``
         (dimensions and parts of answers that could not be read), ``asked`` (how many there were), ``exact`` (share of
         answers written as they should be), ``cut`` (answers that reached the longest), ``unclear`` (clips left out
-        because a description among their labels cannot be read, and why), ``converted``, ``samples``, ``advice`` (what to do if nothing could be read, else
-        None).
+        because a description among their labels cannot be read, and why), ``converted``, ``samples``, ``advice`` (what
+        to do if nothing could be read, else None).
 
     Raises:
         ArchitectureError: another kind of model.
