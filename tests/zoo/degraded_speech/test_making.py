@@ -224,7 +224,7 @@ def test_the_command_says_who_speaks_and_what_comes_next(
     out = tmp_path / "two words"
     assert command.main(["data", "--n", "5", "--source", "toy", "-o", str(out)]) == 0
     shown = capsys.readouterr().out
-    assert "speakers: toy\n" in shown and "left out: espeak (they are here: --source" in shown
+    assert "speakers: toy\n" in shown and "left out: espeak (here: --source espeak" in shown
     assert "left out: digits (there is no fsdd_recordings.tar.gz in POSTLUDE_DATA: give" in shown
     assert f"postlude tune random/ '{out}/train'/scores.jsonl -o calibrated/" in shown
     assert f"evaluate speech calibrated/ --data '{out}/test'" in shown

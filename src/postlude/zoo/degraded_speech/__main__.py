@@ -63,7 +63,7 @@ def left_out(sources: Sequence[Source], digits: Path | None = None) -> list[str]
     }
     names = {source.name for source in sources}
     return [
-        f"{name} ({missing or 'they are here: --source both'})"
+        f"{name} ({missing or f'here: --source {name}, or both for both'})"
         for name, missing in there.items()
         if name not in names
     ]
