@@ -12,7 +12,7 @@ from hypothesis.strategies import SearchStrategy
 __all__ = ["EXAMPLES", "every"]
 
 # Marks a test that takes ``examples``: how many are tried.
-EXAMPLES = pytest.mark.parametrize("examples", [25, pytest.param(1000, marks=pytest.mark.slow)])
+EXAMPLES = pytest.mark.parametrize("examples", [25, pytest.param(500, marks=pytest.mark.slow)])
 
 
 def every(

@@ -21,7 +21,7 @@ from postlude.recipes.run import keys
 from ..properties import every
 
 COMMANDS = recipe_commands(app)
-EXAMPLES = pytest.mark.parametrize("examples", [12, pytest.param(400, marks=pytest.mark.slow)])
+EXAMPLES = pytest.mark.parametrize("examples", [12, pytest.param(200, marks=pytest.mark.slow)])
 
 NAMES = ["small", "tuned", "index", "quality", "look", "a", "b-2"]
 MODEL = st.sampled_from(["zoo:tiny-lm", "${model}"])
