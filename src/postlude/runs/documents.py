@@ -20,6 +20,7 @@ __all__ = [
     "encode",
     "leading_tokens",
     "read_documents",
+    "read_text",
     "text_files",
     "token_pieces",
 ]
@@ -68,7 +69,7 @@ def read_documents(path: str | os.PathLike[str]) -> list[str]:
     """
     documents: list[str] = []
     for file in text_files(path):
-        content = _decode(file)
+        content = read_text(file)
         documents += [content] if file.suffix == ".txt" else _json_lines(file, content)
     if not any(document.strip() for document in documents):
         raise DataError(f"{path} holds no text: expected at least one document.")
@@ -194,7 +195,8 @@ def calibration_windows(
     return windows
 
 
-def _decode(file: Path) -> str:
+def read_text(file: Path) -> str:
+    """The text of a file in UTF-8, with or without a byte order mark; DataError names the first byte that is not."""
     try:
         return file.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from postlude.errors import DataError
+from postlude.runs.documents import read_text
 
 __all__ = ["FORMS", "Row", "read_rows"]
 
@@ -59,19 +60,9 @@ def read_rows(path: str | os.PathLike[str]) -> list[Row]:
     return rows
 
 
-def _content(file: Path) -> str:
-    try:
-        return file.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"{file} is not UTF-8: byte {error.start} is 0x{error.object[error.start]:02x}. "
-            "Expected UTF-8 text; convert it first (iconv -f ... -t utf-8)."
-        ) from error
-
-
 def _listed(file: Path) -> list[Row]:
     try:
-        content = json.loads(_content(file))
+        content = json.loads(read_text(file))
     except (ValueError, RecursionError) as error:
         raise DataError(f"{file} is not valid JSON: {error}.") from error
     if not isinstance(content, list) or not all(isinstance(one, dict) for one in content):
@@ -84,7 +75,7 @@ def _listed(file: Path) -> list[Row]:
 
 
 def _rows(file: Path) -> list[Row]:
-    content = _content(file)
+    content = read_text(file)
     rows = []
     # Not splitlines: JSON strings may hold U+2028 and other separators as they are.
     for line, text in enumerate(content.split("\n"), start=1):
