@@ -181,9 +181,10 @@ def run(arguments: Sequence[str]) -> int:
             if stdout.isatty():
                 outcome.show(Console(file=stdout, highlight=False))
                 return 0
-            # What a file or another program reads is not folded, and no path in it cut off.
+            # What a file or another program reads is not folded and no path in it cut off, unless COLUMNS asks for it.
             whole = io.StringIO()
-            outcome.show(Console(file=whole, highlight=False, width=2_000, soft_wrap=True))
+            width = None if "COLUMNS" in os.environ else 2_000
+            outcome.show(Console(file=whole, highlight=False, width=width, soft_wrap=True))
             for line in whole.getvalue().splitlines():
                 print(line.rstrip(), file=stdout)
         return 0
