@@ -259,7 +259,6 @@ def test_open_really_opens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 def test_without_a_browser_the_place_of_the_page_is_said(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.delenv("COLUMNS", raising=False)
     run = finished_run(tmp_path / "run")
     opened: list[str] = []
     monkeypatch.setattr(webbrowser, "open", lambda url: opened.append(url) and False)
