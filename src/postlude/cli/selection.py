@@ -12,6 +12,13 @@ from postlude.cli.attribute import Index, Keep, Method, Moved, opened_index
 
 __all__ = ["damage", "select"]
 
+_NewLines = Annotated[
+    str,
+    typer.Option(
+        "--output", "-o", metavar="FILE.jsonl", help="Where to write.", show_default=False
+    ),
+]
+
 
 def select(
     index: Index,
@@ -23,12 +30,7 @@ def select(
             show_default=False,
         ),
     ],
-    output: Annotated[
-        str,
-        typer.Option(
-            "--output", "-o", metavar="FILE.jsonl", help="Where to write.", show_default=False
-        ),
-    ],
+    output: _NewLines,
     top: Annotated[
         int,
         typer.Option(
@@ -116,12 +118,7 @@ def damage(
             show_default=False,
         ),
     ],
-    output: Annotated[
-        str,
-        typer.Option(
-            "--output", "-o", metavar="FILE.jsonl", help="Where to write.", show_default=False
-        ),
-    ],
+    output: _NewLines,
     top: Annotated[
         int,
         typer.Option("--top", "-n", min=1, help="How many texts are written.", show_default=False),

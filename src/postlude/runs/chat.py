@@ -29,7 +29,7 @@ def write_chat(tokenizer: Any, messages: Sequence[Any], where: str, **options: A
     """What ``tokenizer.apply_chat_template`` makes of some messages.
 
     Args:
-        tokenizer: with a chat template.
+        tokenizer: with a chat template; or a processor.
         messages: objects with ``role`` and ``content``.
         where: file and line of them, for messages.
         options: of ``apply_chat_template``.

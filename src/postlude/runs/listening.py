@@ -21,6 +21,7 @@ from torch import Tensor
 
 from postlude.errors import ArchitectureError, DataError, SettingsError
 from postlude.runs.audio import Recording
+from postlude.runs.chat import write_chat
 from postlude.runs.checkpoint import Checkpoint
 from postlude.runs.documents import encode
 from postlude.runs.progress import Progress
@@ -145,23 +146,20 @@ class Listener:
         Raises:
             DataError: the template refuses it, or does not put exactly one recording into it.
         """
-        from transformers.utils import chat_template_utils
-
         asked = [{"type": "audio"}, {"type": "text", "text": prompt}]
         turns: list[dict[str, Any]] = [{"role": "user", "content": asked}]
         if answer is not None:
             # Templates differ in whether they take an answer as a string; all take it in parts.
             turns.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
-        try:
-            text = str(
-                self.processor.apply_chat_template(
-                    turns, tokenize=False, add_generation_prompt=answer is None
-                )
+        text = str(
+            write_chat(
+                self.processor,
+                turns,
+                "a question about a recording",
+                tokenize=False,
+                add_generation_prompt=answer is None,
             )
-        except (chat_template_utils.jinja2.exceptions.TemplateError, TypeError, KeyError) as error:
-            raise DataError(
-                f"the chat template refuses a question about a recording: {error}"
-            ) from error
+        )
         token = self.processor.audio_token
         if text.count(token) != 1:
             raise DataError(

@@ -35,7 +35,7 @@ from postlude.errors import DataError
 from postlude.numerics.weighted_likelihood import COLUMNS, Head, TokenColumns, token_columns
 from postlude.runs.atomic import atomic_directory, discard
 from postlude.runs.checkpoint import Checkpoint
-from postlude.runs.directory import RunDirectory
+from postlude.runs.directory import RunDirectory, hash_file
 from postlude.runs.progress import Progress
 from postlude.surgery.head import LanguageHead
 from postlude.tuning.batches import collate, model_inputs
@@ -138,8 +138,7 @@ class Prior:
             raise DataError(
                 f"{directory} has format {version}, this version reads format {FORMAT}: compute the prior again."
             )
-        with open(directory / _COLUMNS, "rb") as stream:
-            found = hashlib.file_digest(stream, "sha256").hexdigest()
+        found = hash_file(directory / _COLUMNS)
         if found != expected:
             raise DataError(
                 f"{directory / _COLUMNS} is damaged: its SHA-256 is {found[:12]}..., the manifest says "
@@ -303,8 +302,7 @@ def compute_prior(
     }
     with atomic_directory(final, overwrite, marker=_MANIFEST) as directory:
         save_file(stored, directory / _COLUMNS)
-        with open(directory / _COLUMNS, "rb") as stream:
-            about["sha256"] = hashlib.file_digest(stream, "sha256").hexdigest()
+        about["sha256"] = hash_file(directory / _COLUMNS)
         text = json.dumps(about, indent=2, sort_keys=True, ensure_ascii=False)
         (directory / _MANIFEST).write_text(text + "\n", encoding="utf-8")
     discard(kept.path, final)
