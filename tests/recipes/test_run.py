@@ -128,10 +128,44 @@ def test_a_failed_stage_says_where_and_keeps_the_rest(recipe: Recipe, tmp_path: 
     ) as caught:
         run(recipe, out, machine)
     assert caught.value.exit_code == 2
-    with pytest.raises(RunDirectoryError, match="not the directory of a finished run"):
-        state(out)
+    summary, stages = state(out)
+    assert summary["states"] == {
+        "one": "done",
+        "two": "failed",
+        "seen": "waiting",
+        "other": "waiting",
+    }
+    assert "no such text." in summary["error"]
+    assert [one.stage for one in stages] == ["one"]
     run(recipe, out, machine)
     assert machine.calls == ["a", "b", "b", "look", "c"]
+    # As of a run that nothing went wrong in.
+    fresh = tmp_path / "fresh"
+    run(recipe, fresh, Machine())
+    assert (out / "run.json").read_bytes() == (fresh / "run.json").read_bytes()
+
+
+def test_how_far_a_run_is_can_be_read_while_it_is_under_way(recipe: Recipe, tmp_path: Path) -> None:
+    out, seen = tmp_path / "run", []
+    machine = Machine()
+
+    def watched(words: Sequence[str]) -> object:
+        seen.append(list(state(out)[0]["states"].values()))
+        return machine(words)
+
+    run(recipe, out, watched)
+    assert seen == [
+        ["running", "waiting", "waiting", "waiting"],
+        ["done", "running", "waiting", "waiting"],
+        ["done", "done", "running", "waiting"],
+        ["done", "done", "done", "running"],
+    ]
+    assert set(state(out)[0]["states"].values()) == {"done"}
+    # Of another recipe in the same place only what it shares with the first is done.
+    seen.clear()
+    changed = written(tmp_path, TEXT.replace("word: b", "word: b2"))
+    run(changed, out, watched)
+    assert seen[0] == ["done", "running", "waiting", "done"]
 
 
 def test_after_a_kill_the_unfinished_stage_keeps_its_folder(recipe: Recipe, tmp_path: Path) -> None:
@@ -139,6 +173,7 @@ def test_after_a_kill_the_unfinished_stage_keeps_its_folder(recipe: Recipe, tmp_
     machine.failing["b"] = KeyboardInterrupt()
     with pytest.raises(KeyboardInterrupt):
         run(recipe, out, machine)
+    assert state(out)[0]["states"]["two"] == "running"
     kept = out / "stages/two/half-done"
     kept.write_text("work of the command")
     run(recipe, out, machine)
@@ -161,6 +196,8 @@ def test_another_directory_is_left_alone(recipe: Recipe, tmp_path: Path) -> None
     assert [one.name for one in mine.iterdir()] == ["thesis.txt"]
     with pytest.raises(RunDirectoryError, match="is a file"):
         run(recipe, mine / "thesis.txt", Machine())
+    with pytest.raises(RunDirectoryError, match="not the directory of a run"):
+        state(mine)
 
 
 def test_a_record_says_what_was_run(recipe: Recipe, tmp_path: Path) -> None:

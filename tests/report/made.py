@@ -68,6 +68,7 @@ def finished_run(folder: Path, seed: int = 0) -> Path:
         "about": "Quantize, and see what it costs.",
         "variables": {"model": "zoo:tiny-lm", "text": "/a/long/path/" + "y" * 60 + ".txt"},
         "stages": list(results),
+        "states": dict.fromkeys(results, "done"),
     }
     (folder / "run.json").write_text(json.dumps(summary))
     (folder / "recipe.yaml").write_text("stages: {}  # " + "long " * 40)

@@ -46,6 +46,7 @@ def a_run(folder: Path, perplexity: float, size: int = 2_000_000) -> Path:
         "about": "",
         "variables": {"text": "a b.txt"},
         "stages": list(results),
+        "states": dict.fromkeys(results, "done"),
     }
     (folder / "run.json").write_text(json.dumps(summary))
     (folder / "recipe.yaml").write_text("stages: {}")
@@ -80,9 +81,30 @@ def test_several_runs_side_by_side(tmp_path: Path) -> None:
 
 
 def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(RunDirectoryError, match="not the directory of a finished run"):
+    with pytest.raises(RunDirectoryError, match="not the directory of a run"):
         render([tmp_path])
     run = a_run(tmp_path / "one", 44.5)
     (run / "stages/small/done.json").unlink()
-    with pytest.raises(RunDirectoryError, match="stage 'small' is not finished"):
+    with pytest.raises(RunDirectoryError, match="record of stage 'small'"):
         render([run])
+
+
+def test_a_run_that_is_not_finished(tmp_path: Path) -> None:
+    run = a_run(tmp_path / "one", 44.5)
+    file = run / "run.json"
+    summary = json.loads(file.read_text())
+    summary["states"] |= {"quality": "running", "picture": "waiting"}
+    file.write_text(json.dumps(summary))
+    page = render([run])
+    assert "1 of 3 stages are done, 2 s of work so far" in page
+    sections = dict(re.findall(r'<h2 id="stage-([a-z]+)">.*?</h2>\n<p>(.*?)</p>', page))
+    assert sections["small"].startswith("postlude small, 1.5 s.")
+    assert sections["quality"].startswith("Begun and not finished")
+    assert sections["picture"].startswith("Waiting")
+    # What an earlier run left there is not shown.
+    assert "44.5" not in page and "data:image/png" not in page
+    summary["states"]["quality"], summary["error"] = "failed", "no such <text>."
+    file.write_text(json.dumps(summary))
+    assert "Failed. no such &lt;text&gt;." in render([run])
+    other = a_run(tmp_path / "two", 44.5)
+    assert "Failed. no such" in render([other, run])

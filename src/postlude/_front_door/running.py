@@ -75,14 +75,14 @@ def forecast(
 
 
 def report(runs: Sequence[Path_], out: Path_ | None = None) -> Path:
-    """Write the page of a finished run, or of several side by side.
+    """Write the page of a run, or of several side by side; of one that is not finished as far as it is.
 
     Args:
-        runs: directories that :func:`run` wrote.
+        runs: directories that :func:`run` wrote, or is writing.
         out: the file; ``report.html`` of the first run when None.
 
     Raises:
-        RunDirectoryError: not the directory of a finished run.
+        RunDirectoryError: not the directory of a run.
     """
     from postlude.report.chain import write
 

@@ -21,6 +21,6 @@ every stage writes into its own folder of the run, so a recipe can read what it 
 
 from postlude.recipes.commands import Command, Parameter
 from postlude.recipes.recipe import Recipe, Stage, read
-from postlude.recipes.run import Done, run, state
+from postlude.recipes.run import Done, State, run, state
 
-__all__ = ["Command", "Done", "Parameter", "Recipe", "Stage", "read", "run", "state"]
+__all__ = ["Command", "Done", "Parameter", "Recipe", "Stage", "State", "read", "run", "state"]

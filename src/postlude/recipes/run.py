@@ -1,7 +1,7 @@
 """Run the stages of a recipe, each at most once, and go on after a kill.
 
     recipe.yaml             the recipe of the last run
-    run.json                its name, variables and the order of its stages; written last
+    run.json                its name, variables, the order of its stages, and how far each is; from the start
     stages/NAME/started.json   the key of the work that is, or was, under way here
     stages/NAME/output...      what the command wrote
     stages/NAME/done.json      key, command line, seconds, result, the hash of every file of the output, and its own
@@ -9,7 +9,8 @@
 The key of a stage is a hash of its command, arguments and options, of the bytes of every file that they name, of the
 keys of the stages whose outputs it reads, and of the version. A stage whose key and files are those of ``done.json``
 is not run again; one whose key is that of ``started.json`` goes on, by whatever its command keeps of unfinished work;
-any other starts in an empty folder.
+any other starts in an empty folder. ``run.json`` holds no time and nothing of how often a run was stopped, so that of a
+finished run is the same however it came about.
 """
 
 from __future__ import annotations
@@ -23,19 +24,21 @@ import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import postlude
 from postlude.errors import PostludeError, RankError, RunDirectoryError, StageError
 from postlude.recipes.recipe import Recipe, Stage
 from postlude.runs.atomic import atomic_write
-from postlude.runs.directory import hash_file
+from postlude.runs.checksums import hash_file
 from postlude.runs.processes import Processes
 
-__all__ = ["Done", "Execute", "command_line", "keys", "pending", "run", "state"]
+__all__ = ["Done", "Execute", "State", "command_line", "keys", "pending", "run", "state"]
 
 # Runs one command line and returns what it prints as JSON.
 Execute = Callable[[Sequence[str]], Any]
+# How far a stage is. One that was stopped is ``running`` until the recipe is run again.
+State = Literal["waiting", "running", "failed", "done"]
 
 _RUN, _RECIPE, _STAGES = "run.json", "recipe.yaml", "stages"
 _STARTED, _DONE = "started.json", "done.json"
@@ -126,6 +129,7 @@ def _run(
     names = processes.agree(lambda: keys(recipe))
     outputs: dict[str, str] = {}
     done: list[Done] = []
+    summary = _Summary(directory, recipe, names, writes=processes.is_first)
     for number, stage in enumerate(recipe.stages, 1):
         folder = directory / _STAGES / stage.name
         title = f"[{number}/{len(recipe.stages)}] {stage.name}"
@@ -133,44 +137,81 @@ def _run(
         if record is None:
             words = command_line(stage, folder, outputs)
             notify(f"{title}: postlude {' '.join(words)}")
-            found = _run_stage(stage, folder, names[stage.name], words, execute, processes)
+            summary.note(stage.name, "running")
+            try:
+                found = _run_stage(stage, folder, names[stage.name], words, execute, processes)
+            except StageError as error:
+                summary.note(stage.name, "failed", str(error))
+                raise
         else:
             notify(f"{title}: unchanged, done before")
             found = _from_record(stage.name, record)
         done.append(found)
         if stage.command.output:
             outputs[stage.name] = str(_output(stage, folder))
-    summary = {
-        "name": recipe.name,
-        "about": recipe.about,
-        "variables": dict(recipe.variables),
-        "stages": [stage.name for stage in recipe.stages],
-        "version": postlude.__version__,
-    }
-    if processes.is_first:
-        _write(directory / _RUN, json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
+        summary.note(stage.name, "done")
     return done
 
 
+class _Summary:
+    """``run.json``: written whole when the run begins, and whenever a stage begins or ends."""
+
+    def __init__(
+        self, directory: Path, recipe: Recipe, names: Mapping[str, str], *, writes: bool
+    ) -> None:
+        self._file, self._writes = directory / _RUN, writes
+        # Whether their files are still whole is seen when their turn comes.
+        states: dict[str, State] = {
+            name: "waiting" if _recorded(directory / _STAGES / name, key) is None else "done"
+            for name, key in names.items()
+        }
+        self._content: dict[str, Any] = {
+            "name": recipe.name,
+            "about": recipe.about,
+            "variables": dict(recipe.variables),
+            "stages": [stage.name for stage in recipe.stages],
+            "states": states,
+            "version": postlude.__version__,
+        }
+        self._save()
+
+    def note(self, stage: str, state: State, error: str = "") -> None:
+        before = self._content["states"][stage]
+        self._content["states"][stage] = state
+        if error:
+            self._content["error"] = error
+        if state != before:
+            self._save()
+
+    def _save(self) -> None:
+        if self._writes:
+            text = json.dumps(self._content, indent=1, ensure_ascii=False)
+            _write(self._file, text + "\n")
+
+
 def state(out: str | os.PathLike[str]) -> tuple[dict[str, Any], list[Done]]:
-    """What a finished run consists of: its summary and its stages.
+    """What a run consists of: its summary, and its finished stages in order.
+
+    ``states`` of the summary has a :data:`State` for every stage; ``error`` says why one failed.
 
     Raises:
-        RunDirectoryError: not the directory of a finished run.
+        RunDirectoryError: not the directory of a run, or a finished stage whose record is damaged.
     """
     directory = Path(os.path.realpath(out))
     summary = _read(directory / _RUN)
     if summary is None:
         raise RunDirectoryError(
-            f"{directory} is not the directory of a finished run: it has no readable {_RUN}. Run the recipe to its "
-            "end first (postlude run RECIPE -o DIRECTORY); what is finished is kept."
+            f"{directory} is not the directory of a run: it has no readable {_RUN}. Run a recipe there first "
+            "(postlude run RECIPE -o DIRECTORY)."
         )
     stages = []
     for name in summary["stages"]:
+        if summary["states"][name] != "done":
+            continue
         record = _read(directory / _STAGES / name / _DONE)
         if record is None or (_SUM in record and record.pop(_SUM) != _sum(record)):
             raise RunDirectoryError(
-                f"{directory}: stage {name!r} is not finished. Run the recipe again."
+                f"{directory}: the record of stage {name!r} ({_DONE}) is lost or damaged. Run the recipe again."
             )
         stages.append(_from_record(name, record))
     return summary, stages
@@ -264,12 +305,16 @@ def _start(folder: Path, key: str) -> None:
 
 def _kept(folder: Path, key: str) -> dict[str, Any] | None:
     """The record of a stage, if it is of this work and its files are as they were."""
+    record = _recorded(folder, key)
+    return None if record is None or record.get("files") != _files(folder) else record
+
+
+def _recorded(folder: Path, key: str) -> dict[str, Any] | None:
+    """The record of a stage, if it is whole and of this work."""
     record = _read(folder / _DONE)
     if record is None or record.pop(_SUM, None) != _sum(record):
         return None
-    if record.get("key") != key or record.get("files") != _files(folder):
-        return None
-    return record
+    return record if record.get("key") == key else None
 
 
 def _sum(record: Mapping[str, Any]) -> str:

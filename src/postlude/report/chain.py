@@ -1,6 +1,6 @@
 """One self-contained HTML page of the run of a recipe: every stage, what it measured, and how to run it again.
 
-With several runs the page sets the measures of stages of the same name side by side. The page runs no script, loads
+Of a run that is under way, or was stopped, the page says how far it is. With several runs the page sets the measures of stages of the same name side by side. The page runs no script, loads
 nothing, and links to nothing but pages and outputs in the run's own folder; every text is escaped.
 """
 
@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from postlude.recipes.run import Done, state
+from postlude.recipes.run import Done, State, state
 from postlude.report.environment import environment
 from postlude.report.figures import Figure
 from postlude.report.plots import Line, bar_plot
@@ -71,8 +71,16 @@ _DRAWN = {
 _SETTINGS = ("settings", "kept", "method", "output", "seed")
 
 
+# What is said of a stage that is not done.
+_STATES: Mapping[State, str] = {
+    "waiting": "Waiting for those before it.",
+    "running": "Begun and not finished: it is under way, or was stopped, and then the command at the end goes on.",
+    "failed": "Failed.",
+}
+
+
 class _Run:
-    """A finished run and its folder."""
+    """A run and its folder."""
 
     def __init__(self, directory: str | os.PathLike[str]) -> None:
         self.directory = Path(os.path.realpath(directory))
@@ -80,6 +88,7 @@ class _Run:
         recipe = self.directory / "recipe.yaml"
         self.recipe = recipe.read_text(encoding="utf-8") if recipe.is_file() else ""
         self.name = self.directory.name
+        self.states: Mapping[str, State] = self.summary["states"]
 
 
 def write(
@@ -88,11 +97,11 @@ def write(
     """Write the page of one run, or of several side by side.
 
     Args:
-        runs: directories of finished runs.
+        runs: directories of runs.
         out: the file; ``report.html`` of the first run when None.
 
     Raises:
-        RunDirectoryError: not the directory of a finished run.
+        RunDirectoryError: not the directory of a run.
     """
     file = Path(os.path.realpath(runs[0])) / PAGE if out is None else Path(out)
     page = render(runs, file.resolve().parent)
@@ -106,7 +115,7 @@ def render(runs: Sequence[str | os.PathLike[str]], folder: Path | None = None) -
     """The page.
 
     Args:
-        runs: directories of finished runs.
+        runs: directories of runs.
         folder: where the page will be, for links to what the runs wrote.
 
     Returns:
@@ -120,8 +129,13 @@ def render(runs: Sequence[str | os.PathLike[str]], folder: Path | None = None) -
     introduction = [] if several else [text for text in (first.summary.get("about"),) if text]
     if not several:
         seconds = sum(one.seconds for one in first.stages)
+        count = len(first.states)
         introduction.append(
-            f"{len(first.stages)} stages, {seconds:.0f} s of work in all"
+            (
+                f"{count} stages, {seconds:.0f} s of work in all"
+                if len(first.stages) == count
+                else f"{len(first.stages)} of {count} stages are done, {seconds:.0f} s of work so far"
+            )
             + "".join(f"; {name}: {value}" for name, value in first.summary["variables"].items())
             + "."
         )
@@ -155,8 +169,22 @@ def _again(run: _Run) -> str:
 
 
 def _sections(run: _Run, folder: Path | None, prefix: str) -> Iterator[dict[str, Any]]:
-    for done in run.stages:
-        inside = run.directory / "stages" / done.stage
+    finished = {done.stage: done for done in run.stages}
+    for stage in run.summary["stages"]:
+        heading = {
+            "identifier": f"stage-{prefix}{stage}",
+            "run": run.name,
+            "name": stage,
+            "title": f"{run.name}: {stage}" if prefix else stage,
+        }
+        done = finished.get(stage)
+        if done is None:
+            state = run.states[stage]
+            error = run.summary["error"] if state == "failed" else ""
+            sentence = " ".join([_STATES[state], error]).strip()
+            yield {**heading, "sentence": sentence, "links": [], "pictures": [], "rows": []}
+            continue
+        inside = run.directory / "stages" / stage
         links = []
         if folder is not None:
             pages = [name for name in done.files if name.endswith(".html")]
@@ -164,12 +192,8 @@ def _sections(run: _Run, folder: Path | None, prefix: str) -> Iterator[dict[str,
                 ("Its own page", Path(os.path.relpath(inside / name, folder)).as_posix())
                 for name in pages
             ]
-        name = f"{run.name}: {done.stage}" if prefix else done.stage
         yield {
-            "identifier": f"stage-{prefix}{done.stage}",
-            "run": run.name,
-            "name": done.stage,
-            "title": name,
+            **heading,
             "sentence": f"postlude {_verb(done)}, {done.seconds:.1f} s.",
             "links": links,
             "pictures": list(_pictures(inside, done)),
