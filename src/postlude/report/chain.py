@@ -1,7 +1,8 @@
 """One self-contained HTML page of the run of a recipe: every stage, what it measured, and how to run it again.
 
-Of a run that is under way, or was stopped, the page says how far it is. With several runs the page sets the measures of stages of the same name side by side. The page runs no script, loads
-nothing, and links to nothing but pages and outputs in the run's own folder; every text is escaped.
+Of a run that is under way, or was stopped, the page says how far it is. With several runs it sets the measures of stages
+of the same name side by side. It runs no script, loads nothing, and links to nothing but pages and outputs in the run's
+own folder; every text is escaped.
 """
 
 from __future__ import annotations
