@@ -8,7 +8,7 @@ from torch import Tensor
 
 from postlude.errors import SettingsError
 from postlude.numerics.formats import Granularity, Integer, Scheme
-from postlude.numerics.rotation import hadamard
+from postlude.numerics.hadamard import hadamard
 from postlude.quantization.engine import quantize
 from postlude.quantization.offq import OffQ
 from postlude.quantization.quarot import QuaRot
