@@ -10,16 +10,9 @@ from safetensors.torch import save_file
 
 from postlude.errors import CheckpointError, NonFiniteError
 from postlude.runs import weights
+from postlude.runs.checksums import SUMS, write_sums
 from postlude.runs.loading import load
-from postlude.runs.weights import (
-    SUMS,
-    check_finite,
-    check_sums,
-    hash_file,
-    read_header,
-    weight_files,
-    write_sums,
-)
+from postlude.runs.weights import check_weights, read_header, weight_files
 
 
 @pytest.fixture
@@ -146,20 +139,20 @@ def test_a_tensor_that_is_not_finite_is_named(
         {"fine": torch.ones(3), "codes": torch.arange(4), "layer.weight": bad.to(dtype)}, file
     )
     with pytest.raises(NonFiniteError, match=r"'layer\.weight'.* holds 1 NaN or infinite .* of 24"):
-        check_finite([file])
+        check_weights([file])
 
 
-def test_large_tensors_are_read_in_slices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(weights, "_ELEMENTS_AT_ONCE", 10)
+def test_large_tensors_are_read_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(weights, "_BYTES_AT_ONCE", 40)
     tensor = torch.arange(7 * 4.0).reshape(7, 4)
     scalar = torch.tensor(1.0)
     file = tmp_path / "model.safetensors"
     save_file({"t": tensor, "s": scalar, "empty": torch.zeros(0, 3)}, file)
-    check_finite([file])
+    check_weights([file])
     tensor[6, 3] = float("nan")
     save_file({"t": tensor}, file)
     with pytest.raises(NonFiniteError, match="1 NaN or infinite values of 28"):
-        check_finite([file])
+        check_weights([file])
 
 
 @pytest.mark.parametrize(
@@ -193,21 +186,41 @@ def test_tensors_that_overlap_are_refused(tmp_path: Path) -> None:
         read_header(file)
 
 
-def test_weights_are_compared_with_their_checksums(sharded: Path) -> None:
+def test_the_weights_are_read_once_for_both(sharded: Path) -> None:
     files = weight_files(sharded)
-    check_sums(files)  # there are none
+    check_weights(files)  # there are no checksums
     write_sums(sharded)
-    lines = (sharded / SUMS).read_text().splitlines()
-    assert lines == [f"{hash_file(file)}  {file.name}" for file in files]
-    check_sums(files)
+    check_weights(files)
+    save_file({"a": torch.tensor([1.0, float("nan")])}, files[0])
+    with pytest.raises(CheckpointError, match=r"model-00001.* is damaged: .*SHA256SUMS"):
+        check_weights(files)
+    # As it was written, but not finite: said once it is known that no other file is damaged.
+    write_sums(sharded)
+    with pytest.raises(NonFiniteError, match="'a'"):
+        check_weights(files)
     raw = bytearray(files[1].read_bytes())
     raw[-1] ^= 1
     files[1].write_bytes(raw)
-    with pytest.raises(CheckpointError, match=r"model-00002.* is damaged: .*SHA256SUMS"):
-        check_sums(files)
-    # A list of somebody else that does not know the file says nothing of it.
-    (sharded / SUMS).write_text("# by hand\n" + "0" * 64 + " *README.md\n")
-    check_sums(files)
+    with pytest.raises(CheckpointError, match=r"model-00002.* is damaged"):
+        check_weights(files)
+
+
+def test_every_byte_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(weights, "_BYTES_AT_ONCE", 16)
+    file = tmp_path / "model.safetensors"
+    tensors = {"a": torch.ones(7), "codes": torch.arange(9, dtype=torch.uint8), "s": torch.ones(())}
+    save_file({**tensors, "empty": torch.zeros(0, 3)}, file, metadata={"format": "pt"})
+    write_sums(tmp_path)
+    check_weights([file])
+    whole = file.read_bytes()
+    header = 8 + struct.unpack("<Q", whole[:8])[0]
+    # In the metadata, which no reader looks at, and in every tensor.
+    for place in (whole.index(b'"pt"') + 1, header, header + 27, header + 28, len(whole) - 2):
+        raw = bytearray(whole)
+        raw[place] ^= 1
+        file.write_bytes(raw)
+        with pytest.raises(CheckpointError, match="is damaged: its SHA-256"):
+            check_weights([file])
 
 
 def test_what_postlude_writes_has_checksums(tiny_llama_dir: Path, tmp_path: Path) -> None:

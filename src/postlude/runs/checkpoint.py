@@ -14,10 +14,11 @@ import torch
 
 from postlude.errors import ArchitectureError
 from postlude.runs.atomic import atomic_directory
+from postlude.runs.checksums import write_sums
 from postlude.runs.pipeline import INDEX, Pipeline, denoiser_files, write_denoiser
 from postlude.runs.quiet import quiet_transformers
 from postlude.runs.selfcheck import RELOAD, Reload, compare_outputs, compare_reload
-from postlude.runs.weights import weight_files, write_sums
+from postlude.runs.weights import weight_files
 from postlude.surgery.anatomy import Anatomy, Kind, LanguageAnatomy
 
 __all__ = ["MARKERS", "Checkpoint"]

@@ -25,9 +25,10 @@ from torch import Tensor
 
 from postlude.errors import RunDirectoryError
 from postlude.runs.atomic import atomic_write, is_partial, sync_directory
-from postlude.runs.weights import hash_file, weight_files
+from postlude.runs.checksums import hash_file
+from postlude.runs.weights import weight_files
 
-__all__ = ["RunDirectory", "differences", "fingerprint", "hash_file", "run_beside"]
+__all__ = ["RunDirectory", "differences", "fingerprint", "run_beside"]
 
 _MANIFEST = "manifest.json"
 _UNITS = "units"

@@ -22,7 +22,7 @@ from postlude.runs.checkpoint import Checkpoint
 from postlude.runs.importing import READERS, Foreign, Reader
 from postlude.runs.pipeline import is_denoiser, load_denoiser
 from postlude.runs.quiet import quiet_transformers
-from postlude.runs.weights import check_finite, check_sums, read_json, weight_files
+from postlude.runs.weights import check_weights, read_json, weight_files
 from postlude.surgery.anatomy import Anatomy, Kind, anatomy_of, kind_of
 from postlude.surgery.layers import check_scales, quantized_linears
 from postlude.zoo import MADE
@@ -58,8 +58,8 @@ def load(
     What it is, its files say: a causal language model, an audio language model, a vision transformer (with or without
     a head that classifies), or a denoiser in the layout of diffusers, as a pipeline or alone. Float checkpoints, those
     that Postlude quantized and those in the layouts of GPTQ, AWQ and compressed-tensors load alike; the last become
-    Postlude's own quantized layers, bit for bit. Reads the weights twice: once to see that they are finite, once
-    to build the model; and once more where their checksums (``SHA256SUMS``, written by Postlude) lie beside them.
+    Postlude's own quantized layers, bit for bit. Reads the weights twice: once to see that they are finite, and
+    those that were written, where their checksums (``SHA256SUMS``) lie beside them; once to build the model.
 
     Args:
         path: the directory, or ``zoo:NAME`` for a model that comes with Postlude.
@@ -83,8 +83,7 @@ def load(
     config = _config(directory)
     kind = kind_of(config["model_type"])
     files = weight_files(directory)
-    check_sums(files)
-    check_finite(files)
+    check_weights(files)
     quantization = config.get("quantization_config") or {}
     reader = READERS.get(str(quantization.get("quant_method")))
     source = None if reader is None else _foreign(directory, quantization, reader)

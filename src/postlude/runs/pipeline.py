@@ -25,8 +25,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from postlude.errors import CheckpointError, MissingDependencyError
+from postlude.runs.checksums import write_sums
 from postlude.runs.quiet import quiet_diffusers
-from postlude.runs.weights import check_finite, check_sums, read_json, weight_files, write_sums
+from postlude.runs.weights import check_weights, read_json, weight_files
 from postlude.surgery.anatomy import check_supported, supported_model_types
 
 __all__ = ["INDEX", "Pipeline", "denoiser_files", "is_denoiser", "load_denoiser", "write_denoiser"]
@@ -102,8 +103,7 @@ def load_denoiser(directory: Path, dtype: torch.dtype | str) -> tuple[Any, Any, 
         )
     check_supported(name)
     files = weight_files(part, _WEIGHTS)
-    check_sums(files)
-    check_finite(files)
+    check_weights(files)
     if pipeline is not None:
         scheduler = _scheduler(directory, pipeline.index)
     return _model(part, name, config, files, dtype), scheduler, pipeline

@@ -30,7 +30,8 @@ from torch import Tensor
 
 from postlude.errors import NoSpaceError, StoreError
 from postlude.runs.atomic import atomic_write, is_full, is_partial, sync_directory
-from postlude.runs.directory import differences, hash_file
+from postlude.runs.checksums import hash_file
+from postlude.runs.directory import differences
 
 __all__ = ["Damage", "Shard", "TensorStore"]
 

@@ -1,8 +1,7 @@
 """The weight files of a checkpoint: which they are, whether they are whole, whether they are finite.
 
 Everything here reads the files and builds no model, so that a broken checkpoint is refused with the
-name of what is broken before any library has spent minutes on it. One tensor is in memory at a
-time, and of a large one a slice.
+name of what is broken before any library has spent minutes on it.
 """
 
 from __future__ import annotations
@@ -11,9 +10,7 @@ import hashlib
 import json
 import math
 import os
-import re
 import struct
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,25 +19,21 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from postlude.errors import CheckpointError, NonFiniteError
+from postlude.runs.checksums import listed_sums, refuse_damaged
 
-__all__ = [
-    "SUMS",
-    "check_finite",
-    "check_sums",
-    "hash_file",
-    "read_header",
-    "read_json",
-    "weight_files",
-    "write_sums",
-]
+__all__ = ["check_weights", "read_header", "read_json", "weight_files"]
 
 STEM = "model"
-SUMS = "SHA256SUMS"
-"""Beside the weights that Postlude writes: their checksums, as ``sha256sum -c`` reads them."""
-
 _PICKLE_ENDINGS = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _OTHER_ENDINGS = (".gguf", ".h5", ".msgpack", ".onnx")
-_FLOAT_DTYPES = frozenset({"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"})
+_FLOATS = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
 _BITS = {
     **dict.fromkeys(("F64", "I64", "U64", "C64"), 64),
     **dict.fromkeys(("F32", "I32", "U32"), 32),
@@ -50,10 +43,9 @@ _BITS = {
     **dict.fromkeys(("F6_E2M3", "F6_E3M2"), 6),
     "F4": 4,
 }
-_SUM = re.compile(r"([0-9a-f]{64}) [ *](.+)")
 # A safetensors header beyond this is refused by the format's own library as well.
 _LARGEST_HEADER = 100_000_000
-_ELEMENTS_AT_ONCE = 1 << 24
+_BYTES_AT_ONCE = 1 << 24
 
 
 def weight_files(path: str | os.PathLike[str], stem: str = STEM) -> list[Path]:
@@ -143,74 +135,70 @@ def _place(name: str, entry: dict[str, Any]) -> tuple[int, int, str]:
     return start, end, name
 
 
-def hash_file(file: Path) -> str:
-    """SHA-256 of the bytes of a file, in hexadecimal."""
+def check_weights(files: list[Path]) -> None:
+    """Read every file once: compare it with its checksum, and refuse tensors that hold NaN or infinity.
+
+    Codes and other integers are read for the checksum alone, so not where there is none. Memory is one piece of a
+    tensor.
+
+    Raises:
+        CheckpointError: a file is not what was written. Nothing else is said before every file was compared.
+        NonFiniteError: names the first such tensor, its file, and how many of its entries are not finite.
+    """
+    expected = listed_sums(files)
+    broken: NonFiniteError | None = None
+    for file in files:
+        digest = hashlib.sha256() if file in expected else None
+        found = _not_finite_in(file, digest)
+        if digest is not None:
+            refuse_damaged(file, expected[file], digest.hexdigest())
+        broken = broken or found
+        if broken is not None and not expected:
+            break
+    for file in files:
+        _check_format(file)
+    if broken is not None:
+        raise broken
+
+
+def _not_finite_in(file: Path, digest: hashlib._Hash | None) -> NonFiniteError | None:
+    """What to raise for the first tensor of a file that is not finite; all bytes go into the digest."""
+    header = read_header(file)
+    places = sorted((*entry["data_offsets"], name) for name, entry in header.items())
+    found: NonFiniteError | None = None
+    buffer = memoryview(bytearray(_BYTES_AT_ONCE))
     with open(file, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def write_sums(directory: Path, pattern: str = "*.safetensors") -> None:
-    """Write the checksums of the weights of a directory, or of other files in it, beside them."""
-    files = sorted(directory.glob(pattern))
-    lines = [f"{hash_file(file)}  {file.name}\n" for file in files]
-    (directory / SUMS).write_text("".join(lines), encoding="utf-8")
-
-
-def check_sums(files: list[Path]) -> None:
-    """Compare weights with the checksums beside them; files without one are taken as they are.
-
-    Time is one read of the files.
-
-    Raises:
-        CheckpointError: a file is not what was written.
-    """
-    listed: dict[Path, str] = {}
-    for folder in {file.parent for file in files}:
-        try:
-            text = (folder / SUMS).read_text(encoding="utf-8")
-        except (FileNotFoundError, UnicodeDecodeError):
-            continue
-        found = filter(None, map(_SUM.fullmatch, text.splitlines()))
-        listed |= {folder / match[2]: match[1] for match in found}
-    for file in files:
-        expected = listed.get(file)
-        actual = expected and hash_file(file)
-        if expected != actual:
-            raise CheckpointError(
-                f"{file} is damaged: its SHA-256 is {str(actual)[:12]}..., {SUMS} beside it says {str(expected)[:12]}"
-                f"... Copy or download it again. If it was changed on purpose, remove {SUMS}."
-            )
-
-
-def check_finite(files: list[Path]) -> None:
-    """Read every floating-point tensor once and refuse the first that holds NaN or infinity.
-
-    Codes and other integers are not read. Time is one read of the files; memory is one slice of
-    16 M elements.
-
-    Raises:
-        NonFiniteError: names the tensor, the file, and how many of its entries are not finite.
-    """
-    for file in files:
-        floats = [n for n, entry in read_header(file).items() if entry["dtype"] in _FLOAT_DTYPES]
-        with _opened(file) as store:
-            for name in floats:
-                if all(_is_finite(part) for part in _slices(store, name)):
-                    continue
-                bad = total = 0
-                for part in _slices(store, name):
-                    bad += int((~torch.isfinite(part)).sum())
-                    total += part.numel()
-                raise NonFiniteError(
-                    f"Tensor {name!r} in {file} holds {bad} NaN or infinite values of {total}. "
-                    "Expected finite weights: the training or the conversion that wrote this "
-                    "checkpoint failed. Use an earlier checkpoint or convert it again."
+        before = stream.read(file.stat().st_size - max((end for _, end, _ in places), default=0))
+        if digest is not None:
+            digest.update(before)
+        for start, end, name in places:
+            dtype = None if found else _FLOATS.get(header[name]["dtype"])
+            if digest is None and dtype is None:
+                stream.seek(end - start, os.SEEK_CUR)
+                continue
+            bad = 0
+            for first in range(start, end, _BYTES_AT_ONCE):
+                part = buffer[: min(_BYTES_AT_ONCE, end - first)]
+                if stream.readinto(part) != len(part):
+                    raise CheckpointError(f"{file} became shorter while it was read.")
+                if digest is not None:
+                    digest.update(part)
+                if dtype is not None:
+                    bad += _not_finite(torch.frombuffer(part, dtype=dtype))
+            if bad:
+                found = NonFiniteError(
+                    f"Tensor {name!r} in {file} holds {bad} NaN or infinite values of "
+                    f"{math.prod(header[name]['shape'])}. Expected finite weights: the training or the conversion "
+                    "that wrote this checkpoint failed. Use an earlier checkpoint or convert it again."
                 )
+    return found
 
 
-def _opened(file: Path) -> Any:
+def _check_format(file: Path) -> None:
+    """Refuse a header that the library of the format does not take."""
     try:
-        return safe_open(file, framework="pt")
+        with safe_open(file, framework="pt"):
+            pass
     except SafetensorError as error:
         raise CheckpointError(
             f"{file} is not a safetensors file: {error}. Copy or download it again."
@@ -310,22 +298,12 @@ def _listing(names: list[str], limit: int = 5) -> str:
     return ", ".join(names[:limit]) + more
 
 
-def _slices(store: Any, name: str) -> Iterator[Tensor]:
-    view = store.get_slice(name)
-    shape = view.get_shape()
-    if math.prod(shape) <= _ELEMENTS_AT_ONCE or not shape:
-        yield store.get_tensor(name)
-        return
-    rows = max(1, _ELEMENTS_AT_ONCE // math.prod(shape[1:]))
-    for start in range(0, shape[0], rows):
-        yield view[start : start + rows]
-
-
-def _is_finite(part: Tensor) -> bool:
-    if part.numel() == 0:
-        return True
+def _not_finite(part: Tensor) -> int:
+    """How many entries are NaN or infinite."""
     if part.element_size() == 1:
         part = part.float()  # the 8-bit formats have no ordering of their own
-    # One pass without a mask the size of the tensor: NaN and infinity both reach an extreme.
+    # One pass without a mask the size of the part: NaN and infinity both reach an extreme.
     low, high = torch.aminmax(part)
-    return math.isfinite(low.item()) and math.isfinite(high.item())
+    if math.isfinite(low.item()) and math.isfinite(high.item()):
+        return 0
+    return int((~torch.isfinite(part)).sum())

@@ -32,9 +32,10 @@ from postlude.errors import (
     VerificationError,
 )
 from postlude.runs.checkpoint import Checkpoint
+from postlude.runs.checksums import check_sums, write_sums
 from postlude.runs.loading import load
 from postlude.runs.quiet import quiet_transformers
-from postlude.runs.weights import check_sums, read_header, write_sums
+from postlude.runs.weights import read_header
 from postlude.tuning.encoder import restricted
 from postlude.tuning.quantized_base import (
     check_adaptable,

@@ -35,7 +35,8 @@ from postlude.errors import DataError
 from postlude.numerics.weighted_likelihood import COLUMNS, Head, TokenColumns, token_columns
 from postlude.runs.atomic import atomic_directory, discard
 from postlude.runs.checkpoint import Checkpoint
-from postlude.runs.directory import RunDirectory, hash_file
+from postlude.runs.checksums import hash_file
+from postlude.runs.directory import RunDirectory
 from postlude.runs.progress import Progress
 from postlude.surgery.head import LanguageHead
 from postlude.tuning.batches import collate, model_inputs

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from postlude.errors import CheckpointError
-from postlude.runs.weights import SUMS, check_sums
+from postlude.runs.checksums import SUMS, check_sums
 
 __all__ = [
     "STEP",

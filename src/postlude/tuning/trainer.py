@@ -36,8 +36,8 @@ from torch.utils.data import Dataset, SequentialSampler
 from postlude.errors import MissingDependencyError, NonFiniteError
 from postlude.numerics.weighted_likelihood import TokenColumns
 from postlude.runs.atomic import atomic_directory, atomic_write, sync_directory
+from postlude.runs.checksums import write_sums
 from postlude.runs.progress import Progress
-from postlude.runs.weights import write_sums
 from postlude.surgery.head import LanguageHead
 from postlude.tuning.batches import Plan, collate, model_inputs
 from postlude.tuning.examples import Examples
