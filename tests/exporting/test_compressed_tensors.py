@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import postlude as pl
-from postlude.errors import SettingsError, VerificationError
+from postlude.errors import CheckpointError, SettingsError, VerificationError
 from postlude.exporting.compressed_tensors import CompressedTensors
 from postlude.exporting.engine import export
 from postlude.numerics.float8 import float8_e4m3fn
@@ -218,6 +218,11 @@ def test_float_model_is_written_as_it_is(make_model: Callable[..., Any], tmp_pat
     original = checkpoint(make_model)
     export(original, CompressedTensors(), tmp_path / "out", check=False)
     assert torch.equal(logits(by_transformers(tmp_path / "out")), logits(original.model))
+    with open(tmp_path / "out" / "model.safetensors", "r+b") as file:
+        file.seek(-3, 2)
+        file.write(b"?")
+    with pytest.raises(CheckpointError, match="is damaged: its SHA-256"):
+        pl.load(tmp_path / "out")
 
 
 @pytest.mark.slow

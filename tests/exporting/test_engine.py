@@ -16,6 +16,7 @@ from postlude.errors import OutputExistsError, SettingsError, UnknownNameError, 
 from postlude.exporting.engine import Exporter, export
 from postlude.exporting.plain import plain, refuse
 from postlude.numerics.formats import Integer, Scheme
+from postlude.runs.checksums import SUMS, hash_file
 
 from .models import checkpoint, rounded
 
@@ -44,6 +45,7 @@ class Folder(Note):
     """The same in a directory."""
 
     marker: ClassVar[str | None] = "note.txt"
+    weights: ClassVar[str] = "note.txt"
 
     def write(self, checkpoint: Any, out: Path) -> dict[str, Any]:
         return super().write(checkpoint, out / "note.txt")
@@ -63,8 +65,13 @@ def _registered(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_whole_or_not_at_all(make_model: Callable[..., Any], tmp_path: Path, kind: Any) -> None:
     original, out = checkpoint(make_model), tmp_path / "deep" / "out"
     report = export(original, kind(), out)
+    sums = out / SUMS
+    if kind is Folder:
+        assert sums.read_text() == f"{hash_file(out / 'note.txt')}  note.txt\n"
+    beside = sums.stat().st_size if kind is Folder else 0
     assert report == {
-        "output": str(out), "to": kind.__name__.lower(), "bytes": 4, "letters": 4, "reload_max_difference": 0.0,
+        "output": str(out), "to": kind.__name__.lower(), "bytes": 4 + beside, "letters": 4,
+        "reload_max_difference": 0.0,
     }  # fmt: skip
     with pytest.raises(OutputExistsError, match="already exists"):
         export(original, kind(word="nothing"), out)
@@ -73,7 +80,9 @@ def test_whole_or_not_at_all(make_model: Callable[..., Any], tmp_path: Path, kin
             export(original, bad, out, overwrite=True)
         assert list(out.parent.iterdir()) == [out]  # nothing beside it, and the old one is whole
         assert (out if out.is_file() else out / "note.txt").read_text() == "good"
-    assert export(original, kind(word="bad"), out, overwrite=True, check=False)["bytes"] == 3
+    assert (
+        export(original, kind(word="bad"), out, overwrite=True, check=False)["bytes"] == 3 + beside
+    )
 
 
 def test_outputs_of_the_other_kind(make_model: Callable[..., Any], tmp_path: Path) -> None:

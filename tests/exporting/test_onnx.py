@@ -242,6 +242,8 @@ def test_the_command_checks_with_a_fresh_process(
         "model.onnx.data",
         "tokenizer.json",
     }
+    listed = (tmp_path / "out" / "SHA256SUMS").read_text().split()[1::2]
+    assert listed == ["model.onnx", "model.onnx.data"]
     assert run(words) == 2
     assert "already exists" in json.loads(capsys.readouterr().out)["error"]["message"]
     assert run([*words, "--overwrite", "--no-check"]) == 0

@@ -15,6 +15,7 @@ from postlude import registry
 from postlude.errors import OutputExistsError, SettingsError
 from postlude.runs.atomic import atomic_directory, atomic_write, check_replaceable
 from postlude.runs.checkpoint import Checkpoint
+from postlude.runs.checksums import write_sums
 
 __all__ = ["Exporter", "export"]
 
@@ -25,9 +26,11 @@ class Exporter(ABC):
 
     Attributes:
         marker: for targets that are directories, a file that every output has; None for a single file.
+        weights: of those, which files get checksums beside them.
     """
 
     marker: ClassVar[str | None] = None
+    weights: ClassVar[str] = "*.safetensors"
 
     # Ending of the output's name, where others would not be known for what they are.
     ending: ClassVar[str | None] = None
@@ -99,6 +102,7 @@ def _place(settings: Exporter, out: str | os.PathLike[str], overwrite: bool) -> 
         with atomic_directory(out, overwrite, settings.marker) as directory:
             yield directory
             _same_permissions(directory)
+            write_sums(directory, settings.weights)
         return
     Path(out).resolve().parent.mkdir(parents=True, exist_ok=True)
     # A reader may go by the ending of the name, so the file is made in a directory of its own.

@@ -13,7 +13,7 @@ Hadamard transforms, rotated and rounded keys and values, activations rounded pe
 (QuaRot, OffQ) run here, where formats without a graph have no place for them. The cache holds rounded values in fp32.
 
 Vision transformers become one file, see :mod:`postlude.exporting.onnx_vision`. Of a language model, the directory has
-``model.onnx``, its weights in ``model.onnx.data``, the configuration and the tokenizer.
+``model.onnx``, its weights in ``model.onnx.data``, their checksums, the configuration and the tokenizer.
 """
 
 from __future__ import annotations
@@ -64,6 +64,7 @@ class ONNX(Exporter):
     """A directory with a graph for ONNX Runtime, with packed weights and a KV cache."""
 
     marker: ClassVar[str | None] = _FILE
+    weights: ClassVar[str] = f"{_FILE}*"
 
     def for_model(self, checkpoint: Checkpoint) -> Exporter:
         return VisionONNX(library=_library()) if checkpoint.kind == "vision" else self
