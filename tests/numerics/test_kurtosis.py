@@ -4,7 +4,6 @@ import pytest
 import scipy.stats
 import torch
 
-from postlude.errors import DataError
 from postlude.numerics.kurtosis import ChannelKurtosis, row_kurtosis
 
 
@@ -42,10 +41,3 @@ def test_channels_agree_with_scipy_however_they_are_split() -> None:
     for statistics in (whole, left, resumed):
         assert statistics.count == 77
         torch.testing.assert_close(statistics.value(), expected, rtol=1e-6, atol=0)
-
-
-def test_another_width_is_refused() -> None:
-    with pytest.raises(DataError, match="5 channels"):
-        ChannelKurtosis(5).update(torch.ones(2, 4))
-    with pytest.raises(DataError, match="merge"):
-        ChannelKurtosis(5).merge(ChannelKurtosis(4))

@@ -12,8 +12,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from postlude.errors import DataError
-from postlude.numerics.moments import Statistic
+from postlude.numerics.streaming import Statistic, fields_of, positive, require_same, token_rows
 
 __all__ = ["ChannelKurtosis", "row_kurtosis"]
 
@@ -39,7 +38,7 @@ class ChannelKurtosis(Statistic):
     def __init__(self, width: int, device: torch.device | str | None = None) -> None:
         self.count = 0
         self._moments = torch.zeros(
-            4, width, dtype=torch.float64, device=device
+            4, positive(width, "width"), dtype=torch.float64, device=device
         )  # mean, M2, M3, M4
 
     @property
@@ -49,9 +48,7 @@ class ChannelKurtosis(Statistic):
 
     def update(self, x: Tensor) -> None:
         """Take in ``x`` ``[..., width]``."""
-        if x.shape[-1] != self.width:
-            raise DataError(f"Expected {self.width} channels, got a tensor {tuple(x.shape)}.")
-        rows = x.reshape(-1, self.width).double()
+        rows = token_rows(x, self.width).double()
         if not len(rows):
             return
         mean = rows.mean(0)
@@ -64,8 +61,7 @@ class ChannelKurtosis(Statistic):
 
     def merge(self, other: Self) -> Self:
         """Take in everything ``other`` has seen; returns ``self``."""
-        if other.width != self.width:
-            raise DataError(f"Cannot merge statistics of {other.width} channels into {self.width}.")
+        require_same("width", self.width, other.width)
         self._merge(other.count, other._moments.to(self._moments.device))
         return self
 
@@ -101,7 +97,7 @@ class ChannelKurtosis(Statistic):
     @classmethod
     def from_state(cls, state: Mapping[str, Tensor]) -> Self:
         """Continue from :meth:`state`."""
-        made = cls(state["moments"].shape[1], state["moments"].device)
-        made._moments = state["moments"].clone()
-        made.count = int(state["count"])
+        count, moments = fields_of(state, "count", "moments")
+        made = cls(moments.shape[1], moments.device)
+        made._moments, made.count = moments.clone(), int(count)
         return made

@@ -2,8 +2,7 @@
 
 The sign aside, the bits of a float32 are ordered as the numbers are. Their leading 18 (8 of the exponent, 10 of the
 mantissa) name a bin, so a fixed histogram of 2^18 counts holds the whole distribution: no range to choose, no random
-sampling, and two histograms merge by adding. For magnitudes this is tens of times faster than the general
-:class:`~postlude.numerics.moments.Quantiles`, which sorts.
+sampling, nothing to sort, and two histograms merge by adding.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor
 
 from postlude.errors import SettingsError
-from postlude.numerics.moments import Statistic
+from postlude.numerics.streaming import Statistic, fields_of
 
 __all__ = ["MagnitudeHistogram"]
 
@@ -37,7 +36,7 @@ class MagnitudeHistogram(Statistic):
 
     def update(self, x: Tensor) -> None:
         """Take in ``x`` of any shape; larger formats are rounded to float32."""
-        for part in x.reshape(-1).split(_CHUNK):
+        for part in x.detach().reshape(-1).split(_CHUNK):
             bins = part.float().abs().view(torch.int32) >> _DROPPED
             self._counts += torch.bincount(bins, minlength=_BINS)
         self.count += x.numel()
@@ -74,7 +73,8 @@ class MagnitudeHistogram(Statistic):
     @classmethod
     def from_state(cls, state: Mapping[str, Tensor]) -> Self:
         """Continue from :meth:`state`."""
-        made = cls(state["counts"].device)
-        made._counts = state["counts"].clone()
+        (counts,) = fields_of(state, "counts")
+        made = cls(counts.device)
+        made._counts = counts.clone()
         made.count = int(made._counts.sum())
         return made

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from postlude.numerics.formats import Scheme
-from postlude.numerics.moments import Statistic
+from postlude.numerics.streaming import Statistic
 from postlude.quantization.block_reconstruction import Passage
 from postlude.quantization.installing import install
 from postlude.quantization.quantizer import Quantizer, generator
