@@ -11,8 +11,9 @@ from torch import Tensor
 from postlude import registry
 from postlude._front_door.opening import Path_, open_checkpoint
 from postlude._front_door.text import Text, built_in_text, calibration_tokens
+from postlude.inspection.comparison import Comparison
 from postlude.inspection.signature import compare as _compare
-from postlude.inspection.update import Comparison, Update
+from postlude.inspection.update import Update
 from postlude.runs.atomic import atomic_write
 from postlude.runs.checkpoint import Checkpoint
 from postlude.runs.progress import Progress

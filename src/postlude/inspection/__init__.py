@@ -1,8 +1,8 @@
 """What is inside a model: one file per method; what they hand back is in ``report``.
 
-``outliers`` measures the tensors that a quantizer has to round, ``singular_defects`` finds where massive activations
-are made and unmade (``empirical`` is their direction, ``explosion`` how tokens come by them), and ``signature``
-compares models by that direction.
+``outliers`` measures the tensors that a quantizer has to round. ``singular_defects`` finds where massive activations
+are made and unmade; ``empirical`` is their direction, ``explosion`` and ``explosion_path`` are how tokens come by them.
+``signature`` compares models by that direction, ``update`` tells what tuning changed, and ``comparison`` is both.
 """
 
 from __future__ import annotations

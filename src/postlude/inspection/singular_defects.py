@@ -33,13 +33,12 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
-import torch
 from torch import Tensor
 
 from postlude.errors import SettingsError
-from postlude.inspection import explosion as paths
 from postlude.inspection.empirical import EmpiricalDirection, empirical_direction
-from postlude.inspection.report import Inspection, place, rounded, table, token_text
+from postlude.inspection.explosion_path import ExplosionPath, explosion_path
+from postlude.inspection.report import Inspection, place, rounded, table
 from postlude.numerics.directions import (
     EigenPair,
     SingularDirections,
@@ -57,10 +56,8 @@ if TYPE_CHECKING:
     from postlude.runs.progress import Progress
 
 __all__ = [
-    "ExplosionPath",
     "Found",
     "LayerDefect",
-    "NamedToken",
     "SingularDefects",
     "SingularDefectsReport",
     "layer_defect",
@@ -69,7 +66,6 @@ __all__ = [
 # Below this angle, in degrees, a block's leading direction counts as the direction of the massive activations.
 ALIGNED = 20.0
 KEPT_VALUES = 8
-PLOTTED_TOKENS = 512
 
 
 class Found(NamedTuple):
@@ -103,86 +99,6 @@ class LayerDefect:
     whole: SingularDirections
     attention: SingularDirections
     feed_forward: SingularDirections
-
-
-@dataclasses.dataclass(frozen=True)
-class NamedToken:
-    """One of the tokens with the largest norm after the explosion block when nothing stands before it.
-
-    Attributes:
-        token_id: vocabulary id.
-        text: what it reads as; None without a tokenizer.
-        norm: after the explosion block, all attention being zero.
-        prompt_norm: largest over all layers at the end of the prompt, attention being on; None without a tokenizer.
-    """
-
-    token_id: int
-    text: str | None
-    norm: float
-    prompt_norm: float | None
-
-
-@dataclasses.dataclass(frozen=True)
-class ExplosionPath:
-    """How tokens come to explode; see :mod:`postlude.inspection.explosion`.
-
-    Attributes:
-        subspace: which inputs of the feed-forward layer explode.
-        trained: ``[vocabulary]`` bool, ids with a trained embedding.
-        alone: every id away from position 0 (attention silenced).
-        initial: every id at position 0.
-        second: every id at position 1, behind a random token.
-        random: random directions in place of embeddings, at position 0.
-        largest: tokens with the largest norms of ``alone``.
-        ablation: the model without the exploding direction in the input of the norm.
-    """
-
-    subspace: paths.Subspace
-    trained: Tensor
-    alone: paths.Scan
-    initial: paths.Scan
-    second: paths.Scan
-    random: paths.Scan
-    largest: tuple[NamedToken, ...]
-    ablation: paths.Ablation
-
-    def to_dict(self, threshold: float) -> dict[str, Any]:
-        """In the types of JSON; a state above ``threshold`` counts as exploded."""
-        shown = self.trained.nonzero().flatten()
-        if len(shown) > PLOTTED_TOKENS:
-            shown = shown[torch.linspace(0, len(shown) - 1, PLOTTED_TOKENS).round().long()]
-        return rounded(
-            {
-                "subspace": self.subspace.to_dict(),
-                "untrained_tokens": int((~self.trained).sum()),
-                "non_initial": {
-                    **_spread(self.alone.norms[self.trained], threshold),
-                    "largest": [dataclasses.asdict(token) for token in self.largest],
-                },
-                "initial": _spread(self.initial.norms[self.trained], threshold),
-                "second": _spread(self.second.norms[self.trained], threshold),
-                "random_directions": _spread(self.random.norms, threshold),
-                "coefficients": {
-                    "token_ids": shown,
-                    "position_0": self.initial.coefficients[shown],
-                    "position_1": self.second.coefficients[shown],
-                },
-                "ablation": self.ablation.to_dict(),
-            }
-        )
-
-
-def _spread(norms: Tensor, threshold: float) -> dict[str, float]:
-    """Distribution of norms, and the share of those above the threshold."""
-    low, middle, high = norms.double().quantile(torch.tensor([0.05, 0.5, 0.95]).double()).tolist()
-    return {
-        "exploding_share": float((norms > threshold).double().mean()),
-        "min_norm": float(norms.min()),
-        "p5_norm": low,
-        "median_norm": middle,
-        "p95_norm": high,
-        "max_norm": float(norms.max()),
-    }
 
 
 @dataclasses.dataclass(frozen=True)
@@ -313,28 +229,8 @@ class SingularDefectsReport(Inspection):
                 f"away, eigenvalue {pair.value:.3g}."
             )
         if self.path is not None:
-            lines += self._path_sentences(self.path)
+            lines += self.path.sentences(direction.threshold)
         return lines
-
-    def _path_sentences(self, path: ExplosionPath) -> list[str]:
-        threshold, space, change = self.direction.threshold, path.subspace, path.ablation
-        shares = [
-            float((scan.norms > threshold).double().mean())
-            for scan in (path.initial, path.second, path.alone, path.random)
-        ]
-        named = ", ".join(
-            repr(token.text) if token.text is not None else f"id {token.token_id}"
-            for token in path.largest
-            if token.norm > threshold
-        )
-        return [
-            f"Exploding inputs of that block's feed-forward layer: {space.dimension} direction(s); output norm "
-            f"{space.leading:.4g}, of all others at most {float(space.rest.max()):.4g}.",
-            f"Tokens that explode: {shares[0]:.1%} at position 0, {shares[1]:.1%} at position 1, {shares[2]:.1%} "
-            f"without attention{f' ({named})' if named else ''}; {shares[3]:.1%} of random embeddings.",
-            f"Without the direction the loss goes from {change.loss:.4f} to {change.loss_without:.4f} and the "
-            f"largest norm from {change.max_norm:.4g} to {change.max_norm_without:.4g}.",
-        ]
 
 
 def layer_defect(layer: int, block: BlockApproximation, direction: Tensor) -> LayerDefect:
@@ -438,7 +334,16 @@ class SingularDefects:
         }
         path = None
         if self.paths and explosion.layer is not None and tokens is not None:
-            path = self._path(checkpoint, tokens, explosion.layer, seed)
+            path = explosion_path(
+                checkpoint,
+                tokens,
+                explosion.layer,
+                self._approximate(checkpoint, explosion.layer, seed).feed_forward,
+                prompt=self.prompt,
+                top=self.top,
+                random_directions=self.random_directions,
+                seed=seed,
+            )
         return SingularDefectsReport(
             samples=direction.norms.shape[1],
             length=direction.norms.shape[2],
@@ -489,36 +394,3 @@ class SingularDefects:
             and before[layer.layer]
         ]
         return Found(aligned[-1], "angle") if aligned else Found(None, None)
-
-    def _path(self, checkpoint: Checkpoint, tokens: Tensor, layer: int, seed: int) -> ExplosionPath:
-        model, anatomy = checkpoint.model, checkpoint.language
-        block = anatomy.blocks[layer]
-        linear = self._approximate(checkpoint, layer, seed).feed_forward
-        subspace = paths.explosion_subspace(model, block, linear)
-        v = subspace.direction
-        trained = paths.trained_tokens(model, anatomy)
-        alone = paths.scan_vocabulary(model, anatomy, layer, v, attention=False)
-        initial = paths.scan_vocabulary(model, anatomy, layer, v, attention=True)
-        top = alone.norms.topk(min(self.top, len(alone.norms)))
-        behind = paths.prompt_norms(checkpoint, self.prompt, top.indices.tolist())
-        largest = tuple(
-            NamedToken(
-                token,
-                token_text(checkpoint.tokenizer, token),
-                norm,
-                None if behind is None else float(behind[rank]),
-            )
-            for rank, (token, norm) in enumerate(
-                zip(top.indices.tolist(), top.values.tolist(), strict=True)
-            )
-        )
-        return ExplosionPath(
-            subspace=subspace,
-            trained=trained,
-            alone=alone,
-            initial=initial,
-            second=paths.second_position(model, anatomy, layer, v, trained, seed),
-            random=paths.scan_random(model, anatomy, layer, v, self.random_directions, seed),
-            largest=largest,
-            ablation=paths.ablate(model, anatomy, block, v, tokens),
-        )

@@ -35,7 +35,7 @@ def render(comparison: Values, command: str = "") -> str:
     """The page.
 
     Args:
-        comparison: see :meth:`postlude.inspection.update.Comparison.to_dict`.
+        comparison: see :meth:`postlude.inspection.comparison.Comparison.to_dict`.
         command: that makes the page again.
 
     Returns:
@@ -67,7 +67,7 @@ def update_figures(update: Values, identifier: str = "update") -> list[Figure]:
     """What tuning changed, block by block: size, unchanged entries, ranks, intruders.
 
     Args:
-        update: see :meth:`postlude.inspection.update.UpdateReport.to_dict`; one that is not absent.
+        update: see :meth:`postlude.inspection.update_report.UpdateReport.to_dict`; one that is not absent.
         identifier: unique in the page.
     """
     blocks = [row["block"] for row in update["blocks"] if row["block"] is not None]
