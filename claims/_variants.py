@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from postlude.numerics.factorize import uncentred_pca
-from postlude.numerics.formats import Granularity, Integer, Scheme
+from postlude.numerics.formats import Integer
 from postlude.numerics.moments import SecondMoment
 from postlude.numerics.rotation import (
     block_diagonal,
@@ -18,6 +18,7 @@ from postlude.numerics.rotation import (
     outlier_grouping,
     random_orthogonal,
 )
+from postlude.numerics.schemes import Granularity, Scheme
 from postlude.quantization.engine import FLOAT, generator
 from postlude.quantization.gptq import GPTQ
 from postlude.quantization.offq import OffQ, offset_rotation

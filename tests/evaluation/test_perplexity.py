@@ -12,7 +12,8 @@ from torch.nn import functional
 
 from postlude.errors import ArchitectureError, DataError, NonFiniteError, SettingsError
 from postlude.evaluation.perplexity import Sequences, cut, evaluate, sequence_losses
-from postlude.numerics.formats import Granularity, Integer, Scheme
+from postlude.numerics.formats import Integer
+from postlude.numerics.schemes import Granularity, Scheme
 from postlude.runs.checkpoint import Checkpoint
 from postlude.runs.documents import encode, read_documents
 from postlude.runs.loading import load

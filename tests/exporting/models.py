@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from postlude.numerics.formats import Scheme
+from postlude.numerics.schemes import Scheme
 from postlude.runs.checkpoint import Checkpoint
 from postlude.surgery.anatomy import anatomy_of
 from postlude.surgery.huggingface import mark

@@ -16,7 +16,8 @@ from postlude.errors import CheckpointError, SettingsError, VerificationError
 from postlude.exporting.compressed_tensors import CompressedTensors
 from postlude.exporting.engine import export
 from postlude.numerics.float8 import float8_e4m3fn
-from postlude.numerics.formats import Granularity, Integer, Minifloat, Scheme
+from postlude.numerics.formats import Integer, Minifloat
+from postlude.numerics.schemes import Granularity, Scheme
 from postlude.quantization.engine import quantize
 from postlude.quantization.quarot import QuaRot
 from postlude.quantization.rtn import RTN

@@ -15,7 +15,8 @@ from postlude import registry
 from postlude.errors import OutputExistsError, SettingsError, UnknownNameError, VerificationError
 from postlude.exporting.engine import Exporter, export
 from postlude.exporting.plain import plain, refuse
-from postlude.numerics.formats import Integer, Scheme
+from postlude.numerics.formats import Integer
+from postlude.numerics.schemes import Scheme
 from postlude.runs.checksums import SUMS, hash_file
 
 from .models import checkpoint, rounded

@@ -21,7 +21,8 @@ from postlude.exporting.engine import export
 from postlude.exporting.gguf import GGUF
 from postlude.exporting.gguf_blocks import blocks
 from postlude.exporting.gguf_tokenizer import tokenizer_fields
-from postlude.numerics.formats import Codebook, Granularity, Integer, Scheme
+from postlude.numerics.formats import Codebook, Integer
+from postlude.numerics.schemes import Granularity, Scheme
 from postlude.quantization.engine import quantize
 from postlude.quantization.quarot import QuaRot
 from postlude.quantization.rtn import RTN

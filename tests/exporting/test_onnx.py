@@ -21,7 +21,8 @@ from postlude.errors import ArchitectureError, MissingDependencyError, SettingsE
 from postlude.exporting.engine import export
 from postlude.exporting.onnx import ONNX
 from postlude.exporting.onnx_graph import Graph
-from postlude.numerics.formats import Codebook, Granularity, Integer, Scheme
+from postlude.numerics.formats import Codebook, Integer
+from postlude.numerics.schemes import Granularity, Scheme
 from postlude.quantization.engine import quantize
 from postlude.quantization.offq import OffQ
 from postlude.quantization.quarot import QuaRot

@@ -6,20 +6,18 @@ import math
 
 import pytest
 import torch
-from torch import Tensor
 
 from postlude.errors import SettingsError
 from postlude.numerics.formats import (
     Codebook,
     Format,
-    Granularity,
     Integer,
     Logarithmic,
     Minifloat,
     Power,
-    Scheme,
     Ternary,
 )
+from postlude.numerics.schemes import Granularity, Scheme
 
 EXACT = "float32"
 FORMATS = [
@@ -71,24 +69,6 @@ def test_integers_by_loops(symmetric: bool, free: bool, granularity: str, runs: 
         )
 
 
-@pytest.mark.parametrize("form", FORMATS, ids=str)
-@pytest.mark.parametrize("granularity", ["tensor", "channel", 32])
-def test_encode_decode(form: Format, granularity: str | int) -> None:
-    x = torch.randn(5, 172)
-    how = scheme(form, granularity)
-    encoded = how.encode(x)
-    assert int(encoded.codes.max()) < 2**form.code_bits
-    values = encoded.decode()
-    assert torch.equal(how.round_trip(x), values)
-    again = how.encode(values, (encoded.scale.float(), _floats(encoded.zero_point)))
-    assert torch.equal(again.codes, encoded.codes)
-    assert Scheme.from_dict(how.to_dict()) == how
-
-
-def _floats(zero_point: Tensor | None) -> Tensor | None:
-    return None if zero_point is None else zero_point.float()
-
-
 def test_free_and_zero_agree_when_the_range_holds_zero() -> None:
     x = torch.randn(6, 64)
     free = scheme(Integer(4, False, "free")).encode(x)
@@ -104,29 +84,6 @@ def test_an_offset_of_whole_steps_costs_nothing() -> None:
     # The scale is rounded to fp32 after the shift; nothing else differs.
     torch.testing.assert_close(shifted - 1000 * step, plain, atol=2e-4, rtol=0)
     assert how.encode(x + 1000 * step).codes.float().sub(how.encode(x).codes).abs().max() <= 1
-
-
-def test_zero_points_fit_16_bits() -> None:
-    x = 1000 + torch.rand(4, 32) * 1e-6
-    encoded = Scheme(Integer(4, False, "free"), Granularity("token")).encode(x)
-    assert encoded.zero_point is not None
-    assert encoded.zero_point.dtype == torch.int16
-    torch.testing.assert_close(encoded.decode(), x, rtol=1e-4, atol=0)
-
-
-@pytest.mark.parametrize("value", [0.0, 3.0, -7.0])
-@pytest.mark.parametrize("form", [Integer(4), Integer(4, False, "free"), Integer(4, False, "zero")])
-def test_constant_groups(form: Integer, value: float) -> None:
-    x = torch.full((2, 16), value)
-    torch.testing.assert_close(Scheme(form).round_trip(x), x, rtol=1e-3, atol=0)
-
-
-def test_effective_bits() -> None:
-    how = Scheme(Integer(4, False, "free"), Granularity("group", 128))
-    assert how.effective_bits(4096) == 4.25
-    assert Scheme(Integer(4, False, "free"), Granularity("group", 64)).effective_bits(4096) == 4.5
-    # 172 channels in groups of 64: two whole groups and one of 44, each with its own scale and zero point.
-    assert how.stored_bits(10, 172) == 10 * (8 * 86 + 2 * 32)
 
 
 def test_minifloat_levels() -> None:
@@ -186,8 +143,6 @@ def test_power_by_its_formula(exponent: float) -> None:
         lambda: Power(4, 2.0),
         lambda: Logarithmic(4, base=1.0),
         lambda: Codebook((1.0, 0.0)),
-        lambda: Granularity.parse("row"),
-        lambda: Granularity("group", 0),
         lambda: Format.from_dict({"kind": "nf4"}),
     ],
 )

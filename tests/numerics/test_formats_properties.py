@@ -12,17 +12,15 @@ from torch import Tensor
 
 from postlude.numerics.formats import (
     Codebook,
-    Encoded,
     Format,
-    Granularity,
     Integer,
     Logarithmic,
     Minifloat,
     Power,
-    Scheme,
     Ternary,
 )
 from postlude.numerics.packing import pack, packed_width, unpack
+from postlude.numerics.schemes import Encoded, Granularity, Scheme
 
 from ..properties import EXAMPLES, every
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from postlude.errors import SettingsError
-from postlude.numerics.formats import Granularity, Integer, Scheme, Ternary
+from postlude.numerics.formats import Integer, Ternary
 from postlude.numerics.learned_rounding import (
     Rounding,
     StraightThrough,
@@ -14,6 +14,7 @@ from postlude.numerics.learned_rounding import (
     straight_through,
 )
 from postlude.numerics.rounding import clip_search, nearest
+from postlude.numerics.schemes import Granularity, Scheme
 
 SCHEMES = [
     Scheme(Integer(3), Granularity("channel")),

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from postlude.errors import SettingsError
 from postlude.numerics.factorize import error_reconstruction, truncated_svd
-from postlude.numerics.formats import Granularity, Integer, Minifloat, Scheme
+from postlude.numerics.formats import Integer, Minifloat
 from postlude.numerics.low_rank import (
     BranchFormat,
     Corrected,
@@ -18,6 +18,7 @@ from postlude.numerics.low_rank import (
     one_shot,
     squared_error,
 )
+from postlude.numerics.schemes import Granularity, Scheme
 
 FOUR = Scheme(Integer(4), Granularity("group", 32))
 HALF, EIGHT = BranchFormat(), BranchFormat(8, 8)

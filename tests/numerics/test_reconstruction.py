@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 
 from postlude.errors import SettingsError
-from postlude.numerics.formats import Granularity, Integer, Scheme
+from postlude.numerics.formats import Integer
 from postlude.numerics.learned_rounding import Rounding, StraightThrough, annealed_power
 from postlude.numerics.reconstruction import mean_squared_error, reconstruct
+from postlude.numerics.schemes import Granularity, Scheme
 
 
 def chance() -> torch.Generator:

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from postlude.errors import SettingsError
-from postlude.numerics.formats import Granularity, Integer, Scheme
+from postlude.numerics.formats import Integer
 from postlude.numerics.rounding import clip_search, gptq, inverse_cholesky, nearest
+from postlude.numerics.schemes import Granularity, Scheme
 
 
 def problem(rows: int = 12, width: int = 44) -> tuple[Tensor, Tensor, Tensor]:

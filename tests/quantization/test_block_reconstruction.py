@@ -10,10 +10,11 @@ from torch import Tensor
 
 import postlude as pl
 from postlude.errors import SettingsError
-from postlude.numerics.formats import Granularity, Integer, Scheme
+from postlude.numerics.formats import Integer
 from postlude.numerics.learned_rounding import StraightThrough
 from postlude.numerics.reconstruction import mean_squared_error
 from postlude.numerics.rounding import nearest
+from postlude.numerics.schemes import Granularity, Scheme
 from postlude.quantization.adalog import AdaLogViT
 from postlude.quantization.block_reconstruction import BlockOutput, Passage, soft
 from postlude.quantization.iands_vit import IandSViT

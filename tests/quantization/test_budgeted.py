@@ -9,8 +9,9 @@ import torch
 import postlude as pl
 from postlude.errors import SettingsError
 from postlude.numerics.activation_grids import Uniform
-from postlude.numerics.formats import Granularity, Integer, Scheme
+from postlude.numerics.formats import Integer
 from postlude.numerics.rounding import nearest
+from postlude.numerics.schemes import Granularity, Scheme
 from postlude.quantization.budgeted import site_losses
 from postlude.quantization.layerwise_ip import LayerwiseIP
 from postlude.quantization.mptq_greedy import MPTQGreedy, shifted_range

@@ -15,8 +15,9 @@ import postlude as pl
 from postlude.errors import SettingsError, UnknownNameError
 from postlude.evaluation.size import size_of
 from postlude.numerics.factorize import error_reconstruction
-from postlude.numerics.formats import Granularity, Integer, Scheme
+from postlude.numerics.formats import Integer
 from postlude.numerics.low_rank import BranchFormat
+from postlude.numerics.schemes import Granularity, Scheme
 from postlude.quantization.correction import Correction
 from postlude.quantization.engine import Quantizer, quantize
 from postlude.quantization.loraq import LoRaQ

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from postlude.errors import SettingsError, UnknownNameError
-from postlude.numerics.formats import Granularity, Integer, Scheme
+from postlude.numerics.formats import Integer
+from postlude.numerics.schemes import Granularity, Scheme
 from postlude.quantization.defect_guard import DefectGuard
 from postlude.quantization.engine import quantize
 from postlude.quantization.rtn import RTN

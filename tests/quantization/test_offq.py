@@ -12,9 +12,10 @@ from torch import Tensor
 
 import postlude as pl
 from postlude.errors import SettingsError
-from postlude.numerics.formats import Granularity, Integer, Scheme
+from postlude.numerics.formats import Integer
 from postlude.numerics.hadamard import hadamard
 from postlude.numerics.rotation import group_sizes, outlier_grouping
+from postlude.numerics.schemes import Granularity, Scheme
 from postlude.quantization.engine import generator, quantize
 from postlude.quantization.offq import OffQ, offset_rotation, outlier_basis
 from postlude.quantization.quarot import QuaRot

@@ -20,9 +20,10 @@ from safetensors.torch import save_file
 import postlude as pl
 from postlude.cli import run
 from postlude.errors import DataError, OutputExistsError
-from postlude.numerics.formats import Granularity, Integer, Scheme
+from postlude.numerics.formats import Integer
 from postlude.numerics.moments import SecondMoment
 from postlude.numerics.rounding import gptq
+from postlude.numerics.schemes import Granularity, Scheme
 from postlude.quantization.gptq import GPTQ
 from postlude.quantization.rtn import RTN
 from postlude.quantization.smoothquant import SmoothQuant

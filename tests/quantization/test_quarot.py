@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from postlude.errors import SettingsError
-from postlude.numerics.formats import Granularity, Integer, Scheme
+from postlude.numerics.formats import Integer
 from postlude.numerics.hadamard import hadamard
+from postlude.numerics.schemes import Granularity, Scheme
 from postlude.quantization.engine import quantize
 from postlude.quantization.offq import OffQ
 from postlude.quantization.quarot import QuaRot

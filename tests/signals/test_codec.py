@@ -9,8 +9,9 @@ import torch
 from torch import nn
 
 from postlude.errors import CheckpointError, OutputExistsError, SettingsError, UnknownNameError
-from postlude.numerics.formats import Integer, Scheme
+from postlude.numerics.formats import Integer
 from postlude.numerics.rounding import nearest
+from postlude.numerics.schemes import Scheme
 from postlude.signals.codec import Coding, encode
 from postlude.signals.curve import curve, peers_at, stored_psnr
 from postlude.signals.inr import WIDTHS, Stored, open_inr

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from postlude.numerics.formats import Granularity, Integer, Scheme
+from postlude.numerics.formats import Integer
+from postlude.numerics.schemes import Granularity, Scheme
 from postlude.surgery.attention import product_attention, takes
 from postlude.surgery.key_values import KeyValueQuantizer, attach, fast_attention
 from postlude.surgery.layers import BlockHadamard

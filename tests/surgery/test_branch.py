@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from postlude.numerics.formats import Granularity, Integer, Scheme
+from postlude.numerics.formats import Integer
 from postlude.numerics.low_rank import BranchFormat, one_shot
+from postlude.numerics.schemes import Granularity, Scheme
 from postlude.surgery import kernels
 from postlude.surgery.huggingface import describe
 from postlude.surgery.layers import InputScale, LowRankBranch, QuantizedLinear, quantized_linears

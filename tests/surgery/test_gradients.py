@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from postlude.errors import ArchitectureError, DataError, SettingsError
-from postlude.numerics.formats import Granularity, Integer, Scheme
+from postlude.numerics.formats import Integer
+from postlude.numerics.schemes import Granularity, Scheme
 from postlude.surgery.anatomy import anatomy_of
 from postlude.surgery.gradients import (
     CollectedLayer,

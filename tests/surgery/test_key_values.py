@@ -9,7 +9,8 @@ import torch
 from transformers import DynamicCache
 
 from postlude.errors import SettingsError
-from postlude.numerics.formats import Granularity, Integer, Scheme
+from postlude.numerics.formats import Integer
+from postlude.numerics.schemes import Granularity, Scheme
 from postlude.surgery.anatomy import anatomy_of
 from postlude.surgery.key_values import KeyValueQuantizer
 from postlude.surgery.layers import BlockHadamard

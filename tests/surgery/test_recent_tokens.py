@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from postlude.numerics.formats import Granularity, Integer, Scheme
+from postlude.numerics.formats import Integer
+from postlude.numerics.schemes import Granularity, Scheme
 from postlude.surgery.key_values import _ensure_packed
 
 SCHEME = Scheme(Integer(4, symmetric=False, range="zero"), Granularity("token"))

@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from postlude.numerics.formats import Granularity, Integer, Scheme
+from postlude.numerics.formats import Integer
 from postlude.numerics.rotation import random_orthogonal
+from postlude.numerics.schemes import Granularity, Scheme
 from postlude.surgery.anatomy import Anatomy, anatomy_of
 from postlude.surgery.key_values import HeadRotation, KeyValueQuantizer
 from postlude.surgery.layers import BlockHadamard

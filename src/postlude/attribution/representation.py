@@ -29,7 +29,8 @@ from postlude.attribution.examples import Collection
 from postlude.attribution.outputs import Output, check_output, output_function
 from postlude.errors import SettingsError, StoreError
 from postlude.numerics.factorize import batched_power_iteration
-from postlude.numerics.formats import Granularity, Integer, Scheme
+from postlude.numerics.formats import Integer
+from postlude.numerics.schemes import Granularity, Scheme
 from postlude.runs.checkpoint import Checkpoint
 from postlude.surgery.gradients import (
     CollectedLayer,

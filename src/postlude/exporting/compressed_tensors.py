@@ -38,8 +38,9 @@ from postlude.errors import SettingsError
 from postlude.exporting.engine import Exporter
 from postlude.exporting.plain import Plain, plain, refuse
 from postlude.numerics.float8 import float8_e4m3fn
-from postlude.numerics.formats import Format, Integer, Scheme
+from postlude.numerics.formats import Format, Integer
 from postlude.numerics.packing import pack, unpack
+from postlude.numerics.schemes import Scheme
 from postlude.registry import method
 from postlude.runs.checkpoint import Checkpoint
 from postlude.runs.quiet import quiet_transformers

@@ -2,7 +2,7 @@
 
 Everything is computed in fp32. Integer weights of up to 8 bits go to ``com.microsoft.MatMulNBits`` as they are, in 4
 or 8 bits a code; with symmetric 8-bit inputs and weights to ``MatMulInteger``. Rounding at run time follows
-:class:`postlude.numerics.formats.Scheme` operation by operation, so that it gives the same codes.
+:class:`postlude.numerics.schemes.Scheme` operation by operation, so that it gives the same codes.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from postlude.errors import SettingsError
 from postlude.exporting.onnx_static import static_round_trip
-from postlude.numerics.formats import MAX_ZERO_POINT, Granularity, Integer, Scheme
+from postlude.numerics.formats import MAX_ZERO_POINT, Integer
 from postlude.numerics.packing import pack, unpack
+from postlude.numerics.schemes import Granularity, Scheme
 from postlude.surgery.key_values import HeadRotation
 from postlude.surgery.layers import BlockHadamard, InputOrder, QuantizedLinear
 from postlude.surgery.static_quantizers import StaticQuantizer

@@ -1,7 +1,7 @@
 """Grids of activations with fixed parameters, for vision transformers: uniform ones, and others for attention and
 GELU.
 
-A :class:`Scheme <postlude.numerics.formats.Scheme>` takes its scale from the tensor at hand. Here parameters are
+A :class:`Scheme <postlude.numerics.schemes.Scheme>` takes its scale from the tensor at hand. Here parameters are
 learned once from calibration data and stay, which is how accelerators of vision models run; and what a softmax or a
 GELU gives has most of its values near 0 and the few that matter far away, which logarithmic grids suit.
 
@@ -22,14 +22,15 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from postlude.errors import SettingsError
+from postlude.numerics.described import Described
 
 __all__ = [
     "GELU_SHIFT",
@@ -63,21 +64,15 @@ _ETAS = (0.001, 0.005, 0.01, 0.02, 0.03, 0.04, 0.05, 0.1, 0.2, 0.5, 1.0)
 
 
 @dataclasses.dataclass(frozen=True)
-class ActivationGrid(ABC):
+class ActivationGrid(Described, noun="grid of activations"):
     """What codes of ``bits`` bits stand for.
 
     Parameters are tensors that broadcast against what is rounded, by the names in ``names``.
     """
 
-    kind: ClassVar[str]
     names: ClassVar[tuple[str, ...]]
-    kinds: ClassVar[dict[str, type[ActivationGrid]]] = {}
 
     bits: int = 4
-
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
-        ActivationGrid.kinds[cls.kind] = cls
 
     def __post_init__(self) -> None:
         if not 2 <= self.bits <= 8:
@@ -95,20 +90,6 @@ class ActivationGrid(ABC):
             x: any shape.
             score: what is to be small; the mean squared error where there is none.
         """
-
-    def to_dict(self) -> dict[str, Any]:
-        return {"kind": self.kind, **dataclasses.asdict(self)}
-
-    @staticmethod
-    def from_dict(data: Mapping[str, Any]) -> ActivationGrid:
-        fields = dict(data)
-        kind = fields.pop("kind", None)
-        if kind not in ActivationGrid.kinds:
-            raise SettingsError(
-                f"grid of activations {kind!r} is not known to this version; known: "
-                f"{', '.join(sorted(ActivationGrid.kinds))}"
-            )
-        return ActivationGrid.kinds[kind](**fields)
 
     def _best(self, x: Tensor, candidates: list[Parameters], score: Score | None) -> Parameters:
         """The first of the candidates with the least score."""
@@ -149,6 +130,12 @@ def _quantile(ordered: Tensor, share: float) -> Tensor:
     return found
 
 
+def _largest(x: Tensor) -> list[Tensor]:
+    """What the largest values are taken to be, fp32 ``[1]`` each: at some percentiles, and the maximum."""
+    ordered = x.reshape(-1, 1).double().sort(0).values
+    return [_quantile(ordered, share).clamp(min=1e-8).float() for share in (*_PERCENTILES, 1.0)]
+
+
 @dataclasses.dataclass(frozen=True)
 class Uniform(ActivationGrid):
     """Equal steps; the zero point may be any number."""
@@ -182,9 +169,7 @@ class LogSqrt2(ActivationGrid):
         return torch.where(codes < 2**self.bits, value, torch.zeros_like(value))
 
     def fit(self, x: Tensor, score: Score | None = None) -> Parameters:
-        ordered = x.reshape(-1, 1).double().sort(0).values
-        tops = [_quantile(ordered, share).clamp(min=1e-8).float() for share in (*_PERCENTILES, 1.0)]
-        return self._best(x, [{"scale": top} for top in tops], score)
+        return self._best(x, [{"scale": top} for top in _largest(x)], score)
 
 
 def log_table(bits: int) -> Tensor:
@@ -309,14 +294,12 @@ class TwoSided(ActivationGrid):
 
     def fit(self, x: Tensor, score: Score | None = None) -> Parameters:
         most = 2 ** (self.bits - 1) - 1
-        ordered = x.abs().reshape(-1, 1).double().sort(0).values
-        tops = [_quantile(ordered, share).clamp(min=1e-8).float() for share in (*_PERCENTILES, 1.0)]
         candidates = [
             {
                 "scale": top / most / 2.0**m,
                 "shift": torch.tensor([float(m)], device=x.device),
             }
-            for top in tops
+            for top in _largest(x.abs())
             for m in _SHIFTS
         ]
         return self._best(x, candidates, score)

@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 from postlude.errors import SettingsError
-from postlude.numerics.formats import Encoded, Integer, Scheme
+from postlude.numerics.formats import Integer
+from postlude.numerics.schemes import Encoded, Scheme
 
 __all__ = [
     "Parameters",

@@ -33,7 +33,8 @@ from torch import Tensor
 
 from postlude.errors import SettingsError
 from postlude.numerics.factorize import randomized_svd, weighted_svd
-from postlude.numerics.formats import Encoded, Granularity, Integer, Scheme
+from postlude.numerics.formats import Integer
+from postlude.numerics.schemes import Encoded, Granularity, Scheme
 
 __all__ = [
     "HALF",

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from postlude.errors import SettingsError
-from postlude.numerics.formats import Encoded, Scheme
+from postlude.numerics.schemes import Encoded, Scheme
 
 # Weights whose range is searched together: a few such buffers fit a core's cache.
 _CLIP_ENTRIES = 2**17

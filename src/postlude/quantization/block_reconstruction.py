@@ -19,9 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from postlude.errors import SettingsError
-from postlude.numerics.formats import Scheme
 from postlude.numerics.learned_rounding import Parameters, Trained
 from postlude.numerics.rounding import clip_search
+from postlude.numerics.schemes import Scheme
 from postlude.surgery.anatomy import Block, Site
 from postlude.surgery.capture import BlockWalk
 from postlude.surgery.layers import QuantizedLinear, hold_weights

@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from postlude.numerics.formats import Scheme
+from postlude.numerics.schemes import Scheme
 from postlude.numerics.streaming import Statistic
 from postlude.quantization.block_reconstruction import Passage
 from postlude.quantization.installing import install

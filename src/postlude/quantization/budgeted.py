@@ -23,8 +23,9 @@ from torch import Tensor
 
 from postlude.errors import SettingsError
 from postlude.numerics.budget import Allocation
-from postlude.numerics.formats import Granularity, Integer, Scheme
+from postlude.numerics.formats import Integer
 from postlude.numerics.rounding import nearest
+from postlude.numerics.schemes import Granularity, Scheme
 from postlude.quantization.engine import FLOAT
 from postlude.quantization.vision import VisionQuantizer
 from postlude.runs.checkpoint import Checkpoint

@@ -19,9 +19,9 @@ from torch import Tensor
 
 from postlude import registry
 from postlude.errors import SettingsError
-from postlude.numerics.formats import Scheme
 from postlude.numerics.low_rank import BranchFormat, Corrected, Round
 from postlude.numerics.moments import MeanVariance, SecondMoment
+from postlude.numerics.schemes import Scheme
 from postlude.quantization.engine import FLOAT, Quantizer, Rounded, Seen
 from postlude.runs.checkpoint import Checkpoint
 from postlude.surgery.anatomy import LinearRef, Site

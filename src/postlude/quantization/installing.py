@@ -7,8 +7,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from postlude.numerics.formats import Encoded
 from postlude.numerics.low_rank import BranchFormat
+from postlude.numerics.schemes import Encoded
 from postlude.quantization.quantizer import Quantizer
 from postlude.quantization.rounded import Rounded
 from postlude.surgery.anatomy import Block, LanguageBlock, LinearRef, Site

@@ -26,8 +26,8 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from postlude.errors import SettingsError
-from postlude.numerics.formats import Scheme
 from postlude.numerics.low_rank import Corrected, Round, descend
+from postlude.numerics.schemes import Scheme
 from postlude.quantization.correction import Correction, Metric, rounded
 from postlude.quantization.engine import Rounded, Seen
 from postlude.quantization.smoothing import Inputs, smoothing

@@ -16,8 +16,8 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from postlude.numerics.formats import Scheme
 from postlude.numerics.low_rank import Corrected, Round, one_shot
+from postlude.numerics.schemes import Scheme
 from postlude.quantization.correction import Correction
 from postlude.quantization.engine import FLOAT
 from postlude.registry import method

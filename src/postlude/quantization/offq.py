@@ -33,9 +33,10 @@ from torch import Tensor
 
 from postlude.errors import SettingsError
 from postlude.numerics.factorize import uncentred_pca
-from postlude.numerics.formats import Granularity, Integer, Scheme
+from postlude.numerics.formats import Integer
 from postlude.numerics.moments import AbsMax, TopToken
 from postlude.numerics.rotation import group_sizes, outlier_grouping
+from postlude.numerics.schemes import Granularity, Scheme
 from postlude.quantization.engine import FLOAT, Quantizer, generator
 from postlude.registry import method
 from postlude.runs.checkpoint import Checkpoint

@@ -13,10 +13,11 @@ from torch import Tensor, nn
 
 from postlude import registry
 from postlude.errors import SettingsError, UnknownNameError
-from postlude.numerics.formats import Encoded, Granularity, Integer, Scheme
+from postlude.numerics.formats import Integer
 from postlude.numerics.low_rank import BranchFormat
 from postlude.numerics.moments import SecondMoment
 from postlude.numerics.rounding import gptq, nearest
+from postlude.numerics.schemes import Encoded, Granularity, Scheme
 from postlude.quantization.block_reconstruction import Passage
 from postlude.quantization.rounded import Rounded, Seen
 from postlude.runs.checkpoint import Checkpoint

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from postlude.errors import SettingsError
-from postlude.numerics.formats import Scheme
+from postlude.numerics.schemes import Scheme
 from postlude.quantization.engine import Quantizer, generator
 from postlude.registry import method
 from postlude.runs.checkpoint import Checkpoint

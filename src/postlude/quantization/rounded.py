@@ -8,8 +8,8 @@ from typing import Protocol
 
 from torch import Tensor
 
-from postlude.numerics.formats import Encoded, Scheme
 from postlude.numerics.low_rank import BranchFormat
+from postlude.numerics.schemes import Encoded, Scheme
 
 __all__ = ["Rounded", "Seen"]
 

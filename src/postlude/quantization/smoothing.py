@@ -15,9 +15,9 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from postlude.numerics.formats import Scheme
 from postlude.numerics.low_rank import BranchFormat, Corrected, Round, one_shot
 from postlude.numerics.moments import AbsMax, RowSample, SecondMoment
+from postlude.numerics.schemes import Scheme
 
 __all__ = ["Inputs", "output_error", "smoothing", "smoothing_candidates"]
 

@@ -30,11 +30,11 @@ import torch
 from torch import Tensor
 
 from postlude.errors import SettingsError
-from postlude.numerics.formats import Encoded, Scheme
 from postlude.numerics.low_rank import (
     Corrected,
     alternating,
 )
+from postlude.numerics.schemes import Encoded, Scheme
 from postlude.quantization.correction import Correction, rounded
 from postlude.quantization.engine import Rounded, Seen
 from postlude.quantization.smoothing import Inputs, output_error, smoothing

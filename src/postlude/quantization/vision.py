@@ -33,7 +33,8 @@ from torch import Tensor, nn
 
 from postlude.errors import ArchitectureError, SettingsError
 from postlude.numerics.activation_grids import ActivationGrid, Score, Uniform, percentile_range
-from postlude.numerics.formats import Granularity, Integer, Scheme
+from postlude.numerics.formats import Integer
+from postlude.numerics.schemes import Granularity, Scheme
 from postlude.quantization.engine import FLOAT, Quantizer
 from postlude.runs.checkpoint import Checkpoint
 from postlude.surgery.anatomy import Block, Heads, Kind, Site

@@ -21,8 +21,9 @@ import torch
 from torch import Tensor, nn
 
 from postlude.errors import CheckpointError
-from postlude.numerics.formats import Encoded, Integer, Scheme
+from postlude.numerics.formats import Integer
 from postlude.numerics.packing import pack, packed_width, unpack
+from postlude.numerics.schemes import Encoded, Scheme
 from postlude.runs.atomic import atomic_directory
 from postlude.runs.weights import read_header, read_json
 from postlude.zoo.smn.networks import build, settings_for

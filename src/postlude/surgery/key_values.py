@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from postlude.errors import SettingsError
-from postlude.numerics.formats import Encoded, Scheme
 from postlude.numerics.packing import pack, unpack
+from postlude.numerics.schemes import Encoded, Scheme
 from postlude.surgery.attention import product_attention, takes
 from postlude.surgery.layers import BlockHadamard
 

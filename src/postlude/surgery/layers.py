@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from postlude.errors import CheckpointError, SettingsError
-from postlude.numerics.formats import Encoded, Scheme
 from postlude.numerics.hadamard import fast_hadamard, is_hadamard_order
 from postlude.numerics.low_rank import BranchFormat
 from postlude.numerics.packing import pack, packed_width, unpack
 from postlude.numerics.rotation import constant_first_row, group_sizes
+from postlude.numerics.schemes import Encoded, Scheme
 from postlude.surgery.static_quantizers import StaticQuantizer
 
 __all__ = [

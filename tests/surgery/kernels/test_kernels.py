@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from postlude.errors import SettingsError, UnknownNameError
-from postlude.numerics.formats import Codebook, Granularity, Integer, Minifloat, Scheme
+from postlude.numerics.formats import Codebook, Integer, Minifloat
+from postlude.numerics.schemes import Granularity, Scheme
 from postlude.surgery import kernels
 from postlude.surgery.kernels import KERNELS
 from postlude.surgery.kernels.choice import _Execution

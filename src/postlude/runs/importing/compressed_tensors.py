@@ -17,8 +17,9 @@ from torch import Tensor
 
 from postlude.errors import CheckpointError
 from postlude.numerics.float8 import float8_codes, float8_e4m3fn
-from postlude.numerics.formats import Format, Granularity, Integer, Scheme
+from postlude.numerics.formats import Format, Integer
 from postlude.numerics.packing import pack
+from postlude.numerics.schemes import Granularity, Scheme
 from postlude.runs.importing.foreign import (
     Foreign,
     integer_layer,

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from postlude.errors import CheckpointError
-from postlude.numerics.formats import Granularity, Integer, Scheme
+from postlude.numerics.formats import Integer
 from postlude.numerics.packing import pack, packed_width, unpack
+from postlude.numerics.schemes import Granularity, Scheme
 from postlude.surgery.layers import InputOrder, QuantizedLinear
 
 __all__ = [
