@@ -11,7 +11,7 @@ from postlude.numerics.curvature import (
     SpectralInverse,
     trace_damping,
 )
-from postlude.numerics.factorize import StreamedSVD, streamed_svd
+from postlude.numerics.power_iteration import StreamedSVD, streamed_svd
 
 SIZE, COUNT = 12, 30
 GENERATOR = torch.Generator().manual_seed(5)

@@ -5,19 +5,10 @@ import torch
 from torch import Tensor
 
 from postlude.errors import SettingsError
-from postlude.numerics.factorize import error_reconstruction, truncated_svd
-from postlude.numerics.formats import Integer, Minifloat
-from postlude.numerics.low_rank import (
-    BranchFormat,
-    Corrected,
-    Factors,
-    alternating,
-    bottleneck_rotation,
-    descend,
-    hold_codes,
-    one_shot,
-    squared_error,
-)
+from postlude.numerics.factorize import truncated_svd, weighted_svd
+from postlude.numerics.formats import Integer
+from postlude.numerics.low_rank import BranchFormat, Corrected, alternating, one_shot, squared_error
+from postlude.numerics.low_rank_descent import descend
 from postlude.numerics.schemes import Granularity, Scheme
 
 FOUR = Scheme(Integer(4), Granularity("group", 32))
@@ -47,9 +38,6 @@ def fits(weight: Tensor, rank: int, branch: BranchFormat) -> dict[str, float]:
         "alternating": error(weight, alternating(weight, rank, branch, FOUR.encode)),
         "gd": error(weight, descend(weight, rank, branch, FOUR, iterations=80)),
     }
-
-
-# L1, L2
 
 
 def test_order_of_the_fits_with_outlier_columns() -> None:
@@ -110,7 +98,7 @@ def test_the_exact_correction_is_where_gradient_descent_ends() -> None:
     def loss(up: Tensor, down: Tensor) -> Tensor:
         return squared_error(wrong - up @ down, moment)
 
-    a, b = error_reconstruction(wrong.T, 3, moment)
+    a, b = weighted_svd(wrong.T, 3, moment)
     best = float(loss(b.T, a.T))
     up = torch.randn(10, 3, generator=generator, dtype=torch.float64).mul_(0.2).requires_grad_()
     down = torch.randn(3, 12, generator=generator, dtype=torch.float64).mul_(0.2).requires_grad_()
@@ -153,9 +141,6 @@ def test_the_error_is_that_of_the_output(diagonal: bool) -> None:
     torch.testing.assert_close(squared_error(wrong, moment), expected)
 
 
-# L4
-
-
 def test_the_branch_also_protects_the_activations_it_reads() -> None:
     """``Q(W-P) x_q + P x = [Q(W-P) + P] x_q + P (x - x_q)``."""
     weight = gaussian().double()
@@ -165,112 +150,6 @@ def test_the_branch_also_protects_the_activations_it_reads() -> None:
     rounded = Scheme(Integer(4)).round_trip(x.T).T
     left = main @ rounded + low @ x
     torch.testing.assert_close(left, (main + low) @ rounded + low @ (x - rounded), rtol=1e-12, atol=1e-12)  # fmt: skip
-
-
-# L5
-
-
-def naive(x: Tensor, scheme: Scheme) -> Tensor:
-    """Codes held by autograd alone."""
-    scale, zero = scheme.parameters(x)
-    grouped = scheme.granularity.split(x)
-    zero = None if zero is None else zero.detach().unsqueeze(-1)
-    codes = scheme.format.encode(grouped.detach(), scale.detach().unsqueeze(-1), zero)
-    values = scheme.format.decode(codes, scale.unsqueeze(-1), zero)
-    return scheme.granularity.join(values, x.shape)
-
-
-@pytest.mark.parametrize(
-    "scheme",
-    [
-        FOUR,
-        Scheme(Integer(3), Granularity("channel")),
-        Scheme(Integer(4), Granularity("tensor")),
-        Scheme(Integer(4, symmetric=False, range="zero"), Granularity("group", 16)),
-        Scheme(Minifloat(), Granularity("group", 16), clip=0.9),
-    ],
-    ids=lambda s: f"{s.format.kind}-{s.granularity}",
-)
-@pytest.mark.parametrize("width", [64, 44])
-def test_the_gradient_is_that_of_autograd(scheme: Scheme, width: int) -> None:
-    x = gaussian(5, 6, width)
-    x[:, -1] = (
-        x[:, -1].abs() + 0.2
-    )  # the last entry, which fills up the ragged group, is its largest
-    mine, other = (x.clone().requires_grad_() for _ in range(2))
-    (mine - hold_codes(mine, scheme)).square().sum().backward()
-    (other - naive(other, scheme)).square().sum().backward()
-    assert mine.grad is not None and other.grad is not None
-    assert bool(mine.grad.any())
-    torch.testing.assert_close(mine.grad, other.grad, atol=1e-7, rtol=1e-5)
-    torch.testing.assert_close(hold_codes(x, scheme), scheme.round_trip(x), atol=0, rtol=0)
-
-
-def test_straight_through_with_a_constant_scale_learns_nothing() -> None:
-    """The trap that holding the codes avoids."""
-    x = gaussian(6, 4, 32).requires_grad_()
-    rounded = x + (FOUR.round_trip(x.detach()) - x.detach())
-    (x - rounded).square().sum().backward()
-    assert x.grad is not None and not bool(x.grad.any())
-    other = gaussian(6, 4, 32).requires_grad_()
-    (other - hold_codes(other, FOUR)).square().sum().backward()
-    assert other.grad is not None and bool(other.grad.any())
-
-
-def test_descent_never_ends_above_its_start() -> None:
-    weight = gaussian(7, 40, 50)
-    start = error(weight, one_shot(weight, 4, EIGHT, FOUR.encode))
-    wild = descend(weight, 4, EIGHT, FOUR, iterations=5, learning_rate=5.0)
-    assert error(weight, wild) <= start * (1 + 1e-6)
-    still = descend(weight, 4, EIGHT, FOUR, iterations=0)
-    assert error(weight, still) == pytest.approx(start, rel=1e-6)
-
-
-def test_descent_follows_the_metric() -> None:
-    weight = gaussian(8, 40, 40)
-    metric = torch.full((40,), 1e-3)
-    metric[:4] = 1.0
-    plain = descend(weight, 3, EIGHT, FOUR, iterations=60)
-    aware = descend(weight, 3, EIGHT, FOUR, iterations=60, metric=metric)
-    full = descend(weight, 3, EIGHT, FOUR, iterations=60, metric=metric.diag())
-    errors = [float(squared_error(weight - fit.decode(), metric)) for fit in (plain, aware, full)]
-    assert errors[1] < 0.5 * errors[0]
-    assert errors[2] == pytest.approx(errors[1], rel=0.05)
-
-
-def test_zeros_are_left_alone() -> None:
-    fit = descend(torch.zeros(8, 8), 2, EIGHT, FOUR, iterations=3)
-    assert not bool(fit.decode().any())
-
-
-# L6
-
-
-def test_a_rotated_bottleneck_is_the_same_product() -> None:
-    factors = Factors(gaussian(1, 40, 8), gaussian(2, 8, 30))
-    turn = bottleneck_rotation(factors, BranchFormat(4), steps=40)
-    torch.testing.assert_close(turn @ turn.T, torch.eye(8), atol=1e-5, rtol=0)
-    turned = Factors(factors.up @ turn, turn.T @ factors.down)
-    torch.testing.assert_close(turned.product(), factors.product(), atol=1e-6, rtol=1e-4)
-
-
-@pytest.mark.parametrize("bits", [4, 8])
-def test_a_learned_rotation_rounds_better(bits: int) -> None:
-    branch = BranchFormat(bits)
-    u, s, vh = truncated_svd(gaussian(), 16)
-    factors = Factors((u * s.sqrt()).float(), (s.sqrt()[:, None] * vh).float())
-
-    def lost(turn: Tensor) -> float:
-        up, down = branch.round_trip(factors.up @ turn), branch.round_trip(turn.T @ factors.down)
-        return float((factors.product() - up @ down).norm())
-
-    assert lost(bottleneck_rotation(factors, branch, steps=60)) < 0.85 * lost(torch.eye(16))
-    still = bottleneck_rotation(factors, branch, steps=0)
-    assert torch.equal(still, torch.eye(16))
-    assert torch.equal(bottleneck_rotation(factors, HALF), torch.eye(16))
-
-
-# L7
 
 
 def test_equal_ranks() -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 import postlude as pl
 from postlude.errors import SettingsError, UnknownNameError
 from postlude.evaluation.size import size_of
-from postlude.numerics.factorize import error_reconstruction
+from postlude.numerics.factorize import weighted_svd
 from postlude.numerics.formats import Integer
 from postlude.numerics.low_rank import BranchFormat
 from postlude.numerics.schemes import Granularity, Scheme
@@ -83,7 +83,7 @@ def test_the_branch_is_the_closed_form(llama: Checkpoint, kind: type[LoRC]) -> N
         QERAExact: x.T @ x / len(x),
     }
     error = weight - Scheme(Integer(3)).encode(weight).decode()
-    a, b = error_reconstruction(error.T, 2, moment[kind])
+    a, b = weighted_svd(error.T, 2, moment[kind])
     branch = layer(made, PATH).branch
     assert branch is not None
     found = branch.up.dense_weight().double() @ branch.down.dense_weight().double()

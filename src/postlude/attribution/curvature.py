@@ -35,7 +35,7 @@ from postlude.numerics.curvature import (
     SpectralInverse,
     trace_damping,
 )
-from postlude.numerics.factorize import streamed_svd
+from postlude.numerics.power_iteration import streamed_svd
 from postlude.surgery.gradients import CollectedLayer
 
 __all__ = [

@@ -28,8 +28,8 @@ from postlude import registry
 from postlude.attribution.examples import Collection
 from postlude.attribution.outputs import Output, check_output, output_function
 from postlude.errors import SettingsError, StoreError
-from postlude.numerics.factorize import batched_power_iteration
 from postlude.numerics.formats import Integer
+from postlude.numerics.power_iteration import batched_power_iteration
 from postlude.numerics.schemes import Granularity, Scheme
 from postlude.runs.checkpoint import Checkpoint
 from postlude.surgery.gradients import (

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from postlude.errors import DataError, SettingsError
-from postlude.numerics.factorize import StreamedSVD
+from postlude.numerics.power_iteration import StreamedSVD
 
 __all__ = ["DenseInverse", "GramInverse", "SpectralInverse", "trace_damping"]
 

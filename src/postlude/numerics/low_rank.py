@@ -10,30 +10,24 @@ Torch layout: ``W [out_features, in_features]``, ``A`` (up) ``[out_features, ran
 * the branch: 16 bits, or integers in groups along each factor's contraction axis (``A`` along the rank, ``B`` along
   the inputs);
 * the fit: :func:`one_shot` (LoRC arXiv:2303.08302, LQER arXiv:2402.02446, QERA arXiv:2410.06040),
-  :func:`alternating` (SVDQuant, arXiv:2411.05007), :func:`descend` (after LoRaQ, arXiv:2604.18117).
-
-:func:`descend` holds the codes of ``Q`` fixed within a step and lets the scale follow the residual ``R = W - A B``::
-
-    s = max|R_group| / qmax  (differentiable)      k = round(R / s)  (a constant)      L = || R - k s ||^2
-
-which moves ``R`` towards its lattice points and lowers the maxima. Straight-through rounding with a constant scale
-would give a gradient of exactly zero, since ``R - Q(R)`` then has the derivative ``1 - 1``.
+  :func:`alternating` (SVDQuant, arXiv:2411.05007), both here, or gradient descent
+  (:mod:`postlude.numerics.low_rank_descent`).
 """
 
 from __future__ import annotations
 
 import dataclasses
-import math
 import re
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from postlude.errors import SettingsError
-from postlude.numerics.factorize import randomized_svd, weighted_svd
+from postlude.numerics.factorize import weighted_svd
 from postlude.numerics.formats import Integer
+from postlude.numerics.power_iteration import randomized_svd
 from postlude.numerics.schemes import Encoded, Granularity, Scheme
 
 __all__ = [
@@ -43,11 +37,10 @@ __all__ = [
     "Factors",
     "Round",
     "alternating",
-    "bottleneck_rotation",
-    "descend",
-    "hold_codes",
+    "best_factors",
     "one_shot",
     "squared_error",
+    "store_around",
 ]
 
 # Bits that mean "a floating-point number of 16 bits".
@@ -119,16 +112,15 @@ class BranchFormat:
     @property
     def factor_scheme(self) -> Scheme | None:
         """Of both factors; None for 16 bits."""
-        if self.weights == HALF:
-            return None
-        return Scheme(Integer(self.weights), Granularity("group", self.group))
+        return self._scheme(self.weights)
 
     @property
     def input_scheme(self) -> Scheme | None:
         """Of the input of both products; None for 16 bits."""
-        if self.activations == HALF:
-            return None
-        return Scheme(Integer(self.activations), Granularity("group", self.group))
+        return self._scheme(self.activations)
+
+    def _scheme(self, bits: int) -> Scheme | None:
+        return None if bits == HALF else Scheme(Integer(bits), Granularity("group", self.group))
 
     @property
     def entry_bits(self) -> float:
@@ -215,10 +207,17 @@ def squared_error(error: Tensor, metric: Tensor | None = None) -> Tensor:
     return (error @ metric * error).sum()
 
 
-def _best_rank(
+def best_factors(
     target: Tensor, rank: int, metric: Tensor | None = None, fast: bool = False
 ) -> Factors:
-    """The best factors of ``target`` under the metric, each component's length split evenly between them."""
+    """The best factors of ``target`` under the metric, each component's length split evenly between them.
+
+    Args:
+        target: ``[out_features, in_features]``.
+        rank: of the branch.
+        metric: see :func:`squared_error`.
+        fast: see :func:`one_shot`.
+    """
     if fast and metric is None and 2 * (rank + _OVERSAMPLE) < min(target.shape):
         generator = torch.Generator().manual_seed(0)
         u, s, vh = randomized_svd(target, rank, _OVERSAMPLE, iterations=2, generator=generator)
@@ -254,13 +253,15 @@ def one_shot(
         fast: a randomised SVD where the rank is far below both sides and there is no metric; for comparing many.
     """
     if of == "weight":
-        return _around(weight, _best_rank(weight, rank, metric, fast), branch, round_main)
+        return store_around(weight, best_factors(weight, rank, metric, fast), branch, round_main)
     main = round_main(weight)
-    factors = _best_rank(weight.double() - main.decode().double(), rank, metric, fast)
+    factors = best_factors(weight.double() - main.decode().double(), rank, metric, fast)
     return Corrected(main, branch.encode(factors.up), branch.encode(factors.down))
 
 
-def _around(weight: Tensor, factors: Factors, branch: BranchFormat, round_main: Round) -> Corrected:
+def store_around(
+    weight: Tensor, factors: Factors, branch: BranchFormat, round_main: Round
+) -> Corrected:
     """Store the factors, then round what the stored ones leave of the weight."""
     up, down = branch.encode(factors.up), branch.encode(factors.down)
     rest = weight - (_decoded(up) @ _decoded(down)).to(weight.dtype)
@@ -295,180 +296,10 @@ def alternating(
     current = best
     while tried < iterations:
         target = weight.double() - current.main.decode().double()
-        current = _around(weight, _best_rank(target, rank, metric), branch, round_main)
+        current = store_around(weight, best_factors(target, rank, metric), branch, round_main)
         tried += 1
         now = measure(current)
         if not now < least:
             break
         best, least = current, now
     return dataclasses.replace(best, steps=tried)
-
-
-class _HeldCodes(torch.autograd.Function):
-    """``s k`` of :func:`hold_codes`, or with ``rest`` ``s (k - R / s)``, the bracket a constant.
-
-    One pass of each kind instead of autograd's many.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, scheme: Scheme, rest: bool) -> Tensor:
-        grouped = scheme.granularity.split(x)
-        low, low_at = grouped.min(-1)
-        high, high_at = grouped.max(-1)
-        with torch.enable_grad():
-            low.requires_grad_()
-            high.requires_grad_()
-            scale, zero = scheme.parameters_of(low, high)
-        zero = None if zero is None else zero.detach()
-        wide = scale.detach().unsqueeze(-1)
-        wide_zero = None if zero is None else zero.unsqueeze(-1)
-        codes = scheme.format.encode(grouped, wide, wide_zero)
-        unit = scheme.format.decode(codes, torch.ones_like(wide), wide_zero)
-        if rest:
-            unit -= grouped / wide
-        ctx.scheme, ctx.parts = scheme, (low, high, scale, low_at, high_at, unit)
-        ctx.groups = grouped.shape
-        return scheme.granularity.join(unit * wide, x.shape)
-
-    @staticmethod
-    def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor, None, None]:
-        (gradient,) = outputs
-        scheme: Scheme = ctx.scheme
-        low, high, scale, low_at, high_at, unit = ctx.parts
-        # Zeros in the entries that only fill up a short last group.
-        filled = gradient
-        missing = -gradient.shape[-1] % (scheme.granularity.size or 1)
-        if missing:
-            filled = torch.nn.functional.pad(gradient, (0, missing))
-        grouped = scheme.granularity.split(filled)
-        with torch.enable_grad():
-            ends = torch.autograd.grad(
-                scale, (low, high), (grouped * unit).sum(-1), allow_unused=True
-            )
-        out = torch.zeros_like(grouped)
-        for end, at in zip(ends, (low_at, high_at), strict=True):
-            if end is not None:
-                out.scatter_add_(-1, at.unsqueeze(-1), end.unsqueeze(-1))
-        if missing:
-            # The filling repeats the last entry, and may have been found as the extreme one.
-            flat = out.flatten(-2)
-            width = gradient.shape[-1]
-            flat[..., width - 1] += flat[..., width:].sum(-1)
-            return flat[..., :width], None, None
-        return scheme.granularity.join(out, gradient.shape), None, None
-
-
-def hold_codes(x: Tensor, scheme: Scheme) -> Tensor:
-    """``Q(x)`` to differentiate through: codes and zero points are constants, scales follow the extremes of ``x``.
-
-    Args:
-        x: ``[..., width]``.
-        scheme: the grid.
-    """
-    return _HeldCodes.apply(x, scheme, False)  # type: ignore[no-any-return]
-
-
-def _straight_through(factor: Tensor, branch: BranchFormat) -> Tensor:
-    """The stored factor; rounding counts as the identity, and the scale follows the extremes."""
-    scheme = branch.factor_scheme
-    if scheme is None:
-        return factor + (branch.round_trip(factor.detach()) - factor.detach())
-    error: Tensor = _HeldCodes.apply(factor, scheme, True)
-    return factor + error
-
-
-def descend(
-    weight: Tensor,
-    rank: int,
-    branch: BranchFormat,
-    scheme: Scheme,
-    *,
-    round_main: Round | None = None,
-    metric: Tensor | None = None,
-    iterations: int = 300,
-    learning_rate: float = 0.03,
-    rotate: bool = False,
-    start: Factors | None = None,
-) -> Corrected:
-    """Both factors by gradient descent on the error of the deployed weight.
-
-    Adam on the whole matrix in fp32, its rate falling as a cosine; the iterate of least true error is kept, so the
-    result is never worse than the SVD it starts from.
-
-    Args:
-        weight: ``[out_features, in_features]``.
-        rank: of the branch.
-        branch: its format; factors are rounded straight through.
-        scheme: grid of the main weight.
-        round_main: rounds the final remainder (GPTQ, say); to nearest by default.
-        metric: see :func:`squared_error`.
-        iterations: steps.
-        learning_rate: as a share of the root mean square of a factor's entries.
-        rotate: start in the bottleneck basis of :func:`bottleneck_rotation`.
-        start: factors to start from; the SVD of the weight by default. That of the rounding error stays in the basin
-            of the first rounding and ends worse.
-    """
-    target = weight.detach().float()
-    first = _best_rank(target, rank, metric) if start is None else start
-    first = Factors(first.up.float(), first.down.float())
-    if rotate:
-        turn = bottleneck_rotation(first, branch).to(target)
-        first = Factors(first.up @ turn, turn.T @ first.down)
-    metric = None if metric is None else metric.to(target)
-    whole = float(squared_error(target, metric)) or 1.0
-    factors = Factors(*(part.clone().requires_grad_() for part in first))
-    rates = [learning_rate * float(part.square().mean().sqrt()) or learning_rate for part in first]
-    optimizer = torch.optim.Adam(
-        [{"params": [part], "lr": rate} for part, rate in zip(factors, rates, strict=True)],
-        betas=(0.9, 0.99),
-    )
-    least, best = math.inf, first
-    for step in range(iterations + 1):
-        rest = target - Factors(*(_straight_through(part, branch) for part in factors)).product()
-        loss = squared_error(rest - hold_codes(rest, scheme), metric) / whole
-        now = float(loss.detach())
-        if now < least:
-            least, best = now, Factors(*(part.detach().clone() for part in factors))
-        if step == iterations or not math.isfinite(now):
-            break
-        for group, rate in zip(optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate * 0.5 * (1 + math.cos(math.pi * step / iterations))
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    found = _around(target, best, branch, round_main or scheme.encode)
-    return dataclasses.replace(found, steps=iterations)
-
-
-def bottleneck_rotation(
-    factors: Factors, branch: BranchFormat, *, steps: int = 150, learning_rate: float = 0.02
-) -> Tensor:
-    """An orthogonal ``R [rank, rank]``: ``(A R)(R^T B)`` is the same product and rounds with less error.
-
-    ``R = (I - S)(I + S)^-1`` with ``S`` skew-symmetric (Cayley), from the identity, by Adam with straight-through
-    rounding on ``|| A B - deq(A R) deq(R^T B) ||^2``; the best one seen, so never worse than none. Costs nothing at
-    run time: it is folded into the factors.
-    """
-    up, down = factors.up.detach().float(), factors.down.detach().float()
-    eye = torch.eye(up.shape[1], device=up.device)
-    if branch.weights == HALF:
-        return eye
-    product = up @ down
-    free = torch.zeros_like(eye, requires_grad=True)
-    optimizer = torch.optim.Adam([free], lr=learning_rate)
-    least, best = math.inf, eye
-    for step in range(steps + 1):
-        skew = free - free.T
-        turn = torch.linalg.solve(eye + skew, eye - skew)
-        turned = Factors(up @ turn, turn.T @ down)
-        stored = Factors(*(_straight_through(part, branch) for part in turned))
-        loss = (product - stored.product()).square().sum()
-        now = float(loss.detach())
-        if now < least:
-            least, best = now, turn.detach().clone()
-        if step == steps or not math.isfinite(now):
-            break
-        optimizer.zero_grad()
-        (loss / product.square().sum().clamp_min(1e-30)).backward()
-        optimizer.step()
-    return best

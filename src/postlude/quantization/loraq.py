@@ -5,7 +5,7 @@
 
 A branch of fewer bits has more rank in the same bytes: rank 60 at 8 bits, 78 at 6, 113 at 4 for rank 32 at 16 (fewer
 where groups are ragged). The gradient holds codes fixed within a step and lets scales follow, see
-:mod:`postlude.numerics.low_rank`; it starts from the SVD of the weight.
+:mod:`postlude.numerics.low_rank_descent`; it starts from the SVD of the weight.
 
 Paper: "LoRaQ" (arXiv:2604.18117), of which the abstract is public knowledge here and the loss is not: that the branch
 is fitted by gradient descent on the error of the weight, without data, and is itself quantized (W8A8, W6A6 and W4A8
@@ -26,7 +26,8 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from postlude.errors import SettingsError
-from postlude.numerics.low_rank import Corrected, Round, descend
+from postlude.numerics.low_rank import Corrected, Round
+from postlude.numerics.low_rank_descent import descend
 from postlude.numerics.schemes import Scheme
 from postlude.quantization.correction import Correction, Metric, rounded
 from postlude.quantization.engine import Rounded, Seen

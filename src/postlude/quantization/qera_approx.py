@@ -4,7 +4,7 @@
     U S V^T = svd(E D^1/2)               A B = U_r S_r V_r^T D^-1/2
 
 Paper: "QERA: an Analytical Framework for Quantization Error Reconstruction" (arXiv:2410.06040); the closed form is
-:func:`postlude.numerics.factorize.error_reconstruction`. The moment is that of inputs behind the layers already
+:func:`postlude.numerics.factorize.weighted_svd`. The moment is that of inputs behind the layers already
 rounded, as GPTQ's; the paper takes the float model's. Its repository rounds to MXINT4 in blocks of 32; here integers
 with float16 scales per group of 32.
 
