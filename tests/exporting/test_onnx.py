@@ -27,7 +27,7 @@ from postlude.quantization.engine import quantize
 from postlude.quantization.offq import OffQ
 from postlude.quantization.quarot import QuaRot
 from postlude.runs.checkpoint import Checkpoint
-from postlude.surgery.layers import BlockHadamard, InputOrder
+from postlude.surgery.transforms import BlockHadamard, InputOrder
 
 from .models import TOKENS, checkpoint, logits, rounded
 

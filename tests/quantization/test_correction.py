@@ -28,7 +28,8 @@ from postlude.quantization.rtn import RTN
 from postlude.quantization.smoothing import smoothing_candidates
 from postlude.quantization.svdquant import SVDQuant
 from postlude.runs.checkpoint import Checkpoint
-from postlude.surgery.layers import InputScale, QuantizedLinear
+from postlude.surgery.layers import QuantizedLinear
+from postlude.surgery.transforms import InputScale
 
 from .models import TOKENS, checkpoint, logits, site_inputs, twin
 

@@ -21,8 +21,8 @@ from postlude.quantization.offq import OffQ, offset_rotation, outlier_basis
 from postlude.quantization.quarot import QuaRot
 from postlude.quantization.rtn import RTN
 from postlude.surgery.anatomy import Site, anatomy_of
-from postlude.surgery.key_values import HeadRotation
-from postlude.surgery.layers import BlockHadamard, QuantizedLinear
+from postlude.surgery.layers import QuantizedLinear
+from postlude.surgery.transforms import BlockHadamard, HeadRotation
 
 from .models import TOKENS, checkpoint, logits, site_inputs, twin
 

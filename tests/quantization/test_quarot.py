@@ -15,7 +15,8 @@ from postlude.quantization.offq import OffQ
 from postlude.quantization.quarot import QuaRot
 from postlude.runs.checkpoint import Checkpoint
 from postlude.surgery.anatomy import anatomy_of
-from postlude.surgery.layers import BlockHadamard, QuantizedLinear
+from postlude.surgery.layers import QuantizedLinear
+from postlude.surgery.transforms import BlockHadamard
 
 from .models import TOKENS, checkpoint, logits, site_inputs, twin
 

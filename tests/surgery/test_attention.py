@@ -13,7 +13,7 @@ from postlude.numerics.formats import Integer
 from postlude.numerics.schemes import Granularity, Scheme
 from postlude.surgery.attention import product_attention, takes
 from postlude.surgery.key_values import KeyValueQuantizer, attach, fast_attention
-from postlude.surgery.layers import BlockHadamard
+from postlude.surgery.transforms import BlockHadamard
 
 
 def by_definition(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:

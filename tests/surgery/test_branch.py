@@ -11,7 +11,8 @@ from postlude.numerics.low_rank import BranchFormat, one_shot
 from postlude.numerics.schemes import Granularity, Scheme
 from postlude.surgery import kernels
 from postlude.surgery.huggingface import describe
-from postlude.surgery.layers import InputScale, LowRankBranch, QuantizedLinear, quantized_linears
+from postlude.surgery.layers import LowRankBranch, QuantizedLinear, quantized_linears
+from postlude.surgery.transforms import InputScale
 
 FORMATS = ["16", "w8a8", "w6a6", "w4a8", "w8a16"]
 FOUR = Scheme(Integer(4), Granularity("group", 32))

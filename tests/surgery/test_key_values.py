@@ -13,8 +13,8 @@ from postlude.numerics.formats import Integer
 from postlude.numerics.schemes import Granularity, Scheme
 from postlude.surgery.anatomy import anatomy_of
 from postlude.surgery.key_values import KeyValueQuantizer
-from postlude.surgery.layers import BlockHadamard
 from postlude.surgery.rewrite import rotate_keys
+from postlude.surgery.transforms import BlockHadamard
 
 from .models import build
 

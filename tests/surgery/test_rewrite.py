@@ -12,8 +12,7 @@ from postlude.numerics.formats import Integer
 from postlude.numerics.rotation import random_orthogonal
 from postlude.numerics.schemes import Granularity, Scheme
 from postlude.surgery.anatomy import Anatomy, anatomy_of
-from postlude.surgery.key_values import HeadRotation, KeyValueQuantizer
-from postlude.surgery.layers import BlockHadamard
+from postlude.surgery.key_values import KeyValueQuantizer
 from postlude.surgery.rewrite import (
     Undo,
     fold_norms,
@@ -26,6 +25,7 @@ from postlude.surgery.rewrite import (
     transform_input,
     untie_head,
 )
+from postlude.surgery.transforms import BlockHadamard, HeadRotation
 
 from .models import MODELS, build
 

@@ -19,9 +19,9 @@ from postlude.exporting.onnx_static import static_round_trip
 from postlude.numerics.formats import MAX_ZERO_POINT, Integer
 from postlude.numerics.packing import pack, unpack
 from postlude.numerics.schemes import Granularity, Scheme
-from postlude.surgery.key_values import HeadRotation
-from postlude.surgery.layers import BlockHadamard, InputOrder, QuantizedLinear
+from postlude.surgery.layers import QuantizedLinear
 from postlude.surgery.static_quantizers import StaticQuantizer
+from postlude.surgery.transforms import BlockHadamard, HeadRotation, InputOrder
 
 __all__ = ["Graph", "layer_reason"]
 

@@ -47,7 +47,7 @@ def static_round_trip(graph: Graph, x: str, name: str, quantizer: StaticQuantize
     write = _WRITERS.get(type(quantizer.grid))
     if write is None:
         raise SettingsError(f"ONNX has no nodes for the grid {quantizer.grid.kind} ({name})")
-    parameters = {key: value.detach() for key, value in quantizer.parameters_of_grid().items()}
+    parameters = {key: value.detach() for key, value in quantizer.grid_parameters().items()}
     return write(graph, x, name, quantizer.grid, parameters)
 
 

@@ -14,8 +14,9 @@ from postlude.quantization.rounded import Rounded
 from postlude.surgery.anatomy import Block, LanguageBlock, LinearRef, Site
 from postlude.surgery.capture import device_of
 from postlude.surgery.key_values import KeyValueQuantizer, attach, use_rotating_attention
-from postlude.surgery.layers import InputScale, LowRankBranch, QuantizedLinear
+from postlude.surgery.layers import LowRankBranch, QuantizedLinear
 from postlude.surgery.rewrite import replace_module
+from postlude.surgery.transforms import InputScale
 
 __all__ = ["attach_key_values", "install", "install_block"]
 

@@ -42,8 +42,7 @@ from postlude.registry import method
 from postlude.runs.checkpoint import Checkpoint
 from postlude.surgery.anatomy import Block, Kind, Site
 from postlude.surgery.capture import Calibration, observe, token_batches
-from postlude.surgery.key_values import HeadRotation, KeyValueQuantizer, attach, detach
-from postlude.surgery.layers import BlockHadamard
+from postlude.surgery.key_values import KeyValueQuantizer, attach, detach
 from postlude.surgery.rewrite import (
     fold_norms,
     permute_product,
@@ -53,6 +52,7 @@ from postlude.surgery.rewrite import (
     transform_input,
     untie_head,
 )
+from postlude.surgery.transforms import BlockHadamard, HeadRotation
 
 __all__ = ["OffQ", "offset_rotation", "outlier_basis"]
 

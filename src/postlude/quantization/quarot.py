@@ -31,7 +31,6 @@ from postlude.registry import method
 from postlude.runs.checkpoint import Checkpoint
 from postlude.surgery.anatomy import Block, Kind, Site
 from postlude.surgery.key_values import KeyValueQuantizer
-from postlude.surgery.layers import BlockHadamard
 from postlude.surgery.rewrite import (
     fold_norms,
     rotate_keys,
@@ -40,6 +39,7 @@ from postlude.surgery.rewrite import (
     transform_input,
     untie_head,
 )
+from postlude.surgery.transforms import BlockHadamard
 
 __all__ = ["QuaRot"]
 

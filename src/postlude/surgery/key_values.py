@@ -23,11 +23,10 @@ from postlude.errors import SettingsError
 from postlude.numerics.packing import pack, unpack
 from postlude.numerics.schemes import Encoded, Scheme
 from postlude.surgery.attention import product_attention, takes
-from postlude.surgery.layers import BlockHadamard
+from postlude.surgery.transforms import BlockHadamard, HeadRotation, build_transform
 
 __all__ = [
     "ATTENTION",
-    "HeadRotation",
     "KeyValueQuantizer",
     "attach",
     "detach",
@@ -39,31 +38,6 @@ __all__ = [
 ATTENTION = "postlude"
 # The same with the attention of :mod:`postlude.surgery.attention` where that takes a call.
 _FAST_ATTENTION = "postlude_fast"
-
-
-class HeadRotation(nn.Module):
-    """One orthogonal matrix per key/value head, shared by the query heads it serves: ``x -> x R[head]``.
-
-    Args:
-        heads: key/value heads.
-        size: entries of a head.
-    """
-
-    matrices: Tensor
-
-    def __init__(
-        self, heads: int, size: int, dtype: torch.dtype = torch.float32, device: Any = None
-    ) -> None:
-        super().__init__()
-        self.register_buffer("matrices", torch.zeros(heads, size, size, dtype=dtype, device=device))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """``[batch, heads, tokens, size]``, with as many heads or a multiple of it."""
-        matrices = self.matrices.repeat_interleave(x.shape[1] // len(self.matrices), 0)
-        return (x.to(matrices.dtype) @ matrices).to(x.dtype)
-
-    def spec(self) -> dict[str, Any]:
-        return {"kind": "heads", "heads": len(self.matrices), "size": self.matrices.shape[1]}
 
 
 class KeyValueQuantizer(nn.Module):
@@ -111,16 +85,10 @@ class KeyValueQuantizer(nn.Module):
     @classmethod
     def from_spec(cls, spec: dict[str, Any], device: Any = None) -> KeyValueQuantizer:
         """An empty one from its description."""
-        made: BlockHadamard | HeadRotation | None = None
-        rotation = spec["rotation"]
-        if rotation and rotation["kind"] == "heads":
-            made = HeadRotation(rotation["heads"], rotation["size"], device=device)
-        elif rotation:
-            made = BlockHadamard(rotation["width"], rotation["block"], rotation["inner"], device)
         return cls(
             Scheme.from_dict(spec["key"]) if spec["key"] else None,
             Scheme.from_dict(spec["value"]) if spec["value"] else None,
-            made,
+            cast("BlockHadamard | HeadRotation | None", build_transform(spec["rotation"], device)),
         )
 
 

@@ -1,8 +1,8 @@
 """Layers that a rewritten or quantized model is made of.
 
 :class:`QuantizedLinear` holds what is stored: packed codes, scales, an optional online transform of its input
-and an optional quantizer of its input. It can be described by a small dictionary and rebuilt, empty, from that
-description, which is how a saved model is loaded.
+(:mod:`postlude.surgery.transforms`), an optional quantizer of its input, and an optional low-rank branch. It can be
+described by a small dictionary and rebuilt, empty, from that description, which is how a saved model is loaded.
 """
 
 from __future__ import annotations
@@ -10,27 +10,22 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Iterator, Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor, nn
 
 from postlude.errors import CheckpointError, SettingsError
-from postlude.numerics.hadamard import fast_hadamard, is_hadamard_order
 from postlude.numerics.low_rank import BranchFormat
 from postlude.numerics.packing import pack, packed_width, unpack
-from postlude.numerics.rotation import constant_first_row, group_sizes
 from postlude.numerics.schemes import Encoded, Scheme
-from postlude.surgery.static_quantizers import StaticQuantizer
+from postlude.surgery.stored_types import StoredTypes
+from postlude.surgery.transforms import Transform, build_transform
 
 __all__ = [
-    "BlockHadamard",
     "Execution",
-    "InputOrder",
-    "InputScale",
     "LowRankBranch",
     "QuantizedLinear",
-    "build_transform",
     "check_scales",
     "hold_dense",
     "hold_weights",
@@ -49,123 +44,6 @@ class Execution(Protocol):
 
     def keeps_codes(self) -> bool:
         """Whether the layer keeps its buffer ``codes``."""
-
-
-class BlockHadamard(nn.Module):
-    """``x -> (x * signs) H`` with ``H`` block-diagonal: an orthogonal transform along the last axis.
-
-    Blocks are Hadamard matrices over ``sqrt(order)`` with a constant first row; signs multiply rows of ``H``,
-    so flipping any row but the first of a block keeps that row constant. A last block whose size is no
-    Hadamard order is an orthonormal matrix with a constant first row (DCT-II).
-
-    With ``inner > 1`` the axis is read as ``[outer, block, inner]`` and the transform mixes the middle one:
-    ``kron(I_outer, H_block, I_inner)``, for example across heads.
-
-    Args:
-        width: entries of the axis.
-        block: order of a block; the whole ``width`` for one full transform.
-        inner: stride of the mixed axis.
-    """
-
-    signs: Tensor
-
-    def __init__(self, width: int, block: int, inner: int = 1, device: Any = None) -> None:
-        super().__init__()
-        self.width, self.block, self.inner = width, min(block, width // inner), inner
-        self.sizes = group_sizes(width // inner, self.block)
-        if width % inner or (inner > 1 and len(set(self.sizes)) > 1):
-            raise ValueError(f"width {width} does not divide into blocks of {block} x {inner}")
-        self.register_buffer("signs", torch.ones(width, dtype=torch.int8, device=device))
-
-    def randomize(self, generator: torch.Generator, *, keep_first: bool) -> BlockHadamard:
-        """Draw the signs; ``keep_first`` leaves the first row of every block as it is."""
-        signs = torch.randint(0, 2, (self.width,), generator=generator, dtype=torch.int8) * 2 - 1
-        if keep_first:
-            starts = torch.tensor([sum(self.sizes[:i]) for i in range(len(self.sizes))])
-            signs[starts] = 1
-        self.signs.copy_(signs)
-        return self
-
-    def forward(self, x: Tensor) -> Tensor:
-        """``[..., width]`` to the same shape; also how it is fused into weights."""
-        x = x * self.signs.to(x.dtype)
-        if self.inner > 1:
-            x = x.unflatten(-1, (-1, self.block, self.inner)).transpose(-1, -2)
-            return _mix(x, self.block).transpose(-1, -2).flatten(-3)
-        whole = sum(size for size in self.sizes if size == self.block)
-        head = x[..., :whole].unflatten(-1, (-1, self.block))
-        mixed = _mix(head, self.block).flatten(-2)
-        if whole == self.width:
-            return mixed
-        return torch.cat([mixed, _mix(x[..., whole:], self.sizes[-1])], dim=-1)
-
-    def spec(self) -> dict[str, Any]:
-        """What :func:`build_transform` needs to make an empty one."""
-        return {"kind": "hadamard", "width": self.width, "block": self.block, "inner": self.inner}
-
-    def extra_repr(self) -> str:
-        return f"width={self.width}, block={self.block}, inner={self.inner}"
-
-
-class InputOrder(nn.Module):
-    """``x -> x[..., order]``: the order in which a layer's weight keeps its inputs.
-
-    GPTQ with ``act_order`` shares scales between inputs that are not neighbours; sorted by group they are.
-
-    Args:
-        width: entries of the axis.
-    """
-
-    order: Tensor
-
-    def __init__(self, width: int, device: Any = None) -> None:
-        super().__init__()
-        self.register_buffer("order", torch.zeros(width, dtype=torch.int32, device=device))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """``[..., width]`` to the same shape."""
-        return x.index_select(-1, self.order)
-
-    def spec(self) -> dict[str, Any]:
-        """What :func:`build_transform` needs to make an empty one."""
-        return {"kind": "order", "width": len(self.order)}
-
-
-class InputScale(nn.Module):
-    """``x -> x * factor``, channel by channel: smoothing that no norm absorbs (SVDQuant, arXiv:2411.05007).
-
-    Args:
-        width: entries of the axis.
-    """
-
-    factor: Tensor
-
-    def __init__(self, width: int, device: Any = None) -> None:
-        super().__init__()
-        self.register_buffer("factor", torch.ones(width, dtype=torch.float32, device=device))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """``[..., width]`` to the same shape."""
-        return x * self.factor.to(x.dtype)
-
-    def _apply(self, fn: Any, recurse: bool = True) -> InputScale:
-        """Move with the model, and stay in fp32."""
-        kept = self.factor
-        super()._apply(fn, recurse)
-        if self.factor.dtype != kept.dtype:
-            self.factor = kept.to(self.factor.device)
-        return self
-
-    def spec(self) -> dict[str, Any]:
-        """What :func:`build_transform` needs to make an empty one."""
-        return {"kind": "scale", "width": len(self.factor)}
-
-
-def _mix(x: Tensor, order: int) -> Tensor:
-    """``x @ H`` along the last axis, ``H`` orthonormal of this order with a constant first row."""
-    if is_hadamard_order(order):
-        return fast_hadamard(x, order, normalize=True)
-    return x @ constant_first_row(order, None).to(x.device, x.dtype)
 
 
 def quantized_linears(model: nn.Module) -> Iterator[tuple[str, QuantizedLinear]]:
@@ -226,25 +104,7 @@ def check_scales(model: nn.Module, *, positive: bool = True) -> None:
             )
 
 
-def build_transform(spec: dict[str, Any] | None, device: Any = None) -> nn.Module | None:
-    """An empty online transform from its description."""
-    if spec is None:
-        return None
-    if spec.get("kind") == "order":
-        return InputOrder(spec["width"], device=device)
-    if spec.get("kind") == "scale":
-        return InputScale(spec["width"], device=device)
-    if spec.get("kind") == "static":
-        return StaticQuantizer.from_spec(spec, device)
-    if spec.get("kind") != "hadamard":
-        raise CheckpointError(
-            f"online transform {spec.get('kind')!r} is not known to this version of Postlude; "
-            "load the checkpoint with the version that wrote it"
-        )
-    return BlockHadamard(spec["width"], spec["block"], spec["inner"], device=device)
-
-
-class QuantizedLinear(nn.Module):
+class QuantizedLinear(StoredTypes):
     """``y = Q_in(T(x)) W_q^T + bias``, and with a low-rank branch ``+ branch(T(x))``.
 
     Args:
@@ -275,7 +135,7 @@ class QuantizedLinear(nn.Module):
         bias: bool,
         weight: Scheme | None = None,
         input: Scheme | None = None,
-        transform: nn.Module | None = None,
+        transform: Transform | None = None,
         branch: LowRankBranch | None = None,
         half: bool = False,
         dtype: torch.dtype = torch.float32,
@@ -327,7 +187,7 @@ class QuantizedLinear(nn.Module):
         *,
         weight: Scheme | None = None,
         input: Scheme | None = None,
-        transform: nn.Module | None = None,
+        transform: Transform | None = None,
         branch: LowRankBranch | None = None,
         dtype: torch.dtype | None = None,
     ) -> QuantizedLinear:
@@ -421,16 +281,9 @@ class QuantizedLinear(nn.Module):
                 'postlude.surgery.kernels.use(model, "simulate") first, and use() again afterwards'
             )
 
-    def _apply(self, fn: Any, recurse: bool = True) -> QuantizedLinear:
-        """Move with the model, but keep scales and a half weight in the type they are stored in."""
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
         self._refuse_while_executing("be moved or cast")
-        kept = {name: self._buffers.get(name) for name in ("scale", "weight")}
-        super()._apply(fn, recurse)
-        for name, before in kept.items():
-            now = self._buffers.get(name)
-            if before is not None and now is not None and now.dtype != before.dtype:
-                self._buffers[name] = before.to(now.device)
-        return self
+        return super()._apply(fn, recurse)
 
     def stored_bits(self) -> int:
         """Bits on disk of everything that stands for the weight: codes, scales, zero points, signs, branch."""
@@ -452,9 +305,7 @@ class QuantizedLinear(nn.Module):
             "bias": self.bias is not None,
             "weight": self.weight_scheme.to_dict() if self.weight_scheme else None,
             "input": self.input_scheme.to_dict() if self.input_scheme else None,
-            "transform": self.transform.spec()
-            if isinstance(self.transform, BlockHadamard | InputOrder | InputScale | StaticQuantizer)
-            else None,
+            "transform": None if self.transform is None else self.transform.spec(),
         }
         return spec if self.branch is None else {**spec, "branch": self.branch.spec()}
 

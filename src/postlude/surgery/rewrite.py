@@ -29,7 +29,8 @@ from postlude.surgery.anatomy import (
     Site,
 )
 from postlude.surgery.key_values import KeyValueQuantizer, attach, detach, use_rotating_attention
-from postlude.surgery.layers import BlockHadamard, QuantizedLinear
+from postlude.surgery.layers import QuantizedLinear
+from postlude.surgery.transforms import BlockHadamard
 
 __all__ = [
     "Undo",

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from postlude.numerics.activation_grids import ActivationGrid
 from postlude.numerics.learned_rounding import straight_through
+from postlude.surgery.stored_types import StoredTypes
 
 __all__ = [
     "OPERANDS",
@@ -31,7 +32,7 @@ OPERANDS = "postlude_operands"
 _PARTS = ("query", "key", "value", "probabilities")
 
 
-class StaticQuantizer(nn.Module):
+class StaticQuantizer(StoredTypes):
     """``x`` on a grid with fixed parameters; gradients pass as if nothing was rounded.
 
     Args:
@@ -60,26 +61,16 @@ class StaticQuantizer(nn.Module):
             made.get_buffer(name).copy_(parameters[name])
         return made
 
-    def parameters_of_grid(self) -> dict[str, Tensor]:
-        """By name."""
+    def grid_parameters(self) -> dict[str, Tensor]:
+        """Parameters of the grid, by name."""
         return {name: self.get_buffer(name) for name in self.grid.names}
 
     def forward(self, x: Tensor) -> Tensor:
         """The same shape and type."""
         if not self.quantize:
             return x
-        rounded = self.grid.round_trip(x.detach(), self.parameters_of_grid())
+        rounded = self.grid.round_trip(x.detach(), self.grid_parameters())
         return straight_through(x, rounded) if x.requires_grad else rounded
-
-    def _apply(self, fn: Any, recurse: bool = True) -> StaticQuantizer:
-        """Move with the model, and stay in fp32."""
-        kept = dict(self._buffers)
-        super()._apply(fn, recurse)
-        for name, before in kept.items():
-            now = self._buffers[name]
-            if before is not None and now is not None and now.dtype != before.dtype:
-                self._buffers[name] = before.to(now.device)
-        return self
 
     def spec(self) -> dict[str, Any]:
         """What :meth:`from_spec` needs to make an empty one."""

@@ -21,8 +21,9 @@ from torch import Tensor
 from postlude.errors import SettingsError
 from postlude.numerics.low_rank import BranchFormat
 from postlude.surgery.key_values import KeyValueQuantizer
-from postlude.surgery.layers import InputScale, LowRankBranch, QuantizedLinear, quantized_linears
+from postlude.surgery.layers import LowRankBranch, QuantizedLinear, quantized_linears
 from postlude.surgery.rewrite import replace_module
+from postlude.surgery.transforms import InputScale
 
 __all__ = ["check_adaptable", "is_quantized", "prepare", "to_branches"]
 

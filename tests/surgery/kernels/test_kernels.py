@@ -16,7 +16,8 @@ from postlude.numerics.schemes import Granularity, Scheme
 from postlude.surgery import kernels
 from postlude.surgery.kernels import KERNELS
 from postlude.surgery.kernels.choice import _Execution
-from postlude.surgery.layers import BlockHadamard, QuantizedLinear, hold_dense
+from postlude.surgery.layers import QuantizedLinear, hold_dense
+from postlude.surgery.transforms import BlockHadamard
 
 FREE4 = Integer(4, symmetric=False, range="free")
 FREE8 = Integer(8, symmetric=False, range="free")

@@ -13,7 +13,8 @@ from postlude.errors import CheckpointError
 from postlude.numerics.formats import Integer
 from postlude.numerics.packing import pack, packed_width, unpack
 from postlude.numerics.schemes import Granularity, Scheme
-from postlude.surgery.layers import InputOrder, QuantizedLinear
+from postlude.surgery.layers import QuantizedLinear
+from postlude.surgery.transforms import InputOrder
 
 __all__ = [
     "Foreign",
