@@ -35,13 +35,14 @@ from postlude.attribution.build import build as build_index
 from postlude.attribution.d_trak import DTRAK
 from postlude.attribution.das import DAS
 from postlude.attribution.denoising import denoised
-from postlude.attribution.engine import Attributor, record_queries
+from postlude.attribution.engine import Attributor
 from postlude.attribution.examples import Collection
 from postlude.attribution.graddot import GradDot
 from postlude.attribution.images import Images
 from postlude.attribution.journey_trak import JourneyTRAK
 from postlude.attribution.layer_weights import contributions
 from postlude.attribution.lorif import LoRIF
+from postlude.attribution.queries import record_queries
 from postlude.attribution.trak import TRAK
 from postlude.evaluation.lds import draw_subsets, lds
 from postlude.evaluation.retrieval import PlantedRanks, ranks_of
@@ -516,7 +517,8 @@ def pixels(bank: Digits) -> Tensor:
 
 def query_time(bank: Digits, repeats: int = 15) -> str:
     """A sentence on a weighted query against the unweighted one, both with the curvature kept."""
-    from postlude.attribution.query import query, rank
+    from postlude.attribution.query import query
+    from postlude.attribution.ranking import rank
 
     method = DTRAK(side=SIDE)
     with tempfile.TemporaryDirectory() as folder:
@@ -686,10 +688,15 @@ LANGUAGE: dict[str, Attributor] = {
 }
 
 
+@dataclasses.dataclass(frozen=True)
 class Borrowed:
-    """Opens what ``claims/lorif.py`` has measured on tiny-lm."""
+    """Opens what ``claims/lorif.py`` has measured on tiny-lm; a trial trains a small bank of its own."""
+
+    claim: Claim
 
     def directory(self, settings: Mapping[str, Any]) -> RunDirectory:
+        if self.claim.quick:
+            return self.claim.directory(settings, "bank")
         manifest = {
             "claim": "lorif-tiny-lm",
             "quick": False,
@@ -701,8 +708,8 @@ class Borrowed:
 
 def on_tiny_lm(claim: Claim) -> None:
     """Measure the part ``tiny-lm``."""
-    bench = lorif.built_in(False)
-    bench.open(Borrowed())  # type: ignore[arg-type]
+    bench = lorif.built_in(claim.quick)
+    bench.open(Borrowed(claim))  # type: ignore[arg-type]
     losses = bench.bank(claim.progress).mean(1)
     kept = claim.directory({"train": len(bench.train), "queries": len(bench.queries)})
     count = len(bench.queries)

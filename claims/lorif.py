@@ -31,13 +31,14 @@ from _claim import Claim, data_directory, documents, spread
 from postlude.attribution.bm25 import BM25
 from postlude.attribution.build import build
 from postlude.attribution.ekfac import EKFAC
-from postlude.attribution.engine import Attributor, Queries, record_queries
+from postlude.attribution.engine import Attributor
 from postlude.attribution.examples import Collection
 from postlude.attribution.gradcos import GradCos
 from postlude.attribution.graddot import GradDot
 from postlude.attribution.index import Index
 from postlude.attribution.logra import LoGRA
 from postlude.attribution.lorif import LoRIF
+from postlude.attribution.queries import Queries, record_queries
 from postlude.attribution.repsim import RepSim
 from postlude.attribution.trak import TRAK
 from postlude.evaluation.lds import (
@@ -61,6 +62,8 @@ from postlude.surgery.anatomy import anatomy_of
 from postlude.zoo import tiny_lm
 
 QUERIES = 60
+# Examples of a trial.
+FEW = 128
 SIDES = (8, 16, 32, 64)
 RANKS = (1, 4, 16)
 MORE_RANKS = (1, 2, 4, 8)
@@ -463,16 +466,18 @@ def pieces(tokenizer: Any, text: str, count: int, length: int) -> list[str]:
     return [tokenizer.decode(window, skip_special_tokens=True) for window in windows]
 
 
-def split(found: Sequence[str], queries: int = QUERIES) -> tuple[list[str], list[str]]:
-    """Passages to learn from, and others from among them to ask about."""
+def split(found: Sequence[str], quick: bool, queries: int = QUERIES) -> tuple[list[str], list[str]]:
+    """Passages to learn from, and others from among them to ask about; few of both for a trial."""
     order = torch.randperm(len(found), generator=torch.Generator().manual_seed(0)).tolist()
-    return [found[i] for i in order[queries:]], [found[i] for i in order[:queries]]
+    learned, asked = [found[i] for i in order[queries:]], [found[i] for i in order[:queries]]
+    return (learned[:FEW], asked[: FEW // 8]) if quick else (learned, asked)
 
 
 def built_in(quick: bool) -> Bench:
     """tiny-lm on the text that was held out from its training."""
     checkpoint = pl.load("zoo:tiny-lm", dtype="float32")
-    train, queries = split(pieces(checkpoint.tokenizer, tiny_lm.held_out_text(), 480 + QUERIES, 48))
+    found = pieces(checkpoint.tokenizer, tiny_lm.held_out_text(), 480 + QUERIES, 48)
+    train, queries = split(found, quick)
     return Bench(
         "tiny-lm",
         checkpoint,
@@ -493,7 +498,7 @@ def stories(quick: bool) -> Bench | None:
         return None
     checkpoint = pl.load(data / "stories260k", dtype="float32")
     text = documents(data / "text" / "wikitext2_valid.txt", 200_000)[0]
-    train, queries = split(pieces(checkpoint.tokenizer, text, 600 + QUERIES, 64))
+    train, queries = split(pieces(checkpoint.tokenizer, text, 600 + QUERIES, 64), quick)
     return Bench(
         "stories260k",
         checkpoint,
@@ -512,7 +517,7 @@ def bigrams(quick: bool) -> Bench:
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-    words, length, count = 32, 32, 600
+    words, length, count = 32, 32, FEW if quick else 600
     generator = torch.Generator().manual_seed(0)
     tables = (3 * torch.randn(6, words, words, generator=generator)).softmax(-1)
     kind = torch.randint(6, (count + QUERIES,), generator=generator)
