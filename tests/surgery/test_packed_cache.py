@@ -8,7 +8,7 @@ from torch import Tensor
 
 from postlude.numerics.formats import Integer
 from postlude.numerics.schemes import Granularity, Scheme
-from postlude.surgery.key_values import _ensure_packed
+from postlude.surgery.packed_cache import ensure_packed
 
 SCHEME = Scheme(Integer(4, symmetric=False, range="zero"), Granularity("token"))
 
@@ -36,7 +36,7 @@ def expected(tokens: Tensor, recent: int) -> Tensor:
 def test_steps_of_any_length(recent: int, scheme: Scheme, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(globals(), "SCHEME", scheme)
     cache = Cache(None)
-    _ensure_packed(cache, 0, (scheme, scheme), recent)
+    ensure_packed(cache, 0, (scheme, scheme), recent)
     layer = cache.layers[0]
     keys = torch.randn(2, 3, 12, 8, generator=torch.Generator().manual_seed(0))
     values = keys.flip(-2)
@@ -58,7 +58,7 @@ def test_steps_of_any_length(recent: int, scheme: Scheme, monkeypatch: pytest.Mo
 @pytest.mark.parametrize("removed", [1, 4, 9, 20])
 def test_crop(recent: int, removed: int) -> None:
     cache = Cache(None)
-    _ensure_packed(cache, 0, (SCHEME, None), recent)
+    ensure_packed(cache, 0, (SCHEME, None), recent)
     layer = cache.layers[0]
     tokens = torch.randn(1, 2, 20, 8, generator=torch.Generator().manual_seed(1))
     layer.update(tokens, tokens)
@@ -78,7 +78,7 @@ def test_crop(recent: int, removed: int) -> None:
 @pytest.mark.parametrize("recent", [0, 2, 9])
 def test_sliding_window(recent: int) -> None:
     cache = Cache(6)
-    _ensure_packed(cache, 0, (SCHEME, SCHEME), recent)
+    ensure_packed(cache, 0, (SCHEME, SCHEME), recent)
     layer = cache.layers[0]
     tokens = torch.randn(1, 2, 15, 8, generator=torch.Generator().manual_seed(2))
     kept = tokens[..., :0, :]
@@ -93,7 +93,7 @@ def test_sliding_window(recent: int) -> None:
 
 def test_beams() -> None:
     cache = Cache(None)
-    _ensure_packed(cache, 0, (SCHEME, SCHEME), 2)
+    ensure_packed(cache, 0, (SCHEME, SCHEME), 2)
     layer = cache.layers[0]
     tokens = torch.randn(2, 2, 6, 8, generator=torch.Generator().manual_seed(3))
     layer.update(tokens, tokens)
