@@ -114,7 +114,7 @@ def job(name: str, directory: Path) -> dict[str, float]:
     from safetensors.torch import load_file
 
     from postlude.runs.loading import load
-    from postlude.surgery.capture import in_batches
+    from postlude.surgery.batches import in_batches
 
     checkpoint = load(directory / "model", device="cpu")
     batches = in_batches(load_file(directory / "inputs.safetensors"), 8)

@@ -27,7 +27,8 @@ from postlude.quantization.quarot import QuaRot
 from postlude.registry import method
 from postlude.runs.checkpoint import Checkpoint
 from postlude.surgery.anatomy import Block, Site
-from postlude.surgery.capture import Calibration, observe, token_batches
+from postlude.surgery.batches import Calibration, token_batches
+from postlude.surgery.capture import observe
 from postlude.surgery.rewrite import rotate_residual
 
 __all__ = [

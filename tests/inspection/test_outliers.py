@@ -114,7 +114,7 @@ def test_batches_do_not_matter(
     make_model: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import postlude.inspection.outliers as module
-    from postlude.surgery.capture import token_batches
+    from postlude.surgery.batches import token_batches
 
     made = checkpoint(make_model("llama"))
     whole = Outliers().inspect(made, some_tokens()).to_dict()

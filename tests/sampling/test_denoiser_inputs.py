@@ -13,7 +13,7 @@ from postlude.runs.checkpoint import Checkpoint
 from postlude.sampling.denoiser_inputs import SPREADS, denoiser_inputs
 from postlude.sampling.sample import sample
 from postlude.surgery.anatomy import anatomy_of
-from postlude.surgery.capture import joined
+from postlude.surgery.batches import joined
 from postlude.zoo.tiny_dit import build
 
 # diffusers makes arrays of tensors in a way that numpy 2 warns of.

@@ -5,7 +5,8 @@ import torch
 from torch import Tensor, nn
 
 from postlude.surgery.anatomy import Anatomy, anatomy_of
-from postlude.surgery.capture import BlockWalk, observe, token_batches
+from postlude.surgery.batches import token_batches
+from postlude.surgery.capture import BlockWalk, observe
 
 from .models import MODELS, build
 

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from postlude.errors import ArchitectureError
 from postlude.surgery.anatomy import Anatomy, anatomy_of, kind_of, supported_model_types
-from postlude.surgery.capture import BlockWalk, in_batches, joined, observe, recorded_inputs
+from postlude.surgery.batches import in_batches, joined
+from postlude.surgery.capture import BlockWalk, observe, recorded_inputs
 from postlude.surgery.rewrite import scale_norm_site
 
 from .other_models import DENOISERS, OTHER_MODELS, build_other, pixart

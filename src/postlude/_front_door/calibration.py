@@ -21,7 +21,7 @@ from postlude.runs.checkpoint import Checkpoint
 from postlude.runs.images import image_files, pixel_values
 from postlude.runs.progress import Progress
 from postlude.runs.weights import read_header
-from postlude.surgery.capture import Batch, Calibration, in_batches, joined
+from postlude.surgery.batches import Batch, Calibration, in_batches, joined
 
 __all__ = ["Calibrating", "Data"]
 

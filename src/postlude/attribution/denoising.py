@@ -31,7 +31,7 @@ from postlude.attribution.images import ImageBatch
 from postlude.attribution.outputs import Output, output
 from postlude.errors import ArchitectureError, CheckpointError, SettingsError
 from postlude.runs.checkpoint import Checkpoint
-from postlude.surgery.capture import device_of
+from postlude.surgery.batches import device_of
 from postlude.zoo.noising import Noising, noising_of
 
 __all__ = ["Denoised", "Process", "denoised", "process_of", "timesteps"]

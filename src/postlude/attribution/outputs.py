@@ -19,7 +19,7 @@ from postlude.errors import SettingsError, UnknownNameError
 from postlude.numerics.likelihood import token_log_probability
 from postlude.numerics.weighted_likelihood import weighted_cross_entropy
 from postlude.runs.checkpoint import Checkpoint
-from postlude.surgery.capture import device_of
+from postlude.surgery.batches import device_of
 
 __all__ = [
     "Maker",

@@ -25,7 +25,8 @@ from postlude.errors import DataError
 from postlude.inspection.report import checked_tokens, rounded, token_text
 from postlude.numerics.directions import mean_pairwise_acute_angle
 from postlude.numerics.massive import Massive, find_massive
-from postlude.surgery.capture import observe, token_batches
+from postlude.surgery.batches import token_batches
+from postlude.surgery.capture import observe
 
 if TYPE_CHECKING:
     from postlude.runs.checkpoint import Checkpoint

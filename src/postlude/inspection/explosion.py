@@ -29,7 +29,8 @@ from postlude.inspection.report import rounded
 from postlude.numerics.directions import leading_singular_directions, unit
 from postlude.numerics.likelihood import token_log_probability
 from postlude.surgery.anatomy import LanguageAnatomy, LanguageBlock
-from postlude.surgery.capture import device_of, observe, token_batches
+from postlude.surgery.batches import device_of, token_batches
+from postlude.surgery.capture import observe
 from postlude.surgery.probes import (
     Reached,
     attention_silenced,

@@ -36,7 +36,8 @@ from postlude.inspection.report import Inspection, checked_tokens, place, rounde
 from postlude.numerics.kurtosis import ChannelKurtosis, row_kurtosis
 from postlude.numerics.magnitudes import MagnitudeHistogram
 from postlude.registry import method
-from postlude.surgery.capture import device_of, observe, token_batches
+from postlude.surgery.batches import device_of, token_batches
+from postlude.surgery.capture import observe
 
 if TYPE_CHECKING:
     from postlude.runs.checkpoint import Checkpoint

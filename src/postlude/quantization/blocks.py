@@ -24,7 +24,8 @@ from postlude.quantization.quantizer import Quantizer, generator
 from postlude.quantization.rounded import Rounded, Seen
 from postlude.runs.processes import Processes
 from postlude.surgery.anatomy import Anatomy, Block, LinearRef, Site
-from postlude.surgery.capture import BlockWalk, Calibration, device_of, token_batches
+from postlude.surgery.batches import Calibration, device_of, token_batches
+from postlude.surgery.capture import BlockWalk
 from postlude.surgery.layers import QuantizedLinear
 from postlude.surgery.static_quantizers import switch
 

@@ -30,7 +30,7 @@ from postlude.quantization.engine import FLOAT
 from postlude.quantization.vision import VisionQuantizer
 from postlude.runs.checkpoint import Checkpoint
 from postlude.surgery.anatomy import Site
-from postlude.surgery.capture import Calibration, forward_batches, placed_on
+from postlude.surgery.batches import Calibration, forward_batches, placed_on
 
 __all__ = ["Budgeted", "site_losses"]
 

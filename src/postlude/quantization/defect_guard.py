@@ -29,7 +29,7 @@ from postlude.quantization.smoothquant import SmoothQuant
 from postlude.registry import method
 from postlude.runs.checkpoint import Checkpoint
 from postlude.surgery.anatomy import Block, Kind, Site
-from postlude.surgery.capture import Calibration
+from postlude.surgery.batches import Calibration
 
 __all__ = ["DefectGuard"]
 

@@ -36,7 +36,7 @@ from postlude.runs.checkpoint import Checkpoint
 from postlude.runs.processes import Processes
 from postlude.runs.progress import Progress
 from postlude.surgery.anatomy import Block, Kind
-from postlude.surgery.capture import Calibration
+from postlude.surgery.batches import Calibration
 from postlude.surgery.huggingface import mark
 from postlude.surgery.key_values import KeyValueQuantizer
 from postlude.surgery.layers import QuantizedLinear

@@ -12,7 +12,7 @@ from postlude.numerics.schemes import Encoded
 from postlude.quantization.quantizer import Quantizer
 from postlude.quantization.rounded import Rounded
 from postlude.surgery.anatomy import Block, LanguageBlock, LinearRef, Site
-from postlude.surgery.capture import device_of
+from postlude.surgery.batches import device_of
 from postlude.surgery.key_values import KeyValueQuantizer, attach, use_rotating_attention
 from postlude.surgery.layers import LowRankBranch, QuantizedLinear
 from postlude.surgery.rewrite import replace_module

@@ -41,7 +41,8 @@ from postlude.quantization.engine import FLOAT, Quantizer, generator
 from postlude.registry import method
 from postlude.runs.checkpoint import Checkpoint
 from postlude.surgery.anatomy import Block, Kind, Site
-from postlude.surgery.capture import Calibration, observe, token_batches
+from postlude.surgery.batches import Calibration, token_batches
+from postlude.surgery.capture import observe
 from postlude.surgery.key_values import KeyValueQuantizer, attach, detach
 from postlude.surgery.rewrite import (
     fold_norms,

@@ -35,7 +35,7 @@ from postlude.quantization.offq import OffQ
 from postlude.registry import method
 from postlude.runs.checkpoint import Checkpoint
 from postlude.surgery.anatomy import LanguageAnatomy, LanguageBlock
-from postlude.surgery.capture import Calibration
+from postlude.surgery.batches import Calibration
 from postlude.surgery.probes import approximate_block
 
 __all__ = ["OffQWeights", "axes_around", "product_sizes", "written_moment"]

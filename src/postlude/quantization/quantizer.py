@@ -22,7 +22,7 @@ from postlude.quantization.block_reconstruction import Passage
 from postlude.quantization.rounded import Rounded, Seen
 from postlude.runs.checkpoint import Checkpoint
 from postlude.surgery.anatomy import Block, Kind, Site
-from postlude.surgery.capture import Calibration
+from postlude.surgery.batches import Calibration
 
 __all__ = ["FLOAT", "Quantizer", "generator"]
 

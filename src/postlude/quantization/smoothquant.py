@@ -25,7 +25,8 @@ from postlude.numerics.moments import AbsMax
 from postlude.quantization.engine import FLOAT, Quantizer
 from postlude.registry import method
 from postlude.runs.checkpoint import Checkpoint
-from postlude.surgery.capture import Calibration, forward_batches, observe
+from postlude.surgery.batches import Calibration, forward_batches
+from postlude.surgery.capture import observe
 from postlude.surgery.rewrite import scale_norm_site
 
 __all__ = ["SmoothQuant", "smoothing_scale"]

@@ -38,7 +38,8 @@ from postlude.numerics.schemes import Granularity, Scheme
 from postlude.quantization.engine import FLOAT, Quantizer
 from postlude.runs.checkpoint import Checkpoint
 from postlude.surgery.anatomy import Block, Heads, Kind, Site
-from postlude.surgery.capture import Calibration, forward_batches, observe
+from postlude.surgery.batches import Calibration, forward_batches
+from postlude.surgery.capture import observe
 from postlude.surgery.layers import QuantizedLinear
 from postlude.surgery.rewrite import replace_module, scale_norm_site, shift_norm_site
 from postlude.surgery.static_quantizers import (

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from postlude.errors import ArchitectureError
 from postlude.runs.checkpoint import Checkpoint
-from postlude.surgery.capture import observe, token_batches
+from postlude.surgery.batches import token_batches
+from postlude.surgery.capture import observe
 
 __all__ = ["StreamError", "basis_change"]
 

@@ -26,7 +26,7 @@ from postlude.runs.checkpoint import Checkpoint
 from postlude.runs.documents import encode
 from postlude.runs.progress import Progress
 from postlude.surgery.anatomy import AudioAnatomy
-from postlude.surgery.capture import placed_on
+from postlude.surgery.batches import placed_on
 from postlude.surgery.shared_encoder import encode_once
 
 __all__ = ["Answer", "Features", "Listener", "generate", "join_features"]

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from postlude.errors import VerificationError
 from postlude.surgery.anatomy import Anatomy, LanguageAnatomy
-from postlude.surgery.capture import placed_on
+from postlude.surgery.batches import placed_on
 
 __all__ = [
     "RELOAD",

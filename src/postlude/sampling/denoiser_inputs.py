@@ -22,7 +22,8 @@ from postlude.errors import SettingsError, UnknownNameError
 from postlude.runs.checkpoint import Checkpoint
 from postlude.runs.progress import Progress
 from postlude.sampling.sample import sample
-from postlude.surgery.capture import Batch, joined, recorded_inputs, rows_of
+from postlude.surgery.batches import Batch, joined, rows_of
+from postlude.surgery.capture import recorded_inputs
 
 __all__ = ["SPREADS", "denoiser_inputs"]
 

@@ -1,7 +1,6 @@
 """Run batches through a model and look at what passes.
 
-A batch is a mapping of keyword arguments of the model's ``forward``; a tensor of token ids stands for
-``{"input_ids": ids}``. :func:`observe` runs the whole model and hands every asked-for site input to an observer.
+:func:`observe` runs the whole model and hands every asked-for site input to an observer.
 :class:`BlockWalk` keeps the hidden states of all calibration batches before one block, so that a block can be
 observed, changed and then left behind: one block's activations are resident at a time.
 """
@@ -10,83 +9,33 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from postlude.surgery.anatomy import Anatomy, Block, LanguageBlock
+from postlude.surgery.batches import (
+    TOKENS_PER_BATCH,
+    Batch,
+    Calibration,
+    copied_to_cpu,
+    placed_on,
+    token_batches,
+)
 from postlude.surgery.layers import hold_dense
 
-__all__ = [
-    "Batch",
-    "BlockWalk",
-    "Calibration",
-    "Observer",
-    "device_of",
-    "forward_batches",
-    "in_batches",
-    "joined",
-    "observe",
-    "placed_on",
-    "recorded_inputs",
-    "rows_of",
-    "token_batches",
-]
+__all__ = ["BlockWalk", "ForwardStopped", "Observer", "observe", "recorded_inputs", "streams_of"]
 
 Observer = Callable[[Tensor], None]
-Batch = Mapping[str, Any]
-# Tokens [sequences, length], or batches of whatever the model takes.
-Calibration = Tensor | Sequence[Batch]
-
-# Tokens in one forward pass where the caller does not say.
-TOKENS_PER_BATCH = 4096
 
 
-class _Stop(Exception):
+class ForwardStopped(Exception):
     """Raised by a hook when nothing after it is needed."""
 
 
-def device_of(module: nn.Module) -> torch.device:
-    """Device of the first parameter or buffer."""
-    for tensor in (*module.parameters(), *module.buffers()):
-        return tensor.device
-    return torch.device("cpu")
-
-
-def token_batches(tokens: Tensor, tokens_per_batch: int = TOKENS_PER_BATCH) -> Iterator[Tensor]:
-    """Split ``[sequences, length]`` into batches of at most ``tokens_per_batch`` tokens (at least a row)."""
-    rows = max(1, tokens_per_batch // tokens.shape[1])
-    yield from tokens.split(rows)
-
-
-def forward_batches(calibration: Calibration) -> Iterator[Batch]:
-    """Calibration data as batches; tokens are split as by :func:`token_batches`."""
-    if isinstance(calibration, Tensor):
-        for ids in token_batches(calibration):
-            yield {"input_ids": ids}
-    else:
-        yield from calibration
-
-
-def placed_on(batch: Tensor | Batch, model: nn.Module) -> dict[str, Any]:
-    """A batch on the model's device, its floating-point tensors in the type of the model's parameters."""
-    given = {"input_ids": batch} if isinstance(batch, Tensor) else batch
-    device = device_of(model)
-    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-
-    def place(value: Any) -> Any:
-        if isinstance(value, Mapping):
-            return {name: place(part) for name, part in value.items()}
-        if not isinstance(value, Tensor):
-            return value
-        return value.to(device, dtype) if value.is_floating_point() else value.to(device)
-
-    return {name: place(value) for name, value in given.items()}
-
-
-def _streams(block: Block, output: Any) -> tuple[Tensor, ...]:
+def streams_of(block: Block, output: Any) -> tuple[Tensor, ...]:
     """The residual streams that a block returned, in the order of ``block.streams``."""
     if len(block.streams) == 1:
         return (output[0] if isinstance(output, tuple) else output,)
@@ -105,10 +54,9 @@ def _site_hooks(
     *,
     stop: bool = False,
 ) -> Iterator[None]:
-    """Call observers with the input of modules; with ``stop``, raise :class:`_Stop` after the last one."""
-    handles = []
+    """Call observers with the input of modules; with ``stop``, raise :class:`ForwardStopped` after the last one."""
     given = list(sites)
-    try:
+    with contextlib.ExitStack() as hooks:
         for number, (path, observer) in enumerate(given):
             last = stop and number == len(given) - 1
 
@@ -120,13 +68,10 @@ def _site_hooks(
             ) -> None:
                 observer(args[0])
                 if last:
-                    raise _Stop
+                    raise ForwardStopped
 
-            handles.append(model.get_submodule(path).register_forward_pre_hook(hook))
+            hooks.enter_context(model.get_submodule(path).register_forward_pre_hook(hook))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @torch.no_grad()
@@ -153,28 +98,24 @@ def observe(
         (anatomy.blocks[index].site(name).modules[0], observer)
         for (index, name), observer in observers.items()
     ]
-    handles = []
-    with _site_hooks(model, wanted):
-        try:
-            if residual is not None:
-                look = residual  # bound here, so that the hooks below see a callable
+    with _site_hooks(model, wanted), contextlib.ExitStack() as hooks:
+        if residual is not None:
+            look = residual  # bound here, so that the hooks below see a callable
 
-                def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-                    look(-1, args[0] if args else kwargs["hidden_states"])
+            def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+                look(-1, args[0] if args else kwargs["hidden_states"])
 
-                first = model.get_submodule(anatomy.blocks[0].name)
-                handles.append(first.register_forward_pre_hook(before, with_kwargs=True))
-                for block in anatomy.blocks:
+            first = model.get_submodule(anatomy.blocks[0].name)
+            hooks.enter_context(first.register_forward_pre_hook(before, with_kwargs=True))
+            for block in anatomy.blocks:
 
-                    def after(_: nn.Module, __: Any, output: Any, block: Block = block) -> None:
-                        look(block.index, _main(block, _streams(block, output)))
+                def after(_: nn.Module, __: Any, output: Any, block: Block = block) -> None:
+                    look(block.index, _main(block, streams_of(block, output)))
 
-                    handles.append(model.get_submodule(block.name).register_forward_hook(after))
-            for batch in batches:
-                anatomy.forward(model, placed_on(batch, model))
-        finally:
-            for handle in handles:
-                handle.remove()
+                module = model.get_submodule(block.name)
+                hooks.enter_context(module.register_forward_hook(after))
+        for batch in batches:
+            anatomy.forward(model, placed_on(batch, model))
 
 
 @contextlib.contextmanager
@@ -188,57 +129,10 @@ def recorded_inputs(model: nn.Module, look: Callable[[Batch], None]) -> Iterator
     def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         given = {**dict(zip(names, args, strict=False)), **kwargs}
         given.pop("return_dict", None)
-        look({name: _on_cpu(value) for name, value in given.items() if value is not None})
+        look(copied_to_cpu({name: value for name, value in given.items() if value is not None}))
 
-    handle = model.register_forward_pre_hook(hook, with_kwargs=True)
-    try:
+    with model.register_forward_pre_hook(hook, with_kwargs=True):
         yield
-    finally:
-        handle.remove()
-
-
-def _on_cpu(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {name: _on_cpu(part) for name, part in value.items()}
-    return value.detach().cpu().clone() if isinstance(value, Tensor) else value
-
-
-def _is_shared(name: str, value: Any) -> bool:
-    """Whether an argument belongs to all rows: numbers, and positions, which have no axis of rows."""
-    return not isinstance(value, Tensor | Mapping) or (
-        name.endswith("_ids") and name != "input_ids"
-    )
-
-
-def rows_of(batch: Batch, rows: slice) -> dict[str, Any]:
-    """Some rows of a batch."""
-
-    def cut(name: str, value: Any) -> Any:
-        if isinstance(value, Mapping):
-            return {key: cut(key, part) for key, part in value.items()}
-        return value if _is_shared(name, value) or value.ndim == 0 else value[rows]
-
-    return {name: cut(name, value) for name, value in batch.items()}
-
-
-def joined(batches: Sequence[Batch]) -> dict[str, Any]:
-    """Batches of the same arguments as one."""
-
-    def join(name: str, values: list[Any]) -> Any:
-        first = values[0]
-        if isinstance(first, Mapping):
-            return {key: join(key, [value[key] for value in values]) for key in first}
-        return first if _is_shared(name, first) or first.ndim == 0 else torch.cat(values)
-
-    return {name: join(name, [batch[name] for batch in batches]) for name in batches[0]}
-
-
-def in_batches(batch: Batch, size: int) -> list[Batch]:
-    """A batch as several of at most ``size`` rows."""
-    count = next(
-        len(v) for name, v in batch.items() if isinstance(v, Tensor) and not _is_shared(name, v)
-    )
-    return [rows_of(batch, slice(start, start + size)) for start in range(0, count, size)]
 
 
 class _Call:
@@ -259,7 +153,7 @@ class _Call:
         value, held[place] = held[place], None
         return value
 
-    def with_streams(self, streams: tuple[Tensor, ...]) -> tuple[list[Any], dict[str, Any]]:
+    def withstreams_of(self, streams: tuple[Tensor, ...]) -> tuple[list[Any], dict[str, Any]]:
         """The arguments of the block for these streams."""
         args, kwargs = list(self._args), dict(self._kwargs)
         for place, stream in zip(self._places, streams, strict=True):
@@ -332,9 +226,11 @@ class BlockWalk:
 
     def call(self, block: Block, index: int) -> tuple[Tensor, ...]:
         """Streams that the current block gives for one batch; its attention is replayed if it was frozen."""
-        args, kwargs = self._calls[block.index, self._keys[index]].with_streams(self._states[index])
+        args, kwargs = self._calls[block.index, self._keys[index]].withstreams_of(
+            self._states[index]
+        )
         with self._replaying(block, index):
-            return _streams(block, self._model.get_submodule(block.name)(*args, **kwargs))
+            return streams_of(block, self._model.get_submodule(block.name)(*args, **kwargs))
 
     @contextlib.contextmanager
     def _replaying(self, block: Block, index: int) -> Iterator[None]:
@@ -382,7 +278,7 @@ class BlockWalk:
         with _site_hooks(self._model, hooks, stop=True), hold_dense(module):
             for index in range(len(self._states)):
                 before(index)
-                with contextlib.suppress(_Stop):
+                with contextlib.suppress(ForwardStopped):
                     self.call(block, index)
         if freeze_attention:
             self._mixed = mixed

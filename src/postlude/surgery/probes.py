@@ -16,7 +16,8 @@ from torch.nn import functional
 from postlude.errors import ArchitectureError
 from postlude.numerics.directions import gaussian_linearisation, project_out
 from postlude.surgery.anatomy import LanguageAnatomy, LanguageBlock, Site
-from postlude.surgery.capture import device_of
+from postlude.surgery.batches import device_of
+from postlude.surgery.capture import ForwardStopped, streams_of
 
 __all__ = [
     "BlockApproximation",
@@ -75,10 +76,6 @@ class BlockApproximation(NamedTuple):
         return self.whole - _identity(self.attention)
 
 
-class _Reached(Exception):
-    """Raised by a hook when nothing after it is needed."""
-
-
 def _identity(like: Tensor) -> Tensor:
     return torch.eye(like.shape[0], dtype=like.dtype, device=like.device)
 
@@ -104,15 +101,11 @@ def attention_silenced(model: nn.Module, anatomy: LanguageAnatomy) -> Iterator[N
             return (torch.zeros_like(output[0]), *output[1:])
         return torch.zeros_like(output)
 
-    handles = [
-        model.get_submodule(block.attention).register_forward_hook(silence)
-        for block in anatomy.blocks
-    ]
-    try:
+    with contextlib.ExitStack() as hooks:
+        for block in anatomy.blocks:
+            attention = model.get_submodule(block.attention)
+            hooks.enter_context(attention.register_forward_hook(silence))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextlib.contextmanager
@@ -128,11 +121,8 @@ def direction_hidden(model: nn.Module, module: str, direction: Tensor) -> Iterat
     def hide(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         return (project_out(args[0], direction), *args[1:])
 
-    handle = model.get_submodule(module).register_forward_pre_hook(hide)
-    try:
+    with model.get_submodule(module).register_forward_pre_hook(hide):
         yield
-    finally:
-        handle.remove()
 
 
 @torch.no_grad()
@@ -164,25 +154,21 @@ def run_to(
         found["before_norm"] = args[0]
 
     def after(_: nn.Module, __: Any, output: Any) -> None:
-        found["stream"] = output[0] if isinstance(output, tuple) else output
-        raise _Reached
+        (found["stream"],) = streams_of(last, output)
+        raise ForwardStopped
 
     last = anatomy.blocks[block]
-    handles = [
-        model.get_submodule(norm_path(last, "ug_in")).register_forward_pre_hook(at_norm),
-        model.get_submodule(last.name).register_forward_hook(after),
-    ]
     length = given.shape[1]
     positions = torch.arange(first_position, first_position + length, device=given.device)
     inputs = {"input_ids": tokens} if tokens is not None else {"inputs_embeds": embeddings}
-    try:
-        with contextlib.suppress(_Reached):
-            model.get_submodule(anatomy.decoder)(
-                **inputs, position_ids=positions.expand(given.shape[0], length), use_cache=False
-            )
-    finally:
-        for handle in handles:
-            handle.remove()
+    with (
+        model.get_submodule(norm_path(last, "ug_in")).register_forward_pre_hook(at_norm),
+        model.get_submodule(last.name).register_forward_hook(after),
+        contextlib.suppress(ForwardStopped),
+    ):
+        model.get_submodule(anatomy.decoder)(
+            **inputs, position_ids=positions.expand(given.shape[0], length), use_cache=False
+        )
     return Reached(**found)
 
 

@@ -51,12 +51,8 @@ def encode_once(model: nn.Module, anatomy: AudioAnatomy, recordings: Tensor) -> 
         return output
 
     encoder = model.get_submodule(anatomy.encoder)
-    hooks = (
+    with (
         encoder.register_forward_pre_hook(before, with_kwargs=True),
         encoder.register_forward_hook(after),
-    )
-    try:
+    ):
         yield
-    finally:
-        for hook in hooks:
-            hook.remove()
