@@ -46,7 +46,7 @@ from postlude.numerics.likelihood import token_log_probability
 from postlude.registry import method
 from postlude.runs.checkpoint import Checkpoint
 from postlude.runs.progress import Progress, Task
-from postlude.surgery.capture import device_of
+from postlude.surgery.batches import device_of
 from postlude.surgery.gradients import (
     CollectedLayer,
     GradientCollector,
