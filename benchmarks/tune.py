@@ -98,7 +98,7 @@ def clock() -> Iterator[list[float]]:
 def ours(name: str, directory: Path, batch: int, steps: int) -> list[float]:
     """Moments of the steps of Postlude."""
     import postlude as pl
-    from postlude.tuning.run import TuneRun
+    from postlude.tuning.objective import TuneRun
 
     rule, _, signal = name.partition(", ")
     run = TuneRun(

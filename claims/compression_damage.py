@@ -42,7 +42,7 @@ from postlude.evaluation.perplexity import evaluate
 from postlude.quantization.rtn import RTN
 from postlude.runs.checkpoint import Checkpoint
 from postlude.tuning.adapters import Adapter
-from postlude.tuning.run import TuneRun
+from postlude.tuning.objective import TuneRun
 from postlude.zoo import tiny_lm
 from prift import difference
 

@@ -33,7 +33,7 @@ from _claim import Claim, data_directory, share, spread
 from _weightings import PAIRS, variants
 from postlude.runs.directory import RunDirectory
 from postlude.tuning import GRPO
-from postlude.tuning.run import TuneRun
+from postlude.tuning.objective import TuneRun
 
 # Values over seeds, by variant and quantity.
 Values = dict[str, dict[str, list[float]]]

@@ -37,8 +37,8 @@ from postlude.evaluation.speech import ask, evaluate_speech
 from postlude.runs.audio import Clip, read_clips
 from postlude.runs.checkpoint import Checkpoint
 from postlude.runs.directory import RunDirectory
+from postlude.tuning.objective import TuneRun
 from postlude.tuning.reinforcement import GRPO
-from postlude.tuning.run import TuneRun
 from postlude.zoo import audio_llm
 from postlude.zoo.degraded_speech.__main__ import make_sets, speakers
 from postlude.zoo.degraded_speech.voices import Toy

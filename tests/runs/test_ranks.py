@@ -175,7 +175,7 @@ def test_a_model_that_is_cut_over_ranks_learns_the_same(
     line = ["tune", str(tiny_llama_dir), str(train), "--epochs", "2", "--batch-size", "2", "--json"]
     line += ["--save-every", "2", "-o"]
     value(on_ranks([*line, str(tmp_path / "whole")]))
-    after = {"rank": 1, "calls": 5, "of": "postlude.tuning.trainer:Steady._write_row"}
+    after = {"rank": 1, "calls": 5, "of": "postlude.tuning.trainer:Resumable._write_row"}
     stopped = on_ranks([*line, str(tmp_path / "cut")], shard=True, after=after, environment=QUICK)
     killed(stopped, 1)
     state = tmp_path / ".cut.run" / "states" / "step-4"
@@ -308,7 +308,7 @@ def test_a_killed_tune_resumes_with_the_same_bits(
 ) -> None:
     line = ["tune", str(tiny_llama_dir), str(train), "--epochs", "2", "--batch-size", "2", "--json"]
     line += ["--save-every", "2", "-o"]
-    after = {"rank": rank, "calls": 5, "of": "postlude.tuning.trainer:Steady._write_row"}
+    after = {"rank": rank, "calls": 5, "of": "postlude.tuning.trainer:Resumable._write_row"}
     answer = on_ranks([*line, str(tmp_path / "out")], after=after, environment=QUICK)
     killed(answer, rank)
     kept = tmp_path / ".out.run" / "states"

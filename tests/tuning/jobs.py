@@ -14,7 +14,7 @@ import torch
 
 from postlude.runs.checkpoint import Checkpoint
 from postlude.surgery.anatomy import anatomy_of
-from postlude.tuning.run import Job, TuneRun
+from postlude.tuning.objective import Job, TuneRun
 
 CHAT = (
     "{% for message in messages %}{{ '<' + message['role'][0] + '>' + message['content'] }}"
@@ -73,10 +73,10 @@ def parameters(model: Any) -> dict[str, torch.Tensor]:
 
 def killed_at(monkeypatch: pytest.MonkeyPatch, step: int) -> Callable[[], None]:
     """The run after this dies once ``step`` is done, with a state of every step; call to let runs live again."""
-    from postlude.tuning.trainer import Steady
+    from postlude.tuning.trainer import Resumable
 
     monkeypatch.setattr("postlude.tuning.trainer._SECONDS_BETWEEN_STATES", 0.0)
-    write = Steady._write_row
+    write = Resumable._write_row
     alive = False
 
     def dies(self: Any, at: int) -> None:
@@ -84,7 +84,7 @@ def killed_at(monkeypatch: pytest.MonkeyPatch, step: int) -> Callable[[], None]:
             raise KeyboardInterrupt
         write(self, at)
 
-    monkeypatch.setattr(Steady, "_write_row", dies)
+    monkeypatch.setattr(Resumable, "_write_row", dies)
 
     def revive() -> None:
         nonlocal alive

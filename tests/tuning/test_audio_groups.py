@@ -19,8 +19,8 @@ from postlude.runs.progress import Progress
 from postlude.surgery.anatomy import anatomy_of
 from postlude.tuning.audio_groups import AudioGroups
 from postlude.tuning.credit import token_dimensions
+from postlude.tuning.objective import Job, TuneRun
 from postlude.tuning.reinforcement import GRPO
-from postlude.tuning.run import Job, TuneRun
 from postlude.tuning.speech_rewards import SPEECH_REWARDS
 from postlude.zoo.audio_llm import build, build_processor
 from postlude.zoo.speech_answers import LONG_QUESTION

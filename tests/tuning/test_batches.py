@@ -7,7 +7,7 @@ import torch
 
 from postlude.tuning.batches import collate, make_plan, pack
 from postlude.tuning.examples import Examples
-from postlude.tuning.run import TuneRun
+from postlude.tuning.objective import TuneRun
 
 
 def made(*lengths: int) -> Examples:

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from postlude.errors import DataError, SettingsError
-from postlude.tuning.examples import Examples, read_examples, read_rows
+from postlude.tuning.examples import Examples, read_examples
+from postlude.tuning.rows import read_rows
 
 PLAIN = (
     "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}</s>\n{% endfor %}"

@@ -219,7 +219,7 @@ def test_a_loss_that_is_not_finite_names_the_step(
     tmp_path: Path, tiny: Any, tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from postlude.errors import NonFiniteError
-    from postlude.tuning.trainer import last_state
+    from postlude.tuning.states import last_state
 
     calls: list[int] = []
 

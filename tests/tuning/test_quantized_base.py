@@ -17,8 +17,10 @@ from postlude.quantization import RTN, LoRC, QuaRot
 from postlude.quantization.engine import quantize
 from postlude.runs.loading import load
 from postlude.surgery.layers import quantized_linears
-from postlude.tuning.adapters import Adapter, attach, load_adapter, logits
-from postlude.tuning.run import TuneRun, tune
+from postlude.tuning.adapters import Adapter, attach, load_adapter
+from postlude.tuning.merging import logits
+from postlude.tuning.objective import TuneRun
+from postlude.tuning.run import tune
 from postlude.tuning.supervised import objective_of
 
 LORA = Adapter("lora", rank=2, target=None)

@@ -24,8 +24,9 @@ from postlude.tuning import trainer
 from postlude.tuning.adapters import Adapter
 from postlude.tuning.batches import collate, make_plan, model_inputs
 from postlude.tuning.examples import Examples, read_examples
+from postlude.tuning.objective import TuneRun
 from postlude.tuning.recordings import recordings_for
-from postlude.tuning.run import TuneRun, tune
+from postlude.tuning.run import tune
 from postlude.tuning.supervised import objective_of
 
 from ..surgery.audio_models import KINDS, make, recording, write, write_data
@@ -202,7 +203,7 @@ def test_a_killed_run_resumes_bit_equal(
     run = TuneRun(batch_size=2, learning_rate=1e-3, epochs=2)
     goal = objective_of("sft", save_every=2)
     whole = tune(flamingo, data, goal, run)
-    original = trainer.Steady._write_row
+    original = trainer.Resumable._write_row
 
     def interrupted(self: Any, step: int) -> None:
         original(self, step)
@@ -210,7 +211,7 @@ def test_a_killed_run_resumes_bit_equal(
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(trainer.Steady, "_write_row", interrupted)
+        patch.setattr(trainer.Resumable, "_write_row", interrupted)
         with pytest.raises(KeyboardInterrupt):
             tune(flamingo, data, goal, run, out=tmp_path / "out")
     resumed = tune(flamingo, data, goal, run, out=tmp_path / "out")

@@ -27,11 +27,12 @@ from postlude.errors import (
     VerificationError,
 )
 from postlude.runs.loading import load
-from postlude.tuning import adapters
 from postlude.tuning.adapters import Adapter, load_adapter
 from postlude.tuning.examples import read_examples
+from postlude.tuning.merging import logits
+from postlude.tuning.objective import TuneRun
 from postlude.tuning.prior import cast, compute_prior
-from postlude.tuning.run import TuneRun, tune
+from postlude.tuning.run import tune
 from postlude.tuning.supervised import objective_of
 
 RUN = TuneRun(batch_size=4, learning_rate=1e-3, max_length=64)
@@ -205,11 +206,11 @@ def test_adapters(
     assert merged.result["merge_difference"] <= 1e-4
     assert alone.result["loss"] == pytest.approx(merged.result["loss"], abs=1e-6)
     ids = torch.arange(3, 30)[None]
-    on = adapters.logits(alone.checkpoint.model, [ids[0]])[0]
+    on = logits(alone.checkpoint.model, [ids[0]])[0]
     for other in (load(tmp_path / "m", device="cpu"), load_adapter(tmp_path / "a", device="cpu")):
-        found = adapters.logits(other.model, [ids[0]])[0]
+        found = logits(other.model, [ids[0]])[0]
         torch.testing.assert_close(found, on, atol=1e-4 * float(on.abs().max()), rtol=0)
-    start = adapters.logits(checkpoint.model, [ids[0]])[0]
+    start = logits(checkpoint.model, [ids[0]])[0]
     assert not torch.equal(start, on)
 
 
@@ -235,9 +236,9 @@ def test_a_step_without_weight_is_left_out(tiny: Callable[..., Any], demonstrati
 def test_a_loss_that_is_not_finite(
     tiny: Callable[..., Any], demonstrations: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from postlude.tuning import trainer
+    from postlude.tuning import token_loss
 
-    original, calls = trainer.TokenLoss.compute_loss, []
+    original, calls = token_loss.TokenLoss.compute_loss, []
 
     def failing(self: Any, *args: Any, **kwargs: Any) -> Any:
         calls.append(1)
@@ -246,7 +247,7 @@ def test_a_loss_that_is_not_finite(
             self._sums.values[2] = float("nan")
         return loss
 
-    monkeypatch.setattr(trainer.TokenLoss, "compute_loss", failing)
+    monkeypatch.setattr(token_loss.TokenLoss, "compute_loss", failing)
     with pytest.raises(NonFiniteError, match=r"Step 3 of 3 has a loss of nan") as caught:
         tune(tiny(), demonstrations, objective_of("sft"), RUN, out=tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -459,7 +460,7 @@ def test_a_run_of_something_else_is_not_resumed(
 ) -> None:
     from postlude.tuning import trainer
 
-    original = trainer.Steady._write_row
+    original = trainer.Resumable._write_row
 
     def interrupted(self: Any, step: int) -> None:
         original(self, step)
@@ -468,7 +469,7 @@ def test_a_run_of_something_else_is_not_resumed(
 
     goal = objective_of("sft", save_every=1)
     with monkeypatch.context() as patch:
-        patch.setattr(trainer.Steady, "_write_row", interrupted)
+        patch.setattr(trainer.Resumable, "_write_row", interrupted)
         with pytest.raises(KeyboardInterrupt):
             tune(tiny(), demonstrations, goal, RUN, out=tmp_path / "out")
     assert (tmp_path / ".out.run" / "states" / "step-2").is_dir()
@@ -492,7 +493,7 @@ def test_resuming_in_this_process(
     run = TuneRun(batch_size=2, accumulate=2, learning_rate=1e-3, max_length=64, epochs=2)
     goal = objective_of("talr", save_every=2)
     whole = tune(tiny("gpt2"), demonstrations, goal, run)
-    original = trainer.Steady._write_row
+    original = trainer.Resumable._write_row
 
     def interrupted(self: Any, step: int) -> None:
         original(self, step)
@@ -500,7 +501,7 @@ def test_resuming_in_this_process(
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(trainer.Steady, "_write_row", interrupted)
+        patch.setattr(trainer.Resumable, "_write_row", interrupted)
         with pytest.raises(KeyboardInterrupt):
             tune(tiny("gpt2"), demonstrations, goal, run, out=tmp_path / "out")
     resumed = tune(tiny("gpt2"), demonstrations, goal, run, out=tmp_path / "out")

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from postlude.errors import SettingsError
-from postlude.tuning.run import TuneRun, tune
+from postlude.tuning.objective import TuneRun
+from postlude.tuning.run import tune
 from postlude.tuning.sharded import check_cut, is_sharded, local, trained_on
 from postlude.tuning.supervised import objective_of
 

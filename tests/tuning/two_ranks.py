@@ -10,7 +10,8 @@ import torch
 
 from postlude import registry
 from postlude.runs.loading import load
-from postlude.tuning.run import TuneRun, main_process, tune
+from postlude.tuning.objective import TuneRun
+from postlude.tuning.run import main_process, tune
 from postlude.tuning.supervised import objective_of
 
 

@@ -12,9 +12,10 @@ from postlude.runs.loading import dtype_of
 from postlude.runs.progress import Progress
 from postlude.tuning.adapters import Adapter
 from postlude.tuning.examples import read_examples
+from postlude.tuning.objective import TuneRun
 from postlude.tuning.prior import compute_prior
 from postlude.tuning.recordings import recordings_for
-from postlude.tuning.run import Tuned, TuneRun
+from postlude.tuning.run import Tuned
 from postlude.tuning.run import tune as _tune
 from postlude.tuning.supervised import Goal, length_of, objective_of
 

@@ -214,7 +214,8 @@ def tune(
     from postlude.cli._settings import make_settings
     from postlude.errors import SettingsError
     from postlude.tuning.adapters import Adapter
-    from postlude.tuning.run import TuneRun, main_process
+    from postlude.tuning.objective import TuneRun
+    from postlude.tuning.run import main_process
     from postlude.tuning.weighting import TokenWeighting
 
     supervised = objective == "sft"

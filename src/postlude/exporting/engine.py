@@ -12,10 +12,15 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from postlude import registry
-from postlude.errors import OutputExistsError, SettingsError
-from postlude.runs.atomic import atomic_directory, atomic_write, check_replaceable
+from postlude.errors import SettingsError
+from postlude.runs.atomic import (
+    atomic_directory,
+    atomic_write,
+    check_replaceable,
+    check_replaceable_file,
+)
 from postlude.runs.checkpoint import Checkpoint
-from postlude.runs.checksums import write_sums
+from postlude.runs.checksums import finish_weights
 
 __all__ = ["Exporter", "export"]
 
@@ -101,8 +106,7 @@ def _place(settings: Exporter, out: str | os.PathLike[str], overwrite: bool) -> 
     if settings.marker is not None:
         with atomic_directory(out, overwrite, settings.marker) as directory:
             yield directory
-            _same_permissions(directory)
-            write_sums(directory, settings.weights)
+            finish_weights(directory, settings.marker, settings.weights)
         return
     Path(out).resolve().parent.mkdir(parents=True, exist_ok=True)
     # A reader may go by the ending of the name, so the file is made in a directory of its own.
@@ -125,18 +129,8 @@ def _refuse_existing(settings: Exporter, out: Path, overwrite: bool) -> None:
             f"the output is one file, and {out.name} does not end in {settings.ending}: name it "
             f"{out.name}{settings.ending} (-o {out.with_name(out.name + settings.ending)})"
         )
-    elif out.is_dir():
-        raise OutputExistsError(f"{out} is a directory, and the output is a file: name a file.")
-    elif out.exists() and not overwrite:
-        raise OutputExistsError(
-            f"{out} already exists. Choose another output, or pass --overwrite (overwrite=True) to replace it."
-        )
-
-
-def _same_permissions(directory: Path) -> None:
-    # The library writes weights for their owner alone; give them the permissions of the rest.
-    for file in directory.glob("*.safetensors"):
-        shutil.copymode(directory / "config.json", file)
+    else:
+        check_replaceable_file(out, overwrite)
 
 
 def _bytes(out: Path) -> int:

@@ -201,7 +201,7 @@ def check_replaceable_file(target: Path, overwrite: bool) -> None:
         )
     if target.exists() and not overwrite:
         raise OutputExistsError(
-            f"{target} already exists. Choose another output, or pass --overwrite to replace it."
+            f"{target} already exists. Choose another output, or pass --overwrite (overwrite=True) to replace it."
         )
 
 

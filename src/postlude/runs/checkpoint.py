@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ import torch
 
 from postlude.errors import ArchitectureError
 from postlude.runs.atomic import atomic_directory
-from postlude.runs.checksums import write_sums
+from postlude.runs.checksums import finish_weights
 from postlude.runs.pipeline import INDEX, Pipeline, denoiser_files, write_denoiser
 from postlude.runs.quiet import quiet_transformers
 from postlude.runs.selfcheck import RELOAD, Reload, compare_outputs, compare_reload
@@ -124,10 +123,7 @@ class Checkpoint:
         for part in (self.tokenizer, self.processor):
             if part is not None:
                 part.save_pretrained(directory)
-        for file in directory.glob("*.safetensors"):
-            # The library writes weights for their owner alone; give them the permissions of the rest.
-            shutil.copymode(directory / "config.json", file)
-        write_sums(directory)
+        finish_weights(directory, "config.json")
 
     def _read_again(self, directory: Path, name: str) -> Reload:
         wide = self.model.dtype not in (torch.float16, torch.bfloat16)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import shutil
 from pathlib import Path
 
 from postlude.errors import CheckpointError
@@ -11,6 +12,7 @@ from postlude.errors import CheckpointError
 __all__ = [
     "SUMS",
     "check_sums",
+    "finish_weights",
     "hash_file",
     "listed_sums",
     "refuse_damaged",
@@ -34,6 +36,13 @@ def write_sums(directory: Path, pattern: str = "*.safetensors") -> None:
     files = sorted(directory.glob(pattern))
     lines = [f"{hash_file(file)}  {file.name}\n" for file in files]
     (directory / SUMS).write_text("".join(lines), encoding="utf-8")
+
+
+def finish_weights(directory: Path, like: str, pattern: str = "*.safetensors") -> None:
+    """Give weights that a library wrote for their owner alone the permissions of another file, and write their sums."""
+    for file in directory.glob(pattern):
+        shutil.copymode(directory / like, file)
+    write_sums(directory, pattern)
 
 
 def listed_sums(files: list[Path]) -> dict[Path, str]:

@@ -25,7 +25,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from postlude.errors import CheckpointError, MissingDependencyError
-from postlude.runs.checksums import write_sums
+from postlude.runs.checksums import finish_weights
 from postlude.runs.quiet import quiet_diffusers
 from postlude.runs.weights import check_weights, read_json, weight_files
 from postlude.surgery.anatomy import check_supported, supported_model_types
@@ -129,10 +129,7 @@ def write_denoiser(directory: Path, model: Any, scheduler: Any, pipeline: Pipeli
 
 def _write_model(model: Any, directory: Path) -> None:
     model.save_pretrained(directory)
-    for file in directory.glob("*.safetensors"):
-        # The library writes weights for their owner alone; give them the permissions of the rest.
-        shutil.copymode(directory / "config.json", file)
-    write_sums(directory)
+    finish_weights(directory, "config.json")
 
 
 def _library(name: str, what: str) -> Any:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import warnings
 from collections.abc import Iterator
 
-__all__ = ["quiet_diffusers", "quiet_transformers"]
+__all__ = ["quiet_diffusers", "quiet_peft", "quiet_transformers"]
 
 
 def quiet_transformers() -> contextlib.AbstractContextManager[None]:
@@ -17,6 +18,15 @@ def quiet_transformers() -> contextlib.AbstractContextManager[None]:
 def quiet_diffusers() -> contextlib.AbstractContextManager[None]:
     """No bars and no remarks on unused settings from diffusers; errors still raise."""
     return _quiet("diffusers.utils.logging")
+
+
+@contextlib.contextmanager
+def quiet_peft() -> Iterator[None]:
+    """Without peft's advice on choices that are made here, and its use of names that transformers has replaced."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        warnings.simplefilter("ignore", FutureWarning)
+        yield
 
 
 @contextlib.contextmanager

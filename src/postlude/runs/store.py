@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import logging
 import os
@@ -135,9 +136,7 @@ class TensorStore:
     def __init__(self, path: Path, manifest: dict[str, Any], rows: list[int], kind: str) -> None:
         self.path, self.manifest, self.rows, self.kind = path, manifest, rows, kind
         self._folder = path / _SHARDS
-        self._starts = (
-            [sum(rows[:number]) for number in range(len(rows))] if len(rows) < 64 else _sums(rows)
-        )
+        self._starts = list(itertools.accumulate(rows, initial=0))
         self._shards: list[Shard] | None = None
 
     @classmethod
@@ -243,7 +242,7 @@ class TensorStore:
 
     def bounds(self, number: int) -> tuple[int, int]:
         """First row of a shard and the row after its last."""
-        return self._starts[number], self._starts[number] + self.rows[number]
+        return self._starts[number], self._starts[number + 1]
 
     def missing(self) -> list[int]:
         """Numbers of the shards still to be made. Shards that are there are read and checked.
@@ -390,14 +389,6 @@ class TensorStore:
                 )
             shards.append(shard)
         return shards
-
-
-def _sums(rows: Sequence[int]) -> list[int]:
-    starts, total = [], 0
-    for count in rows:
-        starts.append(total)
-        total += count
-    return starts
 
 
 def _body(manifest: Mapping[str, Any], rows: Sequence[int], kind: str) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Adapters of the peft library: trained beside a frozen model, saved alone or merged into it.
+"""Adapters of the peft library: trained beside a frozen model, saved alone and loaded again.
 
 Every method of peft that changes layers is reached by its name (``lora``, ``loha``, ``vera``, ``oft``, ``shira``, ...)
 and the fields of its configuration. Methods that put tokens of their own before the text (prompt tuning and its kin)
@@ -10,33 +10,23 @@ rank.
 
 from __future__ import annotations
 
-import contextlib
-import copy
 import dataclasses
 import json
 import os
-import shutil
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from postlude.errors import (
-    CheckpointError,
-    MissingDependencyError,
-    SettingsError,
-    UnknownNameError,
-    VerificationError,
-)
+from postlude.errors import CheckpointError, SettingsError, UnknownNameError
 from postlude.runs.checkpoint import Checkpoint
-from postlude.runs.checksums import check_sums, write_sums
+from postlude.runs.checksums import check_sums, finish_weights
 from postlude.runs.loading import load
-from postlude.runs.quiet import quiet_transformers
+from postlude.runs.quiet import quiet_peft, quiet_transformers
 from postlude.runs.weights import read_header
 from postlude.tuning.encoder import restricted
+from postlude.tuning.libraries import import_library
 from postlude.tuning.quantized_base import (
     check_adaptable,
     is_quantized,
@@ -51,23 +41,13 @@ __all__ = [
     "attach",
     "is_adapter",
     "load_adapter",
-    "logits",
-    "merge",
-    "same_logits",
     "save_adapter",
 ]
 
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _RANKS = ("r", "rank")
 _ALPHAS = ("lora_alpha", "alpha")
-_PROBES, _PROBE_TOKENS = 4, 64
-
-# Tokens [length], or arguments of the model's forward for one row.
-Probe = Tensor | Mapping[str, Tensor]
-
-# Largest difference of logits, relative to the largest logit, between a model with its adapter on and the merged one.
-# In 16 bits the merged weights are rounded.
-MERGE_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}  # fmt: skip
+_WHAT = "Adapters need peft"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,7 +120,7 @@ class Adapter:
 
 def adapter_names() -> list[str]:
     """The adapters that can be trained."""
-    peft = _peft()
+    peft = import_library("peft", _WHAT)
     prompts = peft.PromptLearningConfig
     return sorted(name for name, kind in _kinds().items() if not issubclass(kind, prompts))
 
@@ -155,7 +135,7 @@ def adapter_fields(name: str) -> list[str]:
     kind = _kinds().get(name)
     if kind is None:
         raise UnknownNameError("adapter", name, adapter_names())
-    if issubclass(kind, _peft().PromptLearningConfig):
+    if issubclass(kind, import_library("peft", _WHAT).PromptLearningConfig):
         raise SettingsError(
             f"the adapter {name} puts tokens of its own before the text, which is not supported; choose one of "
             f"{', '.join(adapter_names())}."
@@ -174,12 +154,12 @@ def attach(checkpoint: Checkpoint, adapter: Adapter, encoder: str | None = None)
         SettingsError: layers that there are not, or that this adapter cannot adapt; nothing to train.
     """
     configuration = restricted(checkpoint, adapter.configuration(checkpoint.model), encoder)
-    peft = _peft()
+    peft = import_library("peft", _WHAT)
     if is_quantized(checkpoint.model):
         check_adaptable(checkpoint.model, adapter.name)
         configuration = prepare(configuration, checkpoint.model)
     try:
-        with _quiet():
+        with quiet_peft():
             model = peft.get_peft_model(checkpoint.model, configuration)
     except (
         ValueError,
@@ -203,94 +183,13 @@ def attach(checkpoint: Checkpoint, adapter: Adapter, encoder: str | None = None)
     return model
 
 
-@torch.no_grad()
-def logits(model: Any, probes: Sequence[Probe]) -> list[Tensor]:
-    """Logits ``[length, V]`` of each probe, in fp32 on the CPU, without dropout."""
-    training = model.training
-    model.eval()
-    try:
-        found = [
-            model(**_inputs(model, one), use_cache=False).logits[0].float().cpu() for one in probes
-        ]
-    finally:
-        model.train(training)
-    return found
-
-
-def _inputs(model: Any, probe: Probe) -> dict[str, Any]:
-    inputs = {"input_ids": probe[None]} if isinstance(probe, Tensor) else probe
-    return {
-        name: one.to(model.device, model.dtype if one.is_floating_point() else None)
-        for name, one in inputs.items()
-    }
-
-
-def probes(sequences: Sequence[Probe], model: Any) -> list[Probe]:
-    """A few short inputs to compare two models on; some tokens in a row where there are none."""
-    chosen = [
-        one[:_PROBE_TOKENS] if isinstance(one, Tensor) else one for one in sequences[:_PROBES]
-    ]
-    vocabulary = len(model.get_input_embeddings().weight)
-    return chosen or [torch.arange(_PROBE_TOKENS) % vocabulary]
-
-
-def same_logits(found: list[Tensor], expected: list[Tensor], tolerance: float, what: str) -> float:
-    """The largest difference, relative to the largest logit.
-
-    Raises:
-        VerificationError: it is above the tolerance, or not a number.
-    """
-    scale = max(float(one.abs().max()) for one in expected)
-    worst = max(
-        float((a - b).abs().max()) for a, b in zip(found, expected, strict=True)
-    ) / max(scale, 1e-30)  # fmt: skip
-    if not worst <= tolerance:
-        raise VerificationError(
-            f"{what}: logits differ by {worst:.3g} of the largest one; expected at most {tolerance:g}."
-        )
-    return worst
-
-
-def merge(model: Any, sequences: Sequence[Probe]) -> tuple[Any, float]:
-    """The model with its adapter merged into the weights, and how far its logits are from those with the adapter on.
-
-    Args:
-        model: peft's; not to be used afterwards.
-        sequences: what to compare on.
-
-    Raises:
-        SettingsError: this adapter cannot be merged.
-        VerificationError: the merged model is another one.
-    """
-    name = next(iter(model.peft_config.values())).peft_type.value.lower()
-    tried = probes(sequences, model)
-    before = logits(model, tried)
-    codes = is_quantized(model)
-    try:
-        with _quiet():
-            merged = to_branches(model) if codes else model.merge_and_unload(safe_merge=True)
-    except (ValueError, TypeError, NotImplementedError, AttributeError) as error:
-        raise SettingsError(
-            f"the adapter {name} cannot be merged ({error}); leave merging out: the adapter alone is saved."
-        ) from error
-    tolerance = MERGE_TOLERANCE.get(merged.dtype, MERGE_TOLERANCE[torch.bfloat16])
-    if codes:  # branches are in float16
-        tolerance = max(tolerance, MERGE_TOLERANCE[torch.float16])
-    after = logits(merged, tried)
-    return merged, same_logits(
-        after, before, tolerance, f"The adapter {name} merged into the weights is another model"
-    )
-
-
 def save_adapter(model: Any, tokenizer: Any, directory: Path) -> None:
     """Write an adapter, as peft loads it, and the tokenizer into a directory that is there."""
-    with quiet_transformers(), _quiet():
+    with quiet_transformers(), quiet_peft():
         model.save_pretrained(directory, safe_serialization=True, save_embedding_layers=False)
     if tokenizer is not None:
         tokenizer.save_pretrained(directory)
-    for file in directory.glob("*.safetensors"):
-        shutil.copymode(directory / _CONFIG, file)
-    write_sums(directory)
+    finish_weights(directory, _CONFIG)
 
 
 def is_adapter(path: str | os.PathLike[str]) -> bool:
@@ -336,9 +235,9 @@ def load_adapter(
         )
     chosen = "float32" if str(dtype) == "auto" else dtype
     checkpoint = load(base, dtype=chosen, device=device)
-    peft = _peft()
+    peft = import_library("peft", _WHAT)
     try:
-        with quiet_transformers(), _quiet():
+        with quiet_transformers(), quiet_peft():
             adapter = peft.PeftConfig.from_pretrained(str(directory))
             codes = is_quantized(checkpoint.model)
             if codes:
@@ -354,54 +253,6 @@ def load_adapter(
     return dataclasses.replace(checkpoint, model=inner, path=None)
 
 
-def check_mergeable(model: Any) -> None:
-    """Refuse, before training, an adapter that cannot be merged.
-
-    Raises:
-        SettingsError: with the reason.
-    """
-    tuner = model.base_model
-    name = next(iter(model.peft_config.values())).peft_type.value.lower()
-    try:
-        if not hasattr(tuner, "merge_and_unload"):
-            raise NotImplementedError("it has no merged form")
-        allowed = getattr(tuner, "_check_merge_allowed", None)
-        if allowed is not None:
-            allowed()
-    except (ValueError, NotImplementedError, TypeError) as error:
-        raise SettingsError(
-            f"the adapter {name} cannot be merged ({error}); leave merging out: the adapter alone is saved."
-        ) from error
-
-
-def copied(checkpoint: Checkpoint) -> Checkpoint:
-    """The same with a model of its own."""
-    return dataclasses.replace(checkpoint, model=copy.deepcopy(checkpoint.model))
-
-
-def _peft() -> Any:
-    try:
-        with warnings.catch_warnings():
-            # Not ours to change: what the libraries below it say of each other while they are imported.
-            warnings.simplefilter("ignore", DeprecationWarning)
-            warnings.simplefilter("ignore", FutureWarning)
-            import peft
-    except ImportError as error:
-        raise MissingDependencyError(
-            f"Adapters need peft, which cannot be imported ({error}): pip install 'postlude[tune]'"
-        ) from error
-    return peft
-
-
 def _kinds() -> dict[str, Any]:
-    mapping = _peft().mapping.PEFT_TYPE_TO_CONFIG_MAPPING
+    mapping = import_library("peft", _WHAT).mapping.PEFT_TYPE_TO_CONFIG_MAPPING
     return {kind.value.lower(): configuration for kind, configuration in mapping.items()}
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without peft's advice on choices that are made here, and its use of names that transformers has replaced."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)
-        warnings.simplefilter("ignore", FutureWarning)
-        yield

@@ -38,17 +38,18 @@ from postlude.runs.progress import Progress
 from postlude.runs.quiet import quiet_transformers
 from postlude.runs.ranks import ranks
 from postlude.runs.rollouts import Answers, log_probabilities, read_prompts, sample_answers
-from postlude.surgery.batches import placed_on
+from postlude.surgery.capture import placed_on
 from postlude.tuning import on_trl
 from postlude.tuning.credit import token_dimensions
-from postlude.tuning.examples import Row, read_rows
-from postlude.tuning.prompts import Prompt
+from postlude.tuning.objective import Job
+from postlude.tuning.prompts import Prompt, asked_with, columns_of
 from postlude.tuning.recordings import AUDIO, Recordings, audio_path
-from postlude.tuning.rewards import GIVEN, Dimensioned, Reward
-from postlude.tuning.run import Job
+from postlude.tuning.rewards import Dimensioned, Reward
+from postlude.tuning.rows import Row, read_rows
 from postlude.tuning.speech_baseline import NOTHING_READ, unreadable
 from postlude.tuning.speech_rewards import SpeechReward
-from postlude.tuning.trainer import arguments, joined, only, seeded
+from postlude.tuning.states import seeded
+from postlude.tuning.trainer import arguments, joined, only
 
 if TYPE_CHECKING:
     from postlude.tuning.reinforcement import GRPO
@@ -81,12 +82,7 @@ def _prompt(row: Row) -> Prompt:
             raise DataError(
                 f"{row.where} has keys {sorted(fields)} and {name!r} is {fields.get(name)!r}; expected {_FORM}."
             )
-    columns = {name: value for name, value in fields.items() if name != "prompt"}
-    taken = sorted({*GIVEN} & columns.keys())
-    if taken:
-        raise DataError(
-            f"{row.where} has a column {taken[0]!r}, which rewards are given under that name: rename it."
-        )
+    columns = columns_of(row, "prompt")
     path = audio_path(row)
     if not path.is_file():
         raise DataError(f"{row.where}: there is no recording {path}.")
@@ -285,9 +281,7 @@ class AudioGroups(on_trl.OnTRL):
     ) -> tuple[Tensor, dict[str, float]]:
         """Advantages ``[N, T]`` or ``[N, 1]``, and numbers for the log."""
         settings = self._objective
-        names = set.intersection(*(set(prompt.columns) for prompt in asked))
-        columns = {name: [prompt.columns[name] for prompt in asked] for name in sorted(names)}
-        columns["prompts"] = [prompt.prompt for prompt in asked]
+        columns = asked_with(asked)
         numbers: dict[str, float] = {}
         totals, of_each = torch.zeros(len(said), dtype=torch.float64), []
         shown: Tensor | None = None

@@ -21,7 +21,7 @@ from torch import Tensor
 from postlude.tuning.examples import Examples
 
 if TYPE_CHECKING:
-    from postlude.tuning.run import TuneRun
+    from postlude.tuning.objective import TuneRun
 
 __all__ = ["Plan", "collate", "make_plan", "model_inputs", "pack"]
 

@@ -18,13 +18,14 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-from postlude.errors import DataError, MissingDependencyError, SettingsError
+from postlude.errors import DataError, SettingsError
 from postlude.runs.quiet import quiet_transformers
-from postlude.runs.ranks import ranks
-from postlude.tuning.trainer import Steady, seeded
+from postlude.tuning.libraries import import_library
+from postlude.tuning.states import seeded
+from postlude.tuning.trainer import Resumable
 
 if TYPE_CHECKING:
-    from postlude.tuning.run import Job
+    from postlude.tuning.objective import Job
 
 __all__ = [
     "NoReference",
@@ -34,7 +35,6 @@ __all__ = [
     "keep_activations",
     "length_limit",
     "mean",
-    "ranks",
     "training",
     "unpatch",
 ]
@@ -46,18 +46,9 @@ def import_trl() -> Any:
     Raises:
         MissingDependencyError: it, or what it needs, is not installed.
     """
-    try:
-        with warnings.catch_warnings():
-            # Not ours to change: what the libraries below TRL say of each other while they are imported.
-            warnings.simplefilter("ignore", DeprecationWarning)
-            warnings.simplefilter("ignore", FutureWarning)
-            import datasets  # noqa: F401
-            import trl
-    except ImportError as error:
-        raise MissingDependencyError(
-            f"This objective runs on TRL, which cannot be imported ({error}): pip install 'postlude[tune]'"
-        ) from error
-    return trl
+    what = "This objective runs on TRL"
+    import_library("datasets", what)
+    return import_library("trl", what)
 
 
 def check_job(job: Job, name: str) -> None:
@@ -142,7 +133,7 @@ def mean(rows: Sequence[Mapping[str, Any]], name: str, last: int = 0) -> float |
     return sum(values) / len(values) if values else None
 
 
-class OnTRL(Steady):
+class OnTRL(Resumable):
     """Overrides for a trainer of TRL.
 
     Attributes:
@@ -172,9 +163,7 @@ class OnTRL(Steady):
             "loss": float(loss),
             "gradient_norm": float(norm),
         }
-        for name, what in (("loss", "loss"), ("gradient_norm", "gradient norm")):
-            if not math.isfinite(self._numbers[name]):
-                self._fail(f"{what} of {self._numbers[name]}")
+        self._refuse_not_finite(self._numbers)
         return norm
 
     def _row(self) -> dict[str, Any]:

@@ -14,11 +14,14 @@ from postlude.runs.atomic import atomic_directory
 from postlude.runs.documents import encode
 from postlude.runs.loading import load
 from postlude.tuning import adapters
+from postlude.tuning.merging import Probe, logits, probes, same_logits
+from postlude.tuning.merging import merge as merge_adapter
 from postlude.tuning.prior import cast
 from postlude.tuning.recordings import recorded_probes
 
 if TYPE_CHECKING:
-    from postlude.tuning.run import Job, Tuned
+    from postlude.tuning.objective import Job
+    from postlude.tuning.run import Tuned
 
 __all__ = ["MARKER", "Report", "finished", "keep_model", "plain", "save"]
 
@@ -32,13 +35,13 @@ def finished(job: Job, merge: bool, stored: torch.dtype) -> tuple[Any, float | N
     """The trained model as it is to be stored, and how far merging moved its logits."""
     model, differs = job.model, None
     if merge:
-        model, differs = adapters.merge(model, _sequences(job))
+        model, differs = merge_adapter(model, _sequences(job))
     if merge or not job.adapters:
         model = cast(model, stored)
     return model.eval(), differs
 
 
-def _sequences(job: Job) -> list[adapters.Probe]:
+def _sequences(job: Job) -> list[Probe]:
     """What to compare models on: the data, read as plain text, and as recordings where the model hears some."""
     if job.checkpoint.tokenizer is None:
         return []
@@ -102,13 +105,11 @@ def _read_again(job: Job, model: Any, directory: Path, alone: bool) -> float:
         loaded = adapters.load_adapter(directory, dtype, model.device, merged=False)
     else:
         loaded = load(directory, device=model.device)
-    tried = adapters.probes(_sequences(job), model)
-    expected = adapters.logits(model, tried)
-    found = adapters.logits(loaded.model, tried)
+    tried = probes(_sequences(job), model)
+    expected = logits(model, tried)
+    found = logits(loaded.model, tried)
     # The same weights in the same types, so the same sums; adapters may have been stored in another type.
-    return adapters.same_logits(
-        found, expected, 1e-5, "What was saved, loaded again, is another model"
-    )
+    return same_logits(found, expected, 1e-5, "What was saved, loaded again, is another model")
 
 
 def keep_model(job: Job, place: Path) -> Path:

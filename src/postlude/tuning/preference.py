@@ -43,8 +43,8 @@ from postlude.errors import DataError, SettingsError
 from postlude.registry import method
 from postlude.runs.ranks import ranks
 from postlude.tuning import on_trl
-from postlude.tuning.examples import Row, read_rows
-from postlude.tuning.run import Job, Objective, Outcome
+from postlude.tuning.objective import Job, Objective, Outcome
+from postlude.tuning.rows import Row, read_rows
 from postlude.tuning.trainer import arguments, joined
 
 __all__ = ["DPO", "Pair", "WeightedPairs", "preference_losses", "read_pairs", "weighted_mean"]

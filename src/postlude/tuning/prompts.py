@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from postlude.errors import DataError
 from postlude.runs.chat import write_chat
-from postlude.tuning.examples import Row, read_rows
 from postlude.tuning.rewards import GIVEN
+from postlude.tuning.rows import Row, read_rows
 
-__all__ = ["Prompt", "read_prompts", "text_of"]
+__all__ = ["Prompt", "asked_with", "columns_of", "read_prompts", "text_of"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,12 +73,7 @@ def _prompt(row: Row, tokenizer: Any) -> Prompt:
             "columns that the reward asks for."
         )
     prompt = row.fields[key]
-    columns = {name: value for name, value in row.fields.items() if name != key}
-    taken = sorted({*GIVEN} & columns.keys())
-    if taken:
-        raise DataError(
-            f"{row.where} has a column {taken[0]!r}, which rewards are given under that name: rename it."
-        )
+    columns = columns_of(row, key)
     if isinstance(prompt, str):
         if not prompt:
             raise DataError(f"{row.where} has an empty prompt.")
@@ -103,6 +98,28 @@ def _prompt(row: Row, tokenizer: Any) -> Prompt:
         )
     ids = write_chat(tokenizer, prompt, row.where, add_generation_prompt=True, return_dict=True)
     return Prompt(prompt, {**columns, "messages": prompt}, len(ids["input_ids"]), row.where)
+
+
+def columns_of(row: Row, key: str) -> dict[str, Any]:
+    """The columns of a line: everything but the prompt.
+
+    Raises:
+        DataError: one of a name under which rewards are given something else.
+    """
+    columns = {name: value for name, value in row.fields.items() if name != key}
+    taken = sorted({*GIVEN} & columns.keys())
+    if taken:
+        raise DataError(
+            f"{row.where} has a column {taken[0]!r}, which rewards are given under that name: rename it."
+        )
+    return columns
+
+
+def asked_with(prompts: Sequence[Prompt]) -> dict[str, list[Any]]:
+    """What rewards are given beside the answers to these: the columns that all have, and the texts of the prompts."""
+    names = set.intersection(*(set(prompt.columns) for prompt in prompts))
+    columns = {name: [prompt.columns[name] for prompt in prompts] for name in sorted(names)}
+    return {**columns, "prompts": [text_of(prompt.prompt) for prompt in prompts]}
 
 
 def text_of(part: Any) -> str:

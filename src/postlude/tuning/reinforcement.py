@@ -42,9 +42,9 @@ from postlude.registry import method
 from postlude.runs.ranks import ranks
 from postlude.tuning import audio_groups, on_trl, trl_groups
 from postlude.tuning.audio_groups import DIMENSION
+from postlude.tuning.objective import Job, Objective, Outcome
 from postlude.tuning.prompts import Prompt, read_prompts
 from postlude.tuning.rewards import GIVEN, NAMED, Dimensioned, Reward, find_reward, parse_reward
-from postlude.tuning.run import Job, Objective, Outcome
 from postlude.tuning.speech_baseline import reward_without_ears
 from postlude.tuning.speech_rewards import SpeechReward
 from postlude.tuning.trl_groups import Rollouts

@@ -29,10 +29,17 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from postlude.errors import DataError, SettingsError, UnknownNameError
-from postlude.tuning.run import RewardError
 from postlude.tuning.speech_rewards import SPEECH_REWARDS
 
-__all__ = ["GIVEN", "NAMED", "Dimensioned", "Reward", "find_reward", "parse_reward"]
+__all__ = [
+    "GIVEN",
+    "NAMED",
+    "Dimensioned",
+    "Reward",
+    "RewardError",
+    "find_reward",
+    "parse_reward",
+]
 
 GIVEN = ("completions", "prompts")
 """Names that no column of the data may have."""
@@ -41,6 +48,10 @@ NAMED: Mapping[str, Callable[[str], Any]] = SPEECH_REWARDS
 """Rewards by name; each is made from the directory of a sentence encoder, empty where none was given."""
 
 RewardFunction = Callable[..., Sequence[float]]
+
+
+class RewardError(DataError):
+    """A reward function that raised something."""
 
 
 @runtime_checkable

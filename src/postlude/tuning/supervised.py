@@ -23,10 +23,12 @@ from postlude.runs.vocabulary import check_vocabulary
 from postlude.surgery.head import LanguageHead
 from postlude.tuning.batches import make_plan
 from postlude.tuning.examples import Examples, read_examples
+from postlude.tuning.objective import Job, Objective, Outcome
 from postlude.tuning.prior import Prior, Reference, check_tokens, identity
 from postlude.tuning.recordings import recordings_for
-from postlude.tuning.run import Job, Objective, Outcome
-from postlude.tuning.trainer import Batches, TokenLoss, arguments, joined, only, seeded
+from postlude.tuning.states import seeded
+from postlude.tuning.token_loss import Batches, TokenLoss
+from postlude.tuning.trainer import arguments, joined, only
 from postlude.tuning.weighting import TokenRule, TokenWeighting
 
 __all__ = ["Goal", "WeightedLikelihood", "length_of", "objective_of"]

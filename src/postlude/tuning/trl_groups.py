@@ -9,9 +9,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from postlude.tuning import on_trl
-from postlude.tuning.prompts import Prompt, text_of
+from postlude.tuning.objective import Job
+from postlude.tuning.prompts import Prompt, asked_with, text_of
 from postlude.tuning.rewards import Reward
-from postlude.tuning.run import Job
 from postlude.tuning.trainer import arguments, joined
 
 if TYPE_CHECKING:
@@ -148,10 +148,7 @@ def _make_trainer(
     def scorer(reward: Reward) -> Callable[..., list[float]]:
         def score(completions: list[Any], row: list[int], **_: Any) -> list[float]:
             chosen = [prompts[index] for index in row]
-            names = set.intersection(*(set(prompt.columns) for prompt in chosen))
-            columns = {name: [prompt.columns[name] for prompt in chosen] for name in names}
-            columns["prompts"] = [text_of(prompt.prompt) for prompt in chosen]
-            return reward([text_of(completion) for completion in completions], columns)
+            return reward([text_of(one) for one in completions], asked_with(chosen))
 
         score.__name__ = reward.name
         return score
