@@ -25,15 +25,12 @@ from torch import Tensor
 
 import postlude as pl
 from _claim import Claim, share, spread
+from _drift import DIT_STEPS, SAMPLERS, drawn, drift, lengthened, numbers_of, table_of, wrapped
 from postlude.numerics.factorize import truncated_svd
 from postlude.quantization.rtn import RTN
 from postlude.runs.checkpoint import Checkpoint
 from postlude.runs.directory import RunDirectory
-from postlude.sampling.calibrate import calibrate
-from postlude.sampling.drift import DriftStatistics
-from postlude.sampling.samplers import build_scheduler
-from postlude.sampling.schedulers import QDrift, correct
-from q_drift import DIT_STEPS, RUNS, SAMPLERS, drawn, numbers_of, row, wrapped
+from postlude.sampling.schedulers import QDrift
 
 BATCH = 16
 
@@ -127,17 +124,9 @@ def measure(
     for name, approximation in APPROXIMATIONS.items():
         model, reuse = models[f"{source} {name}"], {"reuse": approximation.reuse}
         key = f"{first}-{''.join(c if c.isalnum() else '-' for c in name)}"
-
-        def drift(model: Checkpoint = model, reuse: Any = reuse) -> dict[str, Tensor]:
-            found = calibrate(
-                model, models[source], runs=RUNS, batch=BATCH, steps=DIT_STEPS, **shared, **reuse
-            )
-            return {"mean": found.mean, "covariance": found.covariance}
-
-        fitted = claim.measured(kept, f"{key}-drift", drift)
-        base = build_scheduler(model.scheduler, sampler)
-        base.set_timesteps(DIT_STEPS)
-        known = dataclasses.replace(DriftStatistics.of_variance(base, 0.0), **fitted)
+        known = drift(
+            claim, kept, f"{key}-drift", model, models[source], batch=BATCH, **shared, **reuse
+        )
         for variant, settings in {"plain": None, **variants(sampler)}.items():
             wrap = None if settings is None else wrapped(known, settings)
 
@@ -149,14 +138,12 @@ def measure(
             unit = f"{key}-{variant.replace(', ', '-').replace(' ', '-')}"
             found = claim.measured(kept, unit, draw)
             numbers[f"{name}: {variant}"] = numbers_of(found["images"], labels, exact["images"])
-        q, both, e = (fitted["covariance"][:, i, j].mean(-1) for i, j in ((0, 0), (0, 1), (1, 1)))
-        scheduler = correct(build_scheduler(model.scheduler, sampler), known)
-        scheduler.set_timesteps(DIT_STEPS)
+        q, both, e = (known.covariance[:, i, j].mean(-1) for i, j in ((0, 0), (0, 1), (1, 1)))
         unseen = known.variance().mean(-1)
         numbers[f"{name}: plain"] |= {
             "share": float((e / (q - 2 * both + e)).mean()),
             "unseen": float((unseen / e.clamp_min(1e-30)).mean()),
-            "longest": float(scheduler.coefficients().max()),
+            "longest": float(lengthened(model, sampler, known).max()),
         }
     return numbers
 
@@ -185,12 +172,7 @@ def main() -> None:
         for seed, sampler in progress.iterate(jobs, "samplers"):
             found[sampler].append(measure(claim, kept, models, sampler, seed, count))
     for sampler, runs in found.items():
-        claim.table(
-            f"{sampler}, {DIT_STEPS} steps, {count} samples",
-            ["", "Frechet distance", "change", "in pixels", "change", "variance", "right class",
-             "PSNR to the exact samples (dB)"],
-            [row(variant, runs) for variant in runs[0]],
-        )  # fmt: skip
+        table_of(claim, sampler, runs, count, "exact")
     claim.table(
         "What is corrected, mean over steps",
         ["", "error's share of the output's variance", "not told by the output", "longest step"],

@@ -14,8 +14,7 @@ What is finished is kept in ``runs/claims``; a run that was stopped goes on from
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -23,16 +22,23 @@ from torch import Tensor
 
 import postlude as pl
 from _claim import Claim, spread
-from postlude.evaluation.samples import judge_samples
+from _drift import (
+    DIT_STEPS,
+    RUNS,
+    SAMPLERS,
+    drawn,
+    drift,
+    lengthened,
+    numbers_of,
+    table_of,
+    wrapped,
+)
 from postlude.numerics.diffusion import conditional_variance, fit_errors
 from postlude.quantization.loraq import LoRaQ
 from postlude.quantization.rtn import RTN
 from postlude.runs.checkpoint import Checkpoint
 from postlude.runs.directory import RunDirectory
-from postlude.sampling.calibrate import calibrate
 from postlude.sampling.drift import DriftStatistics
-from postlude.sampling.sample import sample
-from postlude.sampling.samplers import build_scheduler
 from postlude.sampling.schedulers import QDrift, correct
 from postlude.zoo.digits import digits
 from postlude.zoo.gaussian_data import Bed, FlowBed, NoiseBed, SolverBed
@@ -42,7 +48,7 @@ STEPS = 20
 S2 = 0.5
 VARIANCES = (0.05, 0.2, 0.5)
 CORRELATIONS = (-0.5, 0.0, 0.5, 0.9)
-RUNS, NUMBERS = 5, 64
+NUMBERS = 64
 
 
 # ---------------------------------------------------------------- Gaussian data
@@ -145,14 +151,11 @@ def gaussian(claim: Claim) -> None:
 
 # ---------------------------------------------------------------- tiny-dit
 
-SAMPLERS = {"euler": "zoo:tiny-dit", "dpm++": "zoo:tiny-dit", "fm-euler": "zoo:tiny-dit-flow"}
-DIT_STEPS = 16
 QUANTIZERS = {
     "rtn": RTN(weights=3, activations=4, group=32),
     "loraq": LoRaQ(weights=3, activations=4, group=32, rank=8, branch="w8a8"),
 }
 SCALES = (0.5, 1.0, 2.0)
-METRICS = ("frechet", "frechet_pixels", "class_accuracy", "psnr_db")
 
 
 def variants(sampler: str, quantizer: str) -> dict[str, QDrift]:
@@ -168,13 +171,6 @@ def variants(sampler: str, quantizer: str) -> dict[str, QDrift]:
     found["corrected, 1, not the last step"] = QDrift(skip_last=True)
     found["corrected, 1, bias 1"] = QDrift(bias_scale=1.0)
     return found
-
-
-def drawn(model: Checkpoint, count: int, **settings: Any) -> dict[str, Tensor]:
-    """Samples, to be judged when all are there."""
-    return {
-        "images": sample(model, count=count, steps=DIT_STEPS, batch_size=300, **settings).images
-    }
 
 
 def measure(
@@ -195,15 +191,7 @@ def measure(
     numbers = {"float": numbers_of(exact, labels)}
     for quantizer in QUANTIZERS:
         model = models[f"{source} {quantizer}"]
-
-        def drift(model: Checkpoint = model) -> dict[str, Tensor]:
-            found = calibrate(model, models[source], runs=RUNS, steps=DIT_STEPS, **shared)
-            return {"mean": found.mean, "covariance": found.covariance}
-
-        fitted = claim.measured(kept, f"{name}-{quantizer}-drift", drift)
-        base = build_scheduler(model.scheduler, sampler)
-        base.set_timesteps(DIT_STEPS)
-        known = replace(DriftStatistics.of_variance(base, 0.0), **fitted)
+        known = drift(claim, kept, f"{name}-{quantizer}-drift", model, models[source], **shared)
         for variant, settings in {"plain": None, **variants(sampler, quantizer)}.items():
             wrap = None if settings is None else wrapped(known, settings)
             key = f"{name}-{quantizer}-{''.join(c if c.isalnum() else '-' for c in variant)}"
@@ -214,24 +202,10 @@ def measure(
             )
             row = numbers_of(found["images"], labels, exact)
             if settings == QDrift():
-                scheduler = correct(build_scheduler(model.scheduler, sampler), known)
-                scheduler.set_timesteps(DIT_STEPS)
-                for place, c in enumerate(scheduler.coefficients()[:, 0].tolist()):
+                for place, c in enumerate(lengthened(model, sampler, known)[:, 0].tolist()):
                     row[f"c{place}"] = c
             numbers[f"{quantizer}: {variant}"] = row
     return numbers
-
-
-def wrapped(known: DriftStatistics, settings: QDrift) -> Callable[[Any], Any]:
-    """What makes a scheduler a corrected one."""
-    return lambda scheduler: correct(scheduler, known, settings)
-
-
-def numbers_of(images: Tensor, labels: Tensor, reference: Tensor | None = None) -> dict[str, float]:
-    """The metrics of some samples, and their variance summed over pixels."""
-    found = judge_samples(images, labels, reference=reference)
-    numbers = {name: float(found[name]) for name in METRICS if found[name] is not None}
-    return {**numbers, "variance": float(images.flatten(1).var(0).sum())}
 
 
 def tiny_dit(claim: Claim) -> None:
@@ -259,21 +233,7 @@ def tiny_dit(claim: Claim) -> None:
         f"Variance of the real digits, summed over pixels: {float(images.flatten(1).var(0).sum()):.2f}."
     )
     for sampler, runs in found.items():
-        rows = [row(variant, runs) for variant in runs[0]]
-        claim.table(
-            f"{sampler}, {DIT_STEPS} steps, {count} samples",
-            [
-                "",
-                "Frechet distance",
-                "change",
-                "in pixels",
-                "change",
-                "variance",
-                "right class",
-                "PSNR to the float samples (dB)",
-            ],
-            rows,
-        )
+        table_of(claim, sampler, runs, count, "float")
     places = (0, DIT_STEPS // 2, DIT_STEPS - 3, DIT_STEPS - 2, DIT_STEPS - 1)
     claim.table(
         "How much longer each step becomes (rtn, corrected, 1; mean over seeds)",
@@ -289,25 +249,6 @@ def tiny_dit(claim: Claim) -> None:
 
 
 _RTN = "rtn: corrected, 1"
-
-
-def row(variant: str, runs: Sequence[Mapping[str, Mapping[str, float]]]) -> list[str]:
-    """One line of a table: means and spreads over seeds, and the paired change to the plain sampler."""
-    cells = [variant]
-    plain = f"{variant.partition(':')[0]}: plain"
-    for metric in ("frechet", "frechet_pixels"):
-        cells.append(spread([run[variant][metric] for run in runs]))
-        if variant in ("float", plain):
-            cells.append("")
-            continue
-        deltas = [run[variant][metric] - run[plain][metric] for run in runs]
-        shown = spread(deltas, 2)
-        cells.append(shown if shown.startswith("-") else f"+{shown}")
-    cells.append(spread([run[variant]["variance"] for run in runs]))
-    cells.append(spread([100 * run[variant]["class_accuracy"] for run in runs]) + " %")
-    distances = [run[variant].get("psnr_db", float("nan")) for run in runs]
-    cells.append("" if distances[0] != distances[0] else spread(distances))
-    return cells
 
 
 if __name__ == "__main__":

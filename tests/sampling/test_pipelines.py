@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from postlude.errors import DataError
-from postlude.sampling.drift import PairedRun, collect
+from postlude.sampling.paired_runs import PairedRun, collect
 from postlude.sampling.pipelines import collect_from_pipelines
 from postlude.sampling.schedulers import QDrift, correct
 

@@ -10,7 +10,8 @@ from torch import Tensor
 from postlude.errors import CheckpointError, SettingsError
 from postlude.runs.checkpoint import Checkpoint
 from postlude.runs.progress import Progress
-from postlude.sampling.drift import DriftStatistics, PairedRun, collect
+from postlude.sampling.drift import DriftStatistics
+from postlude.sampling.paired_runs import PairedRun, collect
 from postlude.sampling.sample import (
     GuidedDenoiser,
     check_diffusion,

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from postlude.errors import DataError
-from postlude.sampling.drift import DriftStatistics, ErrorRecord
+from postlude.sampling.drift import DriftStatistics
+from postlude.sampling.paired_runs import ErrorRecord
 from postlude.sampling.proxy import SchedulerProxy, plain_scheduler
 
 __all__ = ["collect_from_pipelines"]
@@ -41,8 +42,8 @@ def collect_from_pipelines(
         reference, approximate: the two pipelines, of one scheduler.
         calls: of each paired run the arguments of the pipelines, with the same number of steps in all.
         seed: run ``i`` is started with a generator of seed ``seed + i``.
-        channelwise, channel_axis, fingerprints, conditions: see :func:`postlude.sampling.drift.collect`; the axis is
-            that of what the scheduler gets, 2 for pipelines that pack images into tokens.
+        channelwise, channel_axis, fingerprints, conditions: see :func:`postlude.sampling.paired_runs.collect`; the
+            axis is that of what the scheduler gets, 2 for pipelines that pack images into tokens.
 
     Raises:
         DataError: no calls, or pipelines that do not come to the same samples.
