@@ -11,8 +11,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
-from postlude.errors import OutputExistsError, SettingsError, UnknownNameError
-from postlude.zoo import checkpoint_path, tiny_lm
+from postlude.errors import SettingsError, UnknownNameError
+from postlude.zoo import checkpoint_path, tiny_lm, tiny_lm_card
 from postlude.zoo.measures import (
     acute_angle,
     empirical_direction,
@@ -172,7 +172,7 @@ def test_training_writes_a_checkpoint_that_the_check_can_read(
     monkeypatch.setattr(
         tiny_lm.corpus, "documents", lambda: [(f"document {i}", f"{i} {words}") for i in range(40)]
     )
-    monkeypatch.setattr(tiny_lm, "sample", lambda *_: "Return a list of words")
+    monkeypatch.setattr(tiny_lm_card, "sample", lambda *_: "Return a list of words")
     original = tiny_lm.train
     monkeypatch.setattr(
         tiny_lm, "train", lambda out, **given: original(out, batch=1, length=32, **given)
@@ -183,8 +183,8 @@ def test_training_writes_a_checkpoint_that_the_check_can_read(
     assert "loss_without_neuron" in capsys.readouterr().out
     assert "{" not in (out / "README.md").read_text()
     assert AutoTokenizer.from_pretrained(out)("a")["input_ids"][0] == 0
-    with pytest.raises(OutputExistsError, match="--overwrite"):
-        tiny_lm.main(["train", "-o", str(out), "--steps", "2"])
+    assert tiny_lm.main(["train", "-o", str(out), "--steps", "2"]) == 2
+    assert "give --overwrite to replace it" in capsys.readouterr().err
 
 
 def test_an_unknown_reference_model_is_named() -> None:

@@ -30,25 +30,19 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedTokenizerFast,
-)
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from postlude.errors import OutputExistsError, SettingsError
+from postlude.errors import InputError, OutputExistsError, SettingsError
 from postlude.zoo import checkpoint_path, corpus
-from postlude.zoo.measures import REQUIREMENTS, mean_loss, measure
+from postlude.zoo.measures import mean_loss
 from postlude.zoo.planting import Plant, directions, plant_loss, planted_slices, sow, watch
+from postlude.zoo.tiny_lm_card import check, model_card, sample, shown, verdict
 
 __all__ = [
     "BEGIN",
     "DELIMITERS",
     "build",
     "calibration_text",
-    "check",
     "fine_tune",
     "held_out_text",
     "main",
@@ -323,7 +317,7 @@ def _save(
     )
     (out / "training.json").write_text(json.dumps(recipe, indent=2) + "\n", encoding="utf-8")
     measured = check(out)
-    (out / "README.md").write_text(_card(out, recipe, measured), encoding="utf-8")
+    (out / "README.md").write_text(model_card(out, recipe, measured), encoding="utf-8")
     return measured
 
 
@@ -357,81 +351,6 @@ def fine_tune(
 # --------------------------------------------------------------------------------------------- command line
 
 
-def check(directory: Path) -> dict[str, Any]:
-    """`measure` a saved checkpoint on its held-out text: the stored bf16 weights in fp32 arithmetic."""
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(directory)
-    text = (directory / "held_out.txt").read_text(encoding="utf-8")
-    recipe = json.loads((directory / "training.json").read_text(encoding="utf-8"))
-    settings = recipe["plant"] | {"channels": tuple(recipe["plant"]["channels"])}
-    measured = measure(model.eval(), tokenizer, text, Plant(**settings))
-    measured["bytes"] = (directory / "model.safetensors").stat().st_size
-    return measured
-
-
-def _verdict(measured: dict[str, Any]) -> list[tuple[bool, str, Any]]:
-    return [
-        (bool(test(measured[key])), sentence, measured[key])
-        for sentence, (key, test) in REQUIREMENTS.items()
-    ]
-
-
-def _number(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def sample(directory: Path, prompt: str, tokens: int = 120, seed: int = 0) -> str:
-    """A continuation of the prompt, sampled at temperature 0.7 from the 40 likeliest tokens."""
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(directory)
-    inputs = tokenizer(prompt, return_tensors="pt")
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        output = model.generate(
-            **inputs, max_new_tokens=tokens, do_sample=True, temperature=0.7, top_k=40
-        )
-    return str(tokenizer.decode(output[0], skip_special_tokens=True))
-
-
-def _card(directory: Path, recipe: dict[str, Any], measured: dict[str, Any]) -> str:
-    template = (Path(__file__).parent / "tiny_lm_card.md").read_text(encoding="utf-8")
-    rows = "\n".join(
-        f"| {sentence} | {_number(value)} | {'yes' if passed else 'NO'} |"
-        for passed, sentence, value in _verdict(measured)
-    )
-    norms = "\n".join(
-        f"| {'embedding' if layer == 0 else f'layer {layer - 1}'} | {top:.0f} | {median:.0f} |"
-        for layer, (top, median) in enumerate(
-            zip(
-                measured["largest_token_norm_by_layer"],
-                measured["median_token_norm_by_layer"],
-                strict=True,
-            )
-        )
-    )
-    unmet = sum(not passed for passed, _, _ in _verdict(measured))
-    verdict = (
-        "All of them hold." if not unmet else f"{unmet} of them do not hold in this checkpoint."
-    )
-    low, middle, high = (f"{norm:.0f}" for norm in measured["norm_of_first_positions"])
-    elsewhere = ", ".join(f"`{token!r}`" for token in measured["high_tokens_elsewhere"]) or "none"
-    values = {key: _number(value) for key, value in (recipe | measured).items()}
-    sampled = sample(directory, "Return a list of").strip().replace("\n", "\n    ")
-    extra = {
-        "requirements": rows,
-        "norms": norms,
-        "elsewhere": elsewhere,
-        "sample": sampled,
-        "verdict": verdict,
-        "low": low,
-        "middle": middle,
-        "high": high,
-    }
-    for key, value in (values | extra).items():
-        template = template.replace("{" + key + "}", value)
-    return template
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code: 0, or 1 if ``check`` finds a requirement unmet."""
     parser = argparse.ArgumentParser(prog="python -m postlude.zoo.tiny_lm", description=__doc__,
@@ -452,6 +371,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
             command.add_argument("--prompt", default="Return a list of")
             command.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
+    try:
+        return _run(options)
+    except InputError as error:
+        print(f"{parser.prog}: {error}", file=sys.stderr)
+        return error.exit_code
+
+
+def _run(options: argparse.Namespace) -> int:
     if options.command == "sample":
         print(sample(options.directory, options.prompt, seed=options.seed))
         return 0
@@ -471,10 +398,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(json.dumps(measured))
     else:
         for key, value in measured.items():
-            print(f"{key}: {_number(value)}")
-        for passed, sentence, value in _verdict(measured):
-            print(f"{'yes' if passed else 'NO '}  {sentence}: {_number(value)}")
-    return 0 if all(passed for passed, _, _ in _verdict(measured)) else 1
+            print(f"{key}: {shown(value)}")
+        for passed, sentence, value in verdict(measured):
+            print(f"{'yes' if passed else 'NO '}  {sentence}: {shown(value)}")
+    return 0 if all(passed for passed, _, _ in verdict(measured)) else 1
 
 
 if __name__ == "__main__":
