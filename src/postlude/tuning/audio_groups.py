@@ -38,7 +38,7 @@ from postlude.runs.progress import Progress
 from postlude.runs.quiet import quiet_transformers
 from postlude.runs.ranks import ranks
 from postlude.runs.rollouts import Answers, log_probabilities, read_prompts, sample_answers
-from postlude.surgery.capture import placed_on
+from postlude.surgery.batches import placed_on
 from postlude.tuning import on_trl
 from postlude.tuning.credit import token_dimensions
 from postlude.tuning.objective import Job
