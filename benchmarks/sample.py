@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from postlude.sampling.drift import DriftStatistics
-from postlude.sampling.schedulers import QDrift, correct
+from postlude.sampling.q_drift import QDrift, correct
 from postlude.zoo.tiny_dit import build
 
 STEPS = 20

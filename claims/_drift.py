@@ -14,9 +14,9 @@ from postlude.runs.checkpoint import Checkpoint
 from postlude.runs.directory import RunDirectory
 from postlude.sampling.calibrate import calibrate
 from postlude.sampling.drift import DriftStatistics
+from postlude.sampling.q_drift import QDrift, correct
 from postlude.sampling.sample import sample
 from postlude.sampling.samplers import build_scheduler
-from postlude.sampling.schedulers import QDrift, correct
 
 __all__ = [
     "DIT_STEPS",

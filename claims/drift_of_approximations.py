@@ -30,7 +30,7 @@ from postlude.numerics.factorize import truncated_svd
 from postlude.quantization.rtn import RTN
 from postlude.runs.checkpoint import Checkpoint
 from postlude.runs.directory import RunDirectory
-from postlude.sampling.schedulers import QDrift
+from postlude.sampling.q_drift import QDrift
 
 BATCH = 16
 

@@ -39,7 +39,7 @@ from postlude.quantization.rtn import RTN
 from postlude.runs.checkpoint import Checkpoint
 from postlude.runs.directory import RunDirectory
 from postlude.sampling.drift import DriftStatistics
-from postlude.sampling.schedulers import QDrift, correct
+from postlude.sampling.q_drift import QDrift, correct
 from postlude.zoo.digits import digits
 from postlude.zoo.gaussian_data import Bed, FlowBed, NoiseBed, SolverBed
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from postlude.errors import DataError
 from postlude.sampling.paired_runs import PairedRun, collect
-from postlude.sampling.schedulers import correct
+from postlude.sampling.q_drift import correct
 from postlude.zoo.gaussian_data import NoiseBed
 
 from .beds import EULER, FLOW, SOLVER, set_to

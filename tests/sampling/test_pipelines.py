@@ -14,7 +14,7 @@ from torch import Tensor
 from postlude.errors import DataError
 from postlude.sampling.paired_runs import PairedRun, collect
 from postlude.sampling.pipelines import collect_from_pipelines
-from postlude.sampling.schedulers import QDrift, correct
+from postlude.sampling.q_drift import QDrift, correct
 
 from .beds import EULER, FLOW, SOLVER, set_to, statistics_of
 

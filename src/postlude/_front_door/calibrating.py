@@ -14,8 +14,8 @@ from postlude.errors import OutputExistsError, SettingsError
 from postlude.runs.checkpoint import Checkpoint
 from postlude.runs.progress import Progress
 from postlude.sampling.calibrate import calibrate
+from postlude.sampling.q_drift import correct
 from postlude.sampling.samplers import build_scheduler
-from postlude.sampling.schedulers import correct
 
 __all__ = ["sample_calibrate"]
 

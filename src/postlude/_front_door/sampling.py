@@ -18,11 +18,11 @@ from postlude.runs.checkpoint import Checkpoint
 from postlude.runs.progress import Progress
 from postlude.sampling.drift import DriftStatistics
 from postlude.sampling.grid import Panel, check_colours, write_grid
+from postlude.sampling.q_drift import MODES, QDrift, correct
 from postlude.sampling.reuse import check_reuse
 from postlude.sampling.sample import Samples, check_diffusion, check_guidance, image_shape
 from postlude.sampling.sample import sample as _sample
 from postlude.sampling.samplers import process_of, sampler_named
-from postlude.sampling.schedulers import MODES, QDrift, correct
 
 __all__ = ["sample"]
 

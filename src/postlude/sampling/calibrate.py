@@ -12,6 +12,7 @@ from postlude.runs.checkpoint import Checkpoint
 from postlude.runs.progress import Progress
 from postlude.sampling.drift import DriftStatistics
 from postlude.sampling.paired_runs import PairedRun, collect
+from postlude.sampling.q_drift import check_supported
 from postlude.sampling.sample import (
     GuidedDenoiser,
     check_diffusion,
@@ -21,7 +22,6 @@ from postlude.sampling.sample import (
     labels_of,
 )
 from postlude.sampling.samplers import FLOW, build_scheduler, process_of
-from postlude.sampling.schedulers import check_supported
 
 __all__ = ["calibrate"]
 

@@ -1,4 +1,4 @@
-"""One file per family of token weights or objective; what they share is in ``weighting`` and ``run``.
+"""One file per family of token weights or objective; what they share is in ``weighting``, ``objective``, ``run``.
 
 The settings class of every registered method can be imported from here: ``from postlude.tuning import PriFTMass``.
 """

@@ -47,7 +47,7 @@ from postlude.numerics.weighted_likelihood import (
     token_columns,
     weighted_cross_entropy,
 )
-from postlude.tuning.tokens import FIELDS, StepStatistics, TargetTokens
+from postlude.tuning.target_tokens import FIELDS, StepStatistics, TargetTokens
 
 __all__ = [
     "SIGNALS",

@@ -41,7 +41,7 @@ __all__ = [
     "count",
     "holds_poses",
     "load",
-    "whole",
+    "whole_pixels",
     "window_of",
     "write",
 ]
@@ -93,7 +93,7 @@ class PoseData:
         )
 
 
-def whole(box: Tensor) -> Tensor:
+def whole_pixels(box: Tensor) -> Tensor:
     """Boxes ``[..., 4]`` that end at whole pixels."""
     return torch.cat([box[..., :2].floor(), box[..., 2:].ceil()], dim=-1)
 
@@ -345,7 +345,7 @@ def _boxes(
             f"{file} has labels without a box, and the key points it could be made of are not there: put "
             "keypoints.json beside it, or set POSTLUDE_DATA to a folder with space/tangoPoints.mat"
         )
-    boxes = whole(box_of(project(points, rotations, translations, camera)))
+    boxes = whole_pixels(box_of(project(points, rotations, translations, camera)))
     shown = torch.tensor([camera.width, camera.height], dtype=torch.float64)
     clipped = torch.cat([boxes[:, :2].clamp(min=0), torch.minimum(boxes[:, 2:], shown)], dim=-1)
     # What lies outside altogether stays as it is, to be refused below in its own numbers.

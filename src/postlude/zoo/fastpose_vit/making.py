@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from postlude.errors import SettingsError
 from postlude.zoo.fastpose_vit.camera import SPEED, Camera, box_of, project
-from postlude.zoo.fastpose_vit.data import PoseData, whole, window_of
+from postlude.zoo.fastpose_vit.data import PoseData, whole_pixels, window_of
 from postlude.zoo.fastpose_vit.renderer import random_scene, render
 from postlude.zoo.fastpose_vit.rotation import matrix_of_quaternion
 from postlude.zoo.fastpose_vit.spacecraft import Spacecraft
@@ -55,7 +55,7 @@ def random_poses(
         v = _EDGE + draw[:, 1] * (camera.height - 2 * _EDGE)
         x, y = (u - camera.cx) / camera.fx * depth, (v - camera.cy) / camera.fy * depth
         translation = torch.stack([x, y, depth], dim=-1)
-        box = whole(box_of(project(points, rotation, translation, camera)))
+        box = whole_pixels(box_of(project(points, rotation, translation, camera)))
         inside = (
             (box[:, :2] >= 0).all(-1) & (box[:, 2] <= camera.width) & (box[:, 3] <= camera.height)
         )

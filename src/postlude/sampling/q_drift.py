@@ -30,7 +30,7 @@ from postlude.numerics.diffusion import regression
 from postlude.registry import method
 from postlude.sampling.drift import DriftStatistics
 from postlude.sampling.proxy import SchedulerProxy, plain_scheduler
-from postlude.sampling.rules import SUPPORTED, rule_of
+from postlude.sampling.step_rules import SUPPORTED, rule_of
 
 __all__ = [
     "MODES",

@@ -15,7 +15,7 @@ from torch import Tensor
 from postlude.errors import SettingsError
 from postlude.numerics.diffusion import edm_sigmas
 from postlude.sampling.drift import DriftStatistics
-from postlude.sampling.schedulers import SUPPORTED, DriftWarning, QDrift, check_supported, correct
+from postlude.sampling.q_drift import SUPPORTED, DriftWarning, QDrift, check_supported, correct
 from postlude.zoo.gaussian_data import SolverBed
 
 from .beds import (
