@@ -155,10 +155,10 @@ def postlude_job(make: Callable[[int], Any]) -> Callable[..., dict[str, Any]]:
 
     def job(directory: Path, settings: dict[str, Any]) -> dict[str, Any]:
         from postlude.attribution.build import build
-        from postlude.attribution.engine import record_queries
         from postlude.attribution.examples import Collection, Records
         from postlude.attribution.forecast import forecast
         from postlude.attribution.plan import HARDWARE
+        from postlude.attribution.queries import record_queries
         from postlude.runs.loading import load
 
         checkpoint = load(directory / "model", dtype="float32")
@@ -214,12 +214,12 @@ def streaming(directory: Path, settings: dict[str, Any]) -> dict[str, Any]:
     """One query over many rows."""
     import torch
 
-    from postlude.attribution.engine import record_queries
     from postlude.attribution.examples import Records
     from postlude.attribution.graddot import GradDot
     from postlude.attribution.index import KIND, Index
     from postlude.attribution.lorif import LoRIF
-    from postlude.attribution.query import rank
+    from postlude.attribution.queries import record_queries
+    from postlude.attribution.ranking import rank
     from postlude.runs.loading import load
     from postlude.runs.store import TensorStore
 

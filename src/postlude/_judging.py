@@ -25,9 +25,10 @@ from torch import Tensor
 import postlude
 from postlude import registry
 from postlude.attribution.build import build
-from postlude.attribution.engine import Attributor, Queries, record_rows
+from postlude.attribution.engine import Attributor
 from postlude.attribution.examples import Collection, Example, Records, tokenize
 from postlude.attribution.index import Index
+from postlude.attribution.queries import Queries, record_rows
 from postlude.errors import ArchitectureError, DataError, SettingsError
 from postlude.evaluation.lds import (
     Retraining,

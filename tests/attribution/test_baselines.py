@@ -11,9 +11,9 @@ from torch import Tensor
 
 from postlude.attribution import BM25, EKFAC, TRAK, GradCos, GradDot, LoGRA, LoRIF, RepSim
 from postlude.attribution.build import build
-from postlude.attribution.ekfac import sampled
-from postlude.attribution.engine import Attributor, record_queries
+from postlude.attribution.engine import Attributor
 from postlude.attribution.index import Index
+from postlude.attribution.queries import record_queries
 from postlude.attribution.trak import ensemble
 from postlude.errors import SettingsError
 from postlude.runs.checkpoint import Checkpoint
@@ -186,23 +186,6 @@ def test_bm25_counts_tokens_of_shards_of_other_widths(given: Checkpoint, tmp_pat
         close(row, postings.scores(torch.tensor(given.tokenizer(record["text"])["input_ids"])))
 
 
-def test_sampled_tokens_follow_the_distribution() -> None:
-    generator = torch.Generator().manual_seed(0)
-    hidden, weight = torch.randn(1, 8, generator=generator), torch.randn(6, 8, generator=generator)
-    uniforms = torch.rand(4000, generator=generator)
-    drawn = sampled(hidden.expand(4000, -1), weight, None, uniforms)
-    shares = torch.bincount(drawn, minlength=6) / 4000
-    torch.testing.assert_close(shares, (hidden @ weight.T).softmax(-1)[0], atol=0.03, rtol=0)
-    # The ends of the interval are tokens too, and one that is impossible is never drawn.
-    ends = sampled(
-        hidden.expand(2, -1),
-        weight,
-        torch.tensor([-torch.inf] + [0.0] * 5),
-        torch.tensor([0.0, 1 - 1e-7]),
-    )
-    assert ends.tolist() == [1, 5]
-
-
 @pytest.mark.parametrize("fisher", ["true", "empirical"])
 def test_ekfac(
     given: Checkpoint, slow: dict[str, tuple[Tensor, Tensor]], tmp_path: Path, fisher: Any
@@ -220,7 +203,7 @@ def test_ekfac(
 
 def reference_factors(given: Checkpoint, path: str, fisher: str) -> tuple[Tensor, Tensor, Tensor]:
     """``A``, ``S`` and the flat gradients of every example, by its own passes through the model."""
-    from postlude.attribution.ekfac import _uniforms
+    from postlude.attribution.kronecker_factors import _uniforms
 
     module = given.model.get_submodule(path)
     seen: dict[str, Tensor] = {}

@@ -15,9 +15,9 @@ import pytest
 import torch
 
 from postlude.attribution.build import build, plan_shards
-from postlude.attribution.engine import record_queries
 from postlude.attribution.index import Index
 from postlude.attribution.lorif import LoRIF
+from postlude.attribution.queries import record_queries
 from postlude.errors import DataError, NoSpaceError, SettingsError, StoreError
 from postlude.runs import store as store_module
 from postlude.runs.checkpoint import Checkpoint

@@ -20,7 +20,7 @@ from postlude.attribution.curvature import (
     Truncated,
     choose,
 )
-from postlude.attribution.representation import DenseRows, FactorRows, Rows
+from postlude.attribution.rows import DenseRows, FactorRows, Rows
 from postlude.errors import DataError, SettingsError, UnknownNameError
 from postlude.surgery.gradients import CollectedLayer
 

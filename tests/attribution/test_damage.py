@@ -16,8 +16,8 @@ from postlude import _front_door
 from postlude.attribution import BM25, GradDot
 from postlude.attribution.build import build
 from postlude.attribution.damage import damage, divergence
-from postlude.attribution.engine import record_queries
 from postlude.attribution.examples import Records
+from postlude.attribution.queries import record_queries
 from postlude.attribution.query import scores
 from postlude.errors import SettingsError, UnknownNameError
 from postlude.quantization import RTN

@@ -16,10 +16,11 @@ from postlude.attribution import BM25, DAS, DTRAK, EKFAC, TRAK, GradDot, Journey
 from postlude.attribution.build import build
 from postlude.attribution.das import StepRepresentation, residuals
 from postlude.attribution.denoising import denoised, noise, process_of, timesteps
-from postlude.attribution.engine import Attributor, record_queries
+from postlude.attribution.engine import Attributor
 from postlude.attribution.examples import Collection
 from postlude.attribution.images import Images
 from postlude.attribution.index import Index
+from postlude.attribution.queries import record_queries
 from postlude.attribution.representation import DenseRepresentation
 from postlude.errors import ArchitectureError, CheckpointError, SettingsError
 from postlude.runs.checkpoint import Checkpoint

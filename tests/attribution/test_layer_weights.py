@@ -11,10 +11,12 @@ from safetensors.torch import save_file
 
 from postlude.attribution import BM25, EKFAC, TRAK, GradCos, GradDot, LoGRA, LoRIF, RepSim
 from postlude.attribution.build import build
-from postlude.attribution.engine import Attributor, record_queries
+from postlude.attribution.engine import Attributor
 from postlude.attribution.index import Index
 from postlude.attribution.layer_weights import LayerWeights, Learning, contributions, learn
-from postlude.attribution.query import learn_weights, query, rank, scores
+from postlude.attribution.queries import record_queries
+from postlude.attribution.query import learn_weights, query, scores
+from postlude.attribution.ranking import rank
 from postlude.errors import OutputExistsError, SettingsError, StoreError
 from postlude.runs.checkpoint import Checkpoint
 

@@ -16,9 +16,11 @@ import postlude as pl
 from postlude import _front_door
 from postlude.attribution import BM25, EKFAC, TRAK, GradCos, GradDot, LoGRA, LoRIF, RepSim
 from postlude.attribution.build import build
-from postlude.attribution.engine import Attributor, record_queries
+from postlude.attribution.engine import Attributor
 from postlude.attribution.index import Index
-from postlude.attribution.query import method_of, query, rank
+from postlude.attribution.queries import record_queries
+from postlude.attribution.query import method_of, query
+from postlude.attribution.ranking import rank
 from postlude.errors import DataError, SettingsError, StoreError
 from postlude.runs.checkpoint import Checkpoint
 

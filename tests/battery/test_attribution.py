@@ -13,9 +13,9 @@ from torch import Tensor
 
 from postlude import registry
 from postlude.attribution.build import build
-from postlude.attribution.engine import record_queries
 from postlude.attribution.examples import Collection
 from postlude.attribution.index import Index
+from postlude.attribution.queries import record_queries
 from postlude.attribution.query import method_of, query
 from postlude.errors import SettingsError
 from postlude.registry import MethodInfo

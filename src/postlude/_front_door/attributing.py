@@ -11,6 +11,7 @@ from typing import Any
 from postlude import registry
 from postlude._front_door.opening import Path_, open_checkpoint
 from postlude.attribution import plan as _plan
+from postlude.attribution.answers import Answer
 from postlude.attribution.build import build as _build
 from postlude.attribution.damage import Worst
 from postlude.attribution.damage import worst as _worst
@@ -20,7 +21,7 @@ from postlude.attribution.examples import Collection
 from postlude.attribution.forecast import forecast
 from postlude.attribution.index import Index
 from postlude.attribution.layer_weights import LayerWeights, Learning
-from postlude.attribution.query import Answer, learn_weights, method_of, model_of
+from postlude.attribution.query import learn_weights, method_of, model_of
 from postlude.attribution.query import query as _query
 from postlude.attribution.select import Selection
 from postlude.attribution.select import select as _select

@@ -21,10 +21,11 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from postlude.attribution.engine import Attributor, Queries, Scores
+from postlude.attribution.engine import Attributor
 from postlude.attribution.examples import Collection, Example
 from postlude.attribution.explain import Parts
 from postlude.attribution.index import Index
+from postlude.attribution.queries import Queries, Scores
 from postlude.attribution.representation import Recorder, Representation
 from postlude.errors import SettingsError
 from postlude.numerics.bm25 import Postings

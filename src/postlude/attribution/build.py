@@ -19,9 +19,10 @@ import torch
 import postlude
 from postlude import registry
 from postlude.attribution.data import Data, open_data
-from postlude.attribution.engine import Attributor, record_rows
+from postlude.attribution.engine import Attributor
 from postlude.attribution.examples import Collection
 from postlude.attribution.index import KIND, Index, describe_model
+from postlude.attribution.queries import record_rows
 from postlude.runs.checkpoint import Checkpoint
 from postlude.runs.processes import Processes
 from postlude.runs.progress import Progress

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import ClassVar, Literal, Protocol
@@ -27,7 +26,7 @@ from typing import ClassVar, Literal, Protocol
 import torch
 from torch import Tensor
 
-from postlude.attribution.representation import DenseRows, Rows
+from postlude.attribution.rows import DenseRows, Rows
 from postlude.errors import SettingsError, UnknownNameError
 from postlude.numerics.curvature import (
     DenseInverse,
@@ -51,7 +50,7 @@ __all__ = [
     "choose",
 ]
 
-# Bytes that the matrices of one layer may take, where the machine has twice as much.
+# Bytes that the matrices of one layer may take.
 MEMORY = 8 << 30
 
 # Rows at a time: enough for products of matrices to run at speed, few enough that a batch of dense rows stays small.
@@ -207,7 +206,20 @@ class Plain(LayerCurvature):
         return queries
 
 
-class Exact(LayerCurvature):
+class _Inverted(LayerCurvature):
+    """Any whose inverse takes gradients one by one, whatever the rows of the index."""
+
+    inverse: DenseInverse | SpectralInverse
+
+    def scores(self, queries: Rows, source: Source) -> Tensor:
+        return stream(self.matrices(queries, source), source)
+
+    def matrices(self, queries: Rows, source: Source) -> Tensor:
+        dense = queries.dense()
+        return self.inverse.apply(dense.flatten(1)).view_as(dense)
+
+
+class Exact(_Inverted):
     """``(H + lam I)^-1`` by Cholesky of the ``D x D`` matrix."""
 
     name = "exact"
@@ -226,13 +238,6 @@ class Exact(LayerCurvature):
             settings, float(h.diagonal().sum()), size, len(source), lambda: torch.linalg.eigvalsh(h)
         )
         return cls(DenseInverse.of(h, damping))
-
-    def scores(self, queries: Rows, source: Source) -> Tensor:
-        return stream(self.matrices(queries, source), source)
-
-    def matrices(self, queries: Rows, source: Source) -> Tensor:
-        dense = queries.dense()
-        return self.inverse.apply(dense.flatten(1)).view_as(dense)
 
     def state(self) -> dict[str, Tensor]:
         return {"lower": self.inverse.lower.float()}
@@ -256,7 +261,7 @@ class Exact(LayerCurvature):
         return 3 * 8 * layer.size**2
 
 
-class Truncated(LayerCurvature):
+class Truncated(_Inverted):
     """The streamed SVD with Woodbury's identity: LoRIF."""
 
     name = "truncated"
@@ -295,13 +300,6 @@ class Truncated(LayerCurvature):
         )
         corrected = settings.tail == "corrected"
         return cls(SpectralInverse.of(svd, damping, corrected=corrected, rows=len(source)))
-
-    def scores(self, queries: Rows, source: Source) -> Tensor:
-        return stream(self.matrices(queries, source), source)
-
-    def matrices(self, queries: Rows, source: Source) -> Tensor:
-        dense = queries.dense()
-        return self.inverse.apply(dense.flatten(1)).view_as(dense)
 
     def state(self) -> dict[str, Tensor]:
         numbers = torch.tensor([self.inverse.damping, self.inverse.tail], dtype=torch.float64)
@@ -477,10 +475,3 @@ def choose(
     if settings.rank == 0:
         fitting = ["truncated"]  # rank 0 asks for no curvature, which the others cannot give
     return Choice(min(fitting, key=costs.__getitem__), False, costs, bytes_)
-
-
-def _physical_memory() -> float:
-    try:
-        return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
-    except (AttributeError, ValueError, OSError):  # not on every system
-        return float(2 * MEMORY)

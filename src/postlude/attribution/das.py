@@ -29,10 +29,10 @@ from torch import Tensor
 
 from postlude.attribution.curvature import LayerCurvature
 from postlude.attribution.denoising import denoised
-from postlude.attribution.engine import Queries
 from postlude.attribution.examples import Collection
 from postlude.attribution.index import Index, LayerSource
 from postlude.attribution.logra import LoGRA
+from postlude.attribution.queries import Queries
 from postlude.attribution.representation import DenseRepresentation, Recorder
 from postlude.registry import method
 from postlude.runs.checkpoint import Checkpoint

@@ -31,8 +31,9 @@ from postlude.attribution.curvature import (
 )
 from postlude.attribution.explain import Parts, influence_parts
 from postlude.attribution.index import Index, LayerSource
-from postlude.attribution.queries import Queries, Scores, record_queries, record_rows
-from postlude.attribution.representation import GradientRepresentation, Representation, Rows
+from postlude.attribution.queries import Queries, Scores
+from postlude.attribution.representation import GradientRepresentation, Representation
+from postlude.attribution.rows import Rows
 from postlude.errors import SettingsError
 from postlude.runs.checkpoint import Checkpoint
 from postlude.runs.directory import RunDirectory
@@ -42,11 +43,7 @@ from postlude.surgery.gradients import CollectedLayer
 __all__ = [
     "Attributor",
     "InfluenceAttributor",
-    "Queries",
-    "Scores",
     "kept_fits",
-    "record_queries",
-    "record_rows",
 ]
 
 # What a kept curvature may take where the index is smaller.

@@ -25,12 +25,8 @@ from torch import Tensor
 from postlude.attribution.curvature import LayerCurvature, Source
 from postlude.attribution.examples import Batch, Collection, Example, batches
 from postlude.attribution.outputs import output_function
-from postlude.attribution.representation import (
-    DenseRows,
-    FactorRows,
-    GradientRepresentation,
-    Rows,
-)
+from postlude.attribution.representation import GradientRepresentation
+from postlude.attribution.rows import DenseRows, FactorRows, Rows
 from postlude.errors import SettingsError
 from postlude.runs.checkpoint import Checkpoint
 from postlude.surgery.gradients import CollectedLayer, GradientCollector

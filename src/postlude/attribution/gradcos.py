@@ -16,9 +16,9 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from postlude.attribution.engine import Queries
 from postlude.attribution.graddot import GradDot
 from postlude.attribution.index import Index
+from postlude.attribution.queries import Queries
 from postlude.registry import method
 
 __all__ = ["GradCos"]

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from postlude.attribution.data import Data, is_path, open_data
 from postlude.attribution.examples import Collection
-from postlude.attribution.representation import GradientRepresentation, Representation, Rows
+from postlude.attribution.representation import GradientRepresentation, Representation
+from postlude.attribution.rows import Rows
 from postlude.errors import DataError, SettingsError, StoreError
 from postlude.runs.checkpoint import Checkpoint
 from postlude.runs.store import Damage, TensorStore
@@ -184,7 +185,7 @@ class Index:
             settings: ``top``, ``layers``, ``tokens`` and others of :func:`postlude.attribution.query.query`.
 
         Returns:
-            :class:`postlude.attribution.query.Answer`, or a list of them.
+            :class:`postlude.attribution.answers.Answer`, or a list of them.
         """
         # Not at the top: asking needs the engine, which needs the index.
         from postlude.attribution.query import query, single

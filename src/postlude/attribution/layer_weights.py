@@ -33,8 +33,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from postlude import registry
-from postlude.attribution.engine import Attributor, InfluenceAttributor, Queries
+from postlude.attribution.engine import Attributor, InfluenceAttributor
 from postlude.attribution.index import Index
+from postlude.attribution.queries import Queries
 from postlude.errors import OutputExistsError, SettingsError, StoreError
 from postlude.numerics.group_weights import learn_group_weights
 from postlude.runs.atomic import atomic_write

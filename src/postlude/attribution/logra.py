@@ -29,8 +29,9 @@ from postlude.attribution.curvature import (
     LayerCurvature,
     choose,
 )
-from postlude.attribution.engine import InfluenceAttributor, Queries
+from postlude.attribution.engine import InfluenceAttributor
 from postlude.attribution.index import Index
+from postlude.attribution.queries import Queries
 from postlude.attribution.representation import DenseRepresentation
 from postlude.errors import SettingsError
 from postlude.registry import method

@@ -12,7 +12,8 @@ from postlude.attribution.curvature import Choice
 from postlude.attribution.data import Data, batches, open_data
 from postlude.attribution.index import Index
 from postlude.attribution.outputs import Maker
-from postlude.attribution.representation import GradientRepresentation, Representation, Rows
+from postlude.attribution.representation import GradientRepresentation, Representation
+from postlude.attribution.rows import Rows
 from postlude.errors import SettingsError
 from postlude.runs.checkpoint import Checkpoint
 from postlude.surgery.gradients import CollectedLayer

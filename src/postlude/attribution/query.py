@@ -1,160 +1,35 @@
-"""Ask an index: the training examples that support a text most, and what their scores are made of.
-
-Scores are computed shard by shard with a running list of the best, so a matrix of all queries by all examples never
-exists: per layer one ``d1 x d2`` matrix a query (the query's gradient times the inverse curvature) meets the rows of
-the memory map as they are read. Mean and deviation over all examples are kept along, to tell how far the best
-stand out. Scores of everything at once are what ``Attributor.score`` gives.
-"""
+"""Ask an index: the training examples that support a text most, and what their scores are made of."""
 
 from __future__ import annotations
 
 import dataclasses
-import math
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from postlude import registry
-from postlude.attribution.curvature import Dual
+from postlude.attribution.answers import Answer, hit
 from postlude.attribution.data import Data, Item, is_path, open_data
-from postlude.attribution.engine import Attributor, InfluenceAttributor, Queries, record_queries
+from postlude.attribution.engine import Attributor, InfluenceAttributor
 from postlude.attribution.explain import Parts
 from postlude.attribution.index import Index
 from postlude.attribution.layer_weights import LayerWeights, Learning, learn
 from postlude.attribution.outputs import Maker
+from postlude.attribution.queries import record_queries
+from postlude.attribution.ranking import rank
 from postlude.errors import SettingsError
 from postlude.runs.checkpoint import Checkpoint
-from postlude.runs.documents import token_pieces
 from postlude.runs.loading import load
 from postlude.runs.progress import Progress
 
-__all__ = [
-    "Answer",
-    "Hit",
-    "Piece",
-    "Ranking",
-    "learn_weights",
-    "method_of",
-    "query",
-    "rank",
-    "scores",
-    "stream",
-]
+__all__ = ["Source", "learn_weights", "method_of", "model_of", "query", "scores", "single"]
 
 Source = str | os.PathLike[str] | Sequence[Mapping[str, Any] | str] | Data
 
 _NAME = "the text of the query"
-_SNIPPET = 200  # characters of an example's text that are shown
-# Bytes that the query side of one streaming pass may take.
-_BYTES = 1 << 28
-
-
-@dataclasses.dataclass(frozen=True)
-class Piece:
-    """A token, or the tokens of one character, with what it adds to a score."""
-
-    text: str
-    score: float
-
-
-@dataclasses.dataclass(frozen=True)
-class Hit:
-    """One training example of an answer.
-
-    Attributes:
-        id: as given in the data, or its number.
-        number: of the example, from 0.
-        score: larger supports more.
-        text: the beginning of the example.
-        count, truncated: its tokens that were used, and those cut off beyond the context.
-        layers: part of every layer, by module path; None where not asked for or a method has none.
-        tokens, query_tokens: parts of the tokens of the example, and of those of the query; likewise.
-        image: ``[channels, height, width]`` in [-1, 1], of an image that can be shown.
-    """
-
-    id: int | str
-    number: int
-    score: float
-    text: str
-    count: int
-    truncated: int
-    layers: dict[str, float] | None = None
-    tokens: list[Piece] | None = None
-    query_tokens: list[Piece] | None = None
-    image: Tensor | None = dataclasses.field(default=None, repr=False, compare=False)
-
-    def to_dict(self) -> dict[str, Any]:
-        found = dataclasses.asdict(self)
-        return {key: value for key, value in found.items() if value is not None and key != "image"}
-
-
-@dataclasses.dataclass(frozen=True)
-class Answer:
-    """What an index says to one query.
-
-    Attributes:
-        text: of the query.
-        results: best first.
-        count, truncated: tokens of the query that were used, and those cut off beyond the context.
-        examples: of the index.
-        mean, deviation: of the scores of all examples.
-        unit: of a score.
-        curvature: which way of inverting the curvature was taken and why; None for methods without.
-        seconds: of all queries asked together, without loading the model.
-        id: of the query, as given in a file, or its number.
-        image: of the query, as in :class:`Hit`.
-    """
-
-    text: str
-    results: list[Hit]
-    count: int
-    truncated: int
-    examples: int
-    mean: float
-    deviation: float
-    unit: str
-    curvature: str | None
-    seconds: float
-    id: int | str = 0
-    image: Tensor | None = dataclasses.field(default=None, repr=False, compare=False)
-
-    @property
-    def tokens(self) -> list[Piece]:
-        """What the tokens of the query add to the scores of all results together."""
-        parts = [hit.query_tokens for hit in self.results if hit.query_tokens]
-        return [
-            Piece(column[0].text, sum(piece.score for piece in column))
-            for column in zip(*parts, strict=True)
-        ]
-
-    def to_dict(self) -> dict[str, Any]:
-        return {
-            **{
-                field.name: getattr(self, field.name)
-                for field in dataclasses.fields(self)
-                if field.name not in ("results", "image") and getattr(self, field.name) is not None
-            },
-            "results": [hit.to_dict() for hit in self.results],
-        }
-
-
-@dataclasses.dataclass(frozen=True)
-class Ranking:
-    """The best examples of every query, found in one pass.
-
-    Attributes:
-        scores, numbers: ``[queries, top]``, best first, and equal ones in the order of the data.
-        mean, deviation: fp64 ``[queries]``, over all examples.
-    """
-
-    scores: Tensor
-    numbers: Tensor
-    mean: Tensor
-    deviation: Tensor
 
 
 def query(
@@ -221,7 +96,7 @@ def query(
     for q, example in enumerate(queries.examples):
         row = slice(q * width, (q + 1) * width)
         hits = [
-            _hit(records, checkpoint, n, float(score), one, part, example)
+            hit(records, checkpoint, n, float(score), one, part, example)
             for (_, n), score, one, part in zip(
                 pairs[row], found.scores[q], train[row], parts[row], strict=True
             )
@@ -261,7 +136,7 @@ def scores(
     """Scores of all training examples for every query: fp32 ``[queries, examples]``; arguments as for :func:`query`.
 
     ``output`` is what is asked about instead of the loss of a query, see
-    :func:`postlude.attribution.engine.record_queries`.
+    :func:`postlude.attribution.queries.record_queries`.
     """
     method = method_of(index) if method is None else method
     method.check(index)
@@ -305,92 +180,6 @@ def learn_weights(
     queries = record_queries(index, checkpoint, records)
     found = learn(method, index, queries, settings, keep=keep, progress=progress)
     return dataclasses.replace(found, learned={**found.learned, "queries_hash": records.hash})
-
-
-def rank(
-    method: Attributor,
-    index: Index,
-    queries: Queries,
-    top: int,
-    *,
-    keep: bool = False,
-    progress: Progress | None = None,
-) -> Ranking:
-    """The best examples of every query, in one pass over the index."""
-    count = len(queries)
-    best = torch.full((count, 0), -math.inf)
-    numbers = torch.zeros(count, 0, dtype=torch.int64)
-    total, squares, seen = torch.zeros(count).double(), torch.zeros(count).double(), 0
-    for start, scores in _pieces(method, index, queries, keep, progress):
-        wide = scores.double()
-        # Around the first mean seen, so that the squares of large, nearly equal scores do not cancel.
-        if not seen:
-            centre = wide.mean(1)
-        seen += scores.shape[1]
-        total += (wide - centre[:, None]).sum(1)
-        squares += (wide - centre[:, None]).square().sum(1)
-        leading, at = scores.topk(min(top, scores.shape[1]), dim=1)
-        best = torch.cat([best, leading], 1)
-        numbers = torch.cat([numbers, at + start], 1)
-        # By number first, then stably by score: equal scores come in the order of the data.
-        order = numbers.argsort(dim=1)
-        best, numbers = best.gather(1, order), numbers.gather(1, order)
-        order = best.argsort(dim=1, descending=True, stable=True)[:, :top]
-        best, numbers = best.gather(1, order), numbers.gather(1, order)
-    mean = total / seen
-    deviation = (squares / seen - mean.square()).clamp(min=0).sqrt()
-    return Ranking(best, numbers, centre + mean, deviation)
-
-
-def _pieces(
-    method: Attributor, index: Index, queries: Queries, keep: bool, progress: Progress | None
-) -> Iterator[tuple[int, Tensor]]:
-    """Scores ``[queries, examples]`` of consecutive examples."""
-    # The dual form is taken for small sets, scores all of them in one pass, and would need two more for matrices.
-    if isinstance(method, InfluenceAttributor) and method.chosen_curvature(index)[0] is not Dual:
-        yield from stream(method, index, queries, keep=keep, progress=progress)
-    else:
-        yield 0, method.score(index, queries, keep=keep, progress=progress).total
-
-
-def stream(
-    method: InfluenceAttributor,
-    index: Index,
-    queries: Queries,
-    *,
-    keep: bool = False,
-    progress: Progress | None = None,
-) -> Iterator[tuple[int, Tensor]]:
-    """``(first example, scores [queries, examples])``, shard by shard, all layers of a shard at once."""
-    weights = method.weights(index, queries)
-    choice = method.chosen_curvature(index)[2]
-    with progress or Progress(show=False) as shown:
-        if choice is not None:
-            shown.log(method.taken(index, keep=keep))
-        fits = shown.iterate(method.fits(index, keep=keep), "curvature", total=len(index.layers))
-        asked, factors = {}, {}
-        for layer, fitted, source in fits:
-            rows = method.query_rows(index, queries, layer)
-            asked[layer.module] = fitted.prepared(rows, source)
-            factors[layer.module] = method.layer_factors(index, layer, fitted, source)
-        _, settings, _ = method.chosen_curvature(index)
-        double = settings.precision == torch.float64
-        sources = {module: index.layer(module) for module in asked}
-        for shard in shown.iterate(index.store.shards, "shards"):
-            scores = torch.zeros(len(queries), len(shard))
-            for module, one in asked.items():
-                for first, rows in sources[module].chunks(start=shard.start, stop=shard.stop):
-                    rows = rows.double() if double else rows
-                    place = slice(first - shard.start, first - shard.start + len(rows))
-                    found = one.products(rows)
-                    scale = factors[module]
-                    if scale is not None:
-                        found = found * scale[first : first + len(rows)].to(found)
-                    scores[:, place] += found
-            if weights is not None:
-                scores *= weights[0][:, None].to(scores)
-                scores *= weights[1][shard.start : shard.stop].to(scores)
-            yield shard.start, scores
 
 
 def method_of(index: Index) -> Attributor:
@@ -449,38 +238,4 @@ def _curvature(method: Attributor, index: Index) -> str | None:
 
 def _example(index: Index, checkpoint: Checkpoint, records: Data, number: int) -> Item:
     found: Item = records.examples(checkpoint, index.collection, number, number + 1)[0]
-    return found
-
-
-def _hit(
-    records: Data,
-    checkpoint: Checkpoint,
-    number: int,
-    score: float,
-    example: Item,
-    parts: Parts,
-    asked: Item,
-) -> Hit:
-    text = records.text(number)
-    return Hit(
-        id=records.id(number),
-        number=number,
-        score=score,
-        text=text if len(text) <= _SNIPPET else text[:_SNIPPET].rstrip() + " ...",
-        count=example.count,
-        truncated=example.cut,
-        layers=parts.layers,
-        tokens=_pieces_of(checkpoint, example, parts.train),
-        query_tokens=_pieces_of(checkpoint, asked, parts.query),
-        image=records.picture(number),
-    )
-
-
-def _pieces_of(checkpoint: Checkpoint, example: Any, scores: Tensor | None) -> list[Piece] | None:
-    if scores is None:
-        return None
-    found, at = [], 0
-    for text, count in token_pieces(checkpoint.tokenizer, example.tokens):
-        found.append(Piece(text, float(scores[at : at + count].sum())))
-        at += count
     return found

@@ -2,13 +2,9 @@
 
 A representation is a row of named tensors per example. Those made of gradients keep, for every collected layer,
 either low-rank factors (:class:`FactorRepresentation`, LoRIF) or the projected gradient itself
-(:class:`DenseRepresentation`, LoGRA and others). In memory both are :class:`Rows`: a layer's gradients of some
-examples, in fp32, with the few products that scoring is made of.
-
-Formats of stored numbers: ``fp32``; ``bf16``; ``int8``, symmetric, with one bf16 scale for every vector (a column of
-``U`` or ``V`` of one example and layer; for dense gradients a row of ``G``). The columns of ``U`` and ``V`` are
-first given equal lengths, which changes no product and keeps the scales in range. fp16 is refused: gradients leave
-its range.
+(:class:`DenseRepresentation`, LoGRA and others), in one of the :mod:`postlude.attribution.formats`. In memory both are
+:class:`postlude.attribution.rows.Rows`. The columns of ``U`` and ``V`` are given equal lengths before they are stored,
+which changes no product and keeps the scales in range.
 """
 
 from __future__ import annotations
@@ -19,18 +15,18 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from postlude import registry
 from postlude.attribution.examples import Collection
+from postlude.attribution.formats import Read, format_named
 from postlude.attribution.outputs import Output, check_output, output_function
+from postlude.attribution.rows import DenseRows, FactorRows, Rows
 from postlude.errors import SettingsError, StoreError
-from postlude.numerics.formats import Integer
 from postlude.numerics.power_iteration import batched_power_iteration
-from postlude.numerics.schemes import Granularity, Scheme
 from postlude.runs.checkpoint import Checkpoint
 from postlude.surgery.gradients import (
     CollectedLayer,
@@ -40,209 +36,14 @@ from postlude.surgery.gradients import (
 )
 
 __all__ = [
-    "FORMATS",
     "DenseRepresentation",
-    "DenseRows",
     "FactorRepresentation",
-    "FactorRows",
     "GradientRepresentation",
     "Recorder",
     "Representation",
-    "Rows",
-    "VectorFormat",
 ]
 
 Recorder = Callable[[Any], dict[str, Tensor]]
-Read = Callable[[str], Tensor]
-
-
-class Rows(ABC):
-    """Gradients of one layer of some examples, ``n`` matrices ``G [d1, d2]`` in fp32 or fp64."""
-
-    @abstractmethod
-    def __len__(self) -> int: ...
-
-    @abstractmethod
-    def dense(self) -> Tensor:
-        """``[n, d1, d2]``."""
-
-    @abstractmethod
-    def against(self, matrices: Tensor) -> Tensor:
-        """``[m, n]`` Frobenius products with ``[m, d1, d2]``."""
-
-    @abstractmethod
-    def products(self, other: Rows) -> Tensor:
-        """``[len(self), len(other)]`` Frobenius products."""
-
-    @abstractmethod
-    def energies(self) -> Tensor:
-        """``[n]`` squared Frobenius norms."""
-
-    @abstractmethod
-    def scaled(self, factor: float) -> Self:
-        """Times a number."""
-
-    def double(self) -> Self:
-        """The same in fp64."""
-        return self._map(Tensor.double)
-
-    def flat(self) -> Tensor:
-        """``[n, d1 * d2]``, row-major."""
-        return self.dense().flatten(1)
-
-    def take(self, which: slice | Sequence[int]) -> Self:
-        """Some of them."""
-        chosen = which if isinstance(which, slice) else list(which)
-        return self._map(lambda one: one[chosen])
-
-    def followed_by(self, others: Sequence[Self]) -> Self:
-        """These and others of the same kind, in order."""
-        fields = [vars(one) for one in (self, *others)]
-        return type(self)(
-            **{
-                name: None if value is None else torch.cat([one[name] for one in fields])
-                for name, value in vars(self).items()
-            }
-        )
-
-    def _map(self, change: Callable[[Tensor], Tensor]) -> Self:
-        return type(self)(
-            **{name: None if x is None else change(x) for name, x in vars(self).items()}
-        )
-
-
-@dataclasses.dataclass(frozen=True)
-class FactorRows(Rows):
-    """``G_i = sum_x scale[i, x] * outer(u[i, x], v[i, x])``.
-
-    Attributes:
-        u: ``[n, c, d1]``.
-        v: ``[n, c, d2]``.
-        scale: ``[n, c]``, or None for ones. Stored codes are multiplied by it after a product, not before.
-    """
-
-    u: Tensor
-    v: Tensor
-    scale: Tensor | None = None
-
-    def __len__(self) -> int:
-        return len(self.u)
-
-    def dense(self) -> Tensor:
-        return self._scaled().mT @ self.v
-
-    def against(self, matrices: Tensor) -> Tensor:
-        n, c, d1 = self.u.shape
-        m, _, d2 = matrices.shape
-        left, right = self.u.reshape(n * c, d1), self.v.reshape(n * c, d2)
-        found = [torch.linalg.vecdot(left @ one, right) for one in matrices]
-        stacked = torch.stack(found) if found else left.new_zeros(0, n * c)
-        if self.scale is not None:
-            stacked *= self.scale.flatten()
-        return stacked if c == 1 else stacked.view(m, n, c).sum(-1)
-
-    def products(self, other: Rows) -> Tensor:
-        if not isinstance(other, FactorRows):
-            return other.products(self).mT
-        (n, c, d1), (m, k, _) = self.u.shape, other.u.shape
-        found = self.u.reshape(n * c, d1) @ other.u.reshape(m * k, d1).mT
-        found *= self.v.reshape(n * c, -1) @ other.v.reshape(m * k, -1).mT
-        if self.scale is not None:
-            found *= self.scale.reshape(n * c, 1)
-        if other.scale is not None:
-            found *= other.scale.reshape(1, m * k)
-        return found if c == k == 1 else found.view(n, c, m, k).sum((1, 3))
-
-    def energies(self) -> Tensor:
-        u = self._scaled()
-        return ((u @ u.mT) * (self.v @ self.v.mT)).sum((1, 2))
-
-    def scaled(self, factor: float) -> FactorRows:
-        return dataclasses.replace(self, u=self.u * factor)
-
-    def _scaled(self) -> Tensor:
-        return self.u if self.scale is None else self.u * self.scale.unsqueeze(-1)
-
-
-@dataclasses.dataclass(frozen=True)
-class DenseRows(Rows):
-    """Gradients as they are, ``[n, d1, d2]``."""
-
-    g: Tensor
-
-    def __len__(self) -> int:
-        return len(self.g)
-
-    def dense(self) -> Tensor:
-        return self.g
-
-    def against(self, matrices: Tensor) -> Tensor:
-        return matrices.flatten(1).to(self.g) @ self.g.flatten(1).mT
-
-    def products(self, other: Rows) -> Tensor:
-        if isinstance(other, DenseRows):
-            return self.g.flatten(1) @ other.g.flatten(1).mT
-        return other.against(self.g)
-
-    def energies(self) -> Tensor:
-        return self.g.square().sum((1, 2))
-
-    def scaled(self, factor: float) -> DenseRows:
-        return DenseRows(self.g * factor)
-
-
-@dataclasses.dataclass(frozen=True)
-class VectorFormat:
-    """How vectors are stored: a name, its type, whether vectors carry a scale."""
-
-    name: str
-    dtype: torch.dtype
-    scaled: bool = False
-
-    def encode(self, x: Tensor) -> dict[str, Tensor]:
-        """``[n, k, width]`` as stored tensors, by suffix."""
-        if not self.scaled:
-            return {"": x.to(self.dtype)}
-        encoded = _INT8.encode(x)
-        codes = (encoded.codes.to(torch.int16) - 128).to(torch.int8)
-        return {"": codes, ".scale": encoded.scale.squeeze(-1)}
-
-    def decode(self, read: Read, start: int, stop: int) -> Tensor:
-        """fp32 ``[rows, k, width]``."""
-        x, scale = self.read(read, start, stop)
-        return x if scale is None else x * scale.unsqueeze(-1)
-
-    def read(self, read: Read, start: int, stop: int) -> tuple[Tensor, Tensor | None]:
-        """fp32 ``[rows, k, width]``, still to be multiplied by ``[rows, k]`` where that is not None."""
-        x = read("")[start:stop].float()
-        return x, read(".scale")[start:stop].float() if self.scaled else None
-
-    def bytes(self, vectors: int, width: int) -> int:
-        """Bytes of so many vectors."""
-        return vectors * (width * self.dtype.itemsize + (2 if self.scaled else 0))
-
-
-# Scales in bf16: fp16 would lose the smallest gradients, and codes are made for the scale that is stored.
-_INT8 = Scheme(Integer(8, narrow=True), Granularity("channel"), "bfloat16")
-
-FORMATS = {
-    one.name: one
-    for one in (
-        VectorFormat("fp32", torch.float32),
-        VectorFormat("bf16", torch.bfloat16),
-        VectorFormat("int8", torch.int8, scaled=True),
-    )
-}
-
-
-def _format(name: str) -> VectorFormat:
-    if name in ("fp16", "float16"):
-        raise SettingsError(
-            "format is 'fp16', whose range gradients leave; expected bf16, int8 (smaller still) or fp32"
-        )
-    if name not in FORMATS:
-        raise SettingsError(f"format is {name!r}; expected {', '.join(FORMATS)}")
-    return FORMATS[name]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -311,7 +112,7 @@ class GradientRepresentation(Representation):
     format: str = "bf16"
 
     def __post_init__(self) -> None:
-        _format(self.format)
+        format_named(self.format)
         check_output(self.output)
         self.projection(0)
 
@@ -410,7 +211,7 @@ class FactorRepresentation(GradientRepresentation):
         self, collection: Collection
     ) -> Callable[[CollectedLayer, Tensor], dict[str, Tensor]]:
         steps = self.iterations or (8 if self.rank == 1 else 16)
-        stored = _format(self.format)
+        stored = format_named(self.format)
         starts: dict[str, Tensor] = {}
 
         def keep(layer: CollectedLayer, gradients: Tensor) -> dict[str, Tensor]:
@@ -430,7 +231,7 @@ class FactorRepresentation(GradientRepresentation):
         return keep
 
     def rows(self, layer: CollectedLayer, read: Read, start: int, stop: int) -> FactorRows:
-        stored = _format(self.format)
+        stored = format_named(self.format)
         u, left = stored.read(lambda key: read(f"u{key}"), start, stop)
         v, right = stored.read(lambda key: read(f"v{key}"), start, stop)
         return FactorRows(u, v, None if left is None or right is None else left * right)
@@ -439,7 +240,7 @@ class FactorRepresentation(GradientRepresentation):
         return self.columns(layer) * (layer.in_width + layer.out_width)
 
     def row_bytes(self, layers: Sequence[CollectedLayer]) -> int:
-        stored = _format(self.format)
+        stored = format_named(self.format)
         return sum(
             stored.bytes(self.columns(layer), layer.in_width)
             + stored.bytes(self.columns(layer), layer.out_width)
@@ -456,7 +257,7 @@ class DenseRepresentation(GradientRepresentation):
     def keeper(
         self, collection: Collection
     ) -> Callable[[CollectedLayer, Tensor], dict[str, Tensor]]:
-        stored = _format(self.format)
+        stored = format_named(self.format)
 
         def keep(_: CollectedLayer, gradients: Tensor) -> dict[str, Tensor]:
             return {f"g{key}": x for key, x in stored.encode(gradients).items()}
@@ -464,13 +265,13 @@ class DenseRepresentation(GradientRepresentation):
         return keep
 
     def rows(self, layer: CollectedLayer, read: Read, start: int, stop: int) -> DenseRows:
-        return DenseRows(_format(self.format).decode(lambda key: read(f"g{key}"), start, stop))
+        return DenseRows(format_named(self.format).decode(lambda key: read(f"g{key}"), start, stop))
 
     def row_numbers(self, layer: CollectedLayer) -> int:
         return layer.size
 
     def row_bytes(self, layers: Sequence[CollectedLayer]) -> int:
-        stored = _format(self.format)
+        stored = format_named(self.format)
         return sum(stored.bytes(layer.in_width, layer.out_width) for layer in layers)
 
 

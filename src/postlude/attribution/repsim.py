@@ -20,11 +20,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from postlude.attribution.engine import Attributor, Queries, Scores
+from postlude.attribution.engine import Attributor
 from postlude.attribution.examples import Batch, Collection, Example, batches
 from postlude.attribution.explain import Parts
+from postlude.attribution.formats import FORMATS
 from postlude.attribution.index import Index
-from postlude.attribution.representation import FORMATS, Recorder, Representation
+from postlude.attribution.queries import Queries, Scores
+from postlude.attribution.representation import Recorder, Representation
 from postlude.errors import SettingsError
 from postlude.registry import method
 from postlude.runs.checkpoint import Checkpoint

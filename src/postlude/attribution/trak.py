@@ -27,11 +27,11 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from postlude.attribution.engine import Queries
 from postlude.attribution.examples import Batch, Collection
 from postlude.attribution.index import Index
 from postlude.attribution.logra import LoGRA
 from postlude.attribution.outputs import Output, output, token_losses
+from postlude.attribution.queries import Queries
 from postlude.attribution.representation import DenseRepresentation, Recorder
 from postlude.errors import SettingsError
 from postlude.registry import method

@@ -14,7 +14,7 @@ from postlude.cli import _options as options
 from postlude.cli._output import Result, refuse_existing
 
 if TYPE_CHECKING:
-    from postlude.attribution.query import Answer
+    from postlude.attribution.answers import Answer
 
 __all__ = [
     "Index",

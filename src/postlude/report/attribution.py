@@ -36,9 +36,9 @@ from typing import Any
 from torch import Tensor
 
 from postlude import registry
+from postlude.attribution.answers import Answer
 from postlude.attribution.engine import Attributor
 from postlude.attribution.index import Index
-from postlude.attribution.query import Answer
 from postlude.report.environment import environment
 from postlude.report.sheet import finite, folded, style, template
 
