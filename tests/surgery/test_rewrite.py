@@ -21,7 +21,6 @@ from postlude.surgery.rewrite import (
     rotate_residual,
     rotate_values,
     scale_norm_site,
-    scale_product,
     transform_input,
     untie_head,
 )
@@ -110,12 +109,10 @@ def across_heads(model: nn.Module, anatomy: Anatomy) -> Undo:
 
 def scales(model: nn.Module, anatomy: Anatomy) -> Undo:
     undo = Undo()
-    for block, site in anatomy.sites():
+    for _, site in anatomy.sites():
         scale = torch.rand(site.width, generator=generator(), dtype=torch.float64) + 0.5
         if site.norm:
             undo.extend(scale_norm_site(model, site, scale))
-        elif site.name == "down_in" and block.gated:
-            undo.extend(scale_product(model, block, scale))
     return undo
 
 

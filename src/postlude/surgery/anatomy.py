@@ -42,6 +42,7 @@ __all__ = [
     "anatomy_of",
     "check_supported",
     "describes",
+    "is_transposed",
     "kind_of",
     "supported_model_types",
 ]
@@ -62,6 +63,11 @@ class Heads:
     def shared(self) -> int:
         """Query heads of one key/value head."""
         return self.query // self.key_value
+
+
+def is_transposed(module: nn.Module) -> bool:
+    """Whether a linear layer keeps ``[in_features, out_features]``, as transformers' ``Conv1D`` does."""
+    return type(module).__name__ == "Conv1D"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +92,7 @@ class LinearRef:
                 f"{self.module} is a {type(module).__name__} without a plain weight; "
                 "quantized layers cannot be rewritten"
             )
-        return weight, type(module).__name__ == "Conv1D"
+        return weight, is_transposed(module)
 
     def weight(self, model: nn.Module) -> Tensor:
         """``[out_features, in_features]``, a view of the parameter where possible."""

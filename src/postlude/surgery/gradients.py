@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from postlude.errors import ArchitectureError, DataError, SettingsError
-from postlude.surgery.anatomy import Anatomy
+from postlude.surgery.anatomy import Anatomy, is_transposed
 from postlude.surgery.layers import QuantizedLinear
 
 __all__ = [
@@ -162,7 +162,7 @@ def features_of(module: nn.Module, path: str = "the module") -> tuple[int, int]:
     Raises:
         ArchitectureError: not a linear layer, or one through whose input no gradient passes.
     """
-    if type(module).__name__ == "Conv1D" and isinstance(module.weight, Tensor):
+    if is_transposed(module) and isinstance(module.weight, Tensor):
         return int(module.weight.shape[0]), int(module.weight.shape[1])
     if isinstance(module, QuantizedLinear) and module.input_scheme is not None:
         raise ArchitectureError(

@@ -52,44 +52,40 @@ def describe(model: nn.Module) -> dict[str, Any]:
 
     Equal descriptions are stored once: ``modules`` maps a path to an index into ``kinds``.
     """
-    kinds: list[dict[str, Any]] = []
-    modules: dict[str, int] = {}
+    specs: dict[str, dict[str, Any]] = {}
     for path, module in model.named_modules():
         if isinstance(module, QuantizedLinear) and module.factor:
             continue  # described with the layer that has the branch
         if isinstance(module, QuantizedLinear):
-            spec: dict[str, Any] = {"module": "linear", **module.spec()}
+            specs[path] = {"module": "linear", **module.spec()}
         elif isinstance(module, KeyValueQuantizer):
-            spec = {"module": "key_values", **module.spec()}
+            specs[path] = {"module": "key_values", **module.spec()}
         elif isinstance(module, AttentionOperands):
-            spec = {"module": "operands", **module.spec()}
+            specs[path] = {"module": "operands", **module.spec()}
         elif type(module) is nn.RMSNorm and not module.elementwise_affine:
             # One with a gain is the architecture's own.
             size, eps = module.normalized_shape[0], module.eps
-            spec = {"module": "rms_norm", "size": size, "eps": eps}
-        else:
-            continue
-        if spec not in kinds:
-            kinds.append(spec)
-        modules[path] = kinds.index(spec)
+            specs[path] = {"module": "rms_norm", "size": size, "eps": eps}
     embeddings_of = getattr(model, "get_output_embeddings", None)
     head = None if embeddings_of is None else embeddings_of()
     if isinstance(head, nn.Linear) and head.bias is not None:
         # No described architecture has one; folding the bias of a final LayerNorm makes one.
         path = next(path for path, module in model.named_modules() if module is head)
-        modules[path] = len(kinds)
-        kinds.append({"module": "bias", "features": head.out_features})
-    return {"kinds": kinds, "modules": modules}
+        specs[path] = {"module": "bias", "features": head.out_features}
+    return _indexed(specs)
 
 
 def describe_linears(specs: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """The description of a model whose only replaced modules are these layers, by their paths."""
+    return _indexed({path: {"module": "linear", **spec} for path, spec in specs.items()})
+
+
+def _indexed(specs: dict[str, dict[str, Any]]) -> dict[str, Any]:
     kinds: list[dict[str, Any]] = []
     for spec in specs.values():
-        if {"module": "linear", **spec} not in kinds:
-            kinds.append({"module": "linear", **spec})
-    modules = {path: kinds.index({"module": "linear", **spec}) for path, spec in specs.items()}
-    return {"kinds": kinds, "modules": modules}
+        if spec not in kinds:
+            kinds.append(spec)
+    return {"kinds": kinds, "modules": {path: kinds.index(spec) for path, spec in specs.items()}}
 
 
 def _build(model: nn.Module, description: dict[str, Any], dtype: torch.dtype) -> None:

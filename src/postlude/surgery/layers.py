@@ -19,6 +19,7 @@ from postlude.errors import CheckpointError, SettingsError
 from postlude.numerics.low_rank import BranchFormat
 from postlude.numerics.packing import pack, packed_width, unpack
 from postlude.numerics.schemes import Encoded, Scheme
+from postlude.surgery.anatomy import is_transposed
 from postlude.surgery.stored_types import StoredTypes
 from postlude.surgery.transforms import Transform, build_transform
 
@@ -195,7 +196,7 @@ class QuantizedLinear(StoredTypes):
         matrix = module.weight
         if not isinstance(matrix, Tensor):
             raise TypeError(f"{type(module).__name__} has no weight to be shaped like")
-        shape = matrix.T.shape if type(module).__name__ == "Conv1D" else matrix.shape
+        shape = matrix.T.shape if is_transposed(module) else matrix.shape
         bias = getattr(module, "bias", None)
         layer = cls(
             shape[1],

@@ -19,7 +19,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from postlude.errors import ArchitectureError, SettingsError
+from postlude.errors import ArchitectureError
 from postlude.surgery.anatomy import (
     Block,
     LanguageAnatomy,
@@ -27,6 +27,7 @@ from postlude.surgery.anatomy import (
     LinearRef,
     Modulation,
     Site,
+    is_transposed,
 )
 from postlude.surgery.key_values import KeyValueQuantizer, attach, detach, use_rotating_attention
 from postlude.surgery.layers import QuantizedLinear
@@ -41,7 +42,6 @@ __all__ = [
     "rotate_residual",
     "rotate_values",
     "scale_norm_site",
-    "scale_product",
     "shift_norm_site",
     "transform_input",
     "untie_head",
@@ -85,9 +85,8 @@ def _put_linear(
     module = model.get_submodule(ref.module)
     rows = slice(*ref.rows) if ref.rows else slice(None)
     if weight is not None:
-        transposed = type(module).__name__ == "Conv1D"
         whole = cast(Tensor, module.weight).data.clone()
-        (whole.T if transposed else whole)[rows] = weight.to(whole.dtype)
+        (whole.T if is_transposed(module) else whole)[rows] = weight.to(whole.dtype)
         _put(undo, cast(nn.Parameter, module.weight), whole)
     if bias is not None:
         existing = cast("nn.Parameter | None", module.bias)
@@ -341,29 +340,3 @@ def _scale_modulation(undo: Undo, model: nn.Module, modulation: Modulation, scal
         # 1 + a is divided, so the 1 goes through the bias.
         moved = None if bias is None else (offset + bias.double()) / scale - offset
         _put_linear(undo, model, ref, ref.weight(model).double() / scale[:, None], moved)
-
-
-def scale_product(model: nn.Module, block: LanguageBlock, scale: Tensor) -> Undo:
-    """Divide the up-projection's output by ``scale`` per channel and multiply the down-projection's columns.
-
-    Exact for a gated MLP, whose product is linear in the up-projection.
-
-    Raises:
-        SettingsError: the MLP is not gated.
-    """
-    if not block.gated:
-        raise SettingsError(
-            "only a gated MLP lets a scale pass from its up- to its down-projection"
-        )
-    undo = Undo()
-    up, down = block.linear("up"), block.linear("down")
-    bias = up.bias(model)
-    _put_linear(
-        undo,
-        model,
-        up,
-        up.weight(model).double() / scale.double()[:, None],
-        None if bias is None else bias.double() / scale.double(),
-    )
-    _put_linear(undo, model, down, down.weight(model).double() * scale.double())
-    return undo

@@ -22,7 +22,15 @@ from postlude.surgery.anatomy import (
     describes,
 )
 
-__all__ = ["adaptive", "attention_sites", "dit", "feed_forward", "linear_site"]
+__all__ = [
+    "adaptive",
+    "attention_sites",
+    "cross_attention_sites",
+    "dit",
+    "feed_forward",
+    "heads_of",
+    "linear_site",
+]
 
 _PLAIN = ("GELU", "ApproximateGELU", "LinearActivation")
 # Class name of the activation to the order of its two halves.
@@ -44,6 +52,11 @@ def linear_site(model: Any, name: str, readers: dict[str, Role], **more: Any) ->
     return Site(name, width, tuple(LinearRef(*one) for one in readers.items()), **more)
 
 
+def heads_of(config: Any) -> Heads:
+    """Head structure of a transformer of diffusers, by its configuration."""
+    return Heads(config.num_attention_heads, config.num_attention_heads, config.attention_head_dim)
+
+
 def attention_sites(
     model: Any,
     path: str,
@@ -61,6 +74,15 @@ def attention_sites(
     return (
         linear_site(model, "qkv_in", readers, norm=norm, modulation=modulation),
         linear_site(model, "o_in", {f"{path}.to_out.0": "output"}, writers=(value,), heads=heads),
+    )
+
+
+def cross_attention_sites(model: Any, path: str, heads: Heads) -> tuple[Site, Site, Site]:
+    """``cross_q_in``, ``cross_o_in`` and, of the text, ``cross_kv_in`` of an ``Attention`` of diffusers to a text."""
+    return (
+        linear_site(model, "cross_q_in", {f"{path}.to_q": "query"}),
+        linear_site(model, "cross_o_in", {f"{path}.to_out.0": "output"}, heads=heads),
+        linear_site(model, "cross_kv_in", {f"{path}.to_k": "key", f"{path}.to_v": "value"}),
     )
 
 
@@ -98,7 +120,7 @@ def feed_forward(
 def dit(model: Any) -> Anatomy:
     """Anatomy of a ``DiTTransformer2DModel``."""
     config = model.config
-    heads = Heads(config.num_attention_heads, config.num_attention_heads, config.attention_head_dim)
+    heads = heads_of(config)
     hidden = heads.query * heads.size
     # An affine norm before the modulation would have to take a scale in as well.
     plain = not config.norm_elementwise_affine

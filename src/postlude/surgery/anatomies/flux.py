@@ -10,8 +10,14 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from postlude.surgery.anatomies.dit import adaptive, attention_sites, feed_forward, linear_site
-from postlude.surgery.anatomy import Anatomy, Block, Heads, Input, Role, Site, describes
+from postlude.surgery.anatomies.dit import (
+    adaptive,
+    attention_sites,
+    feed_forward,
+    heads_of,
+    linear_site,
+)
+from postlude.surgery.anatomy import Anatomy, Block, Input, Role, Site, describes
 
 __all__ = ["flux"]
 
@@ -23,7 +29,7 @@ _STREAMS = ("encoder_hidden_states", "hidden_states")
 def flux(model: Any) -> Anatomy:
     """Anatomy of a ``FluxTransformer2DModel``."""
     config = model.config
-    heads = Heads(config.num_attention_heads, config.num_attention_heads, config.attention_head_dim)
+    heads = heads_of(config)
     hidden = heads.query * heads.size
 
     def of_text(site: Site) -> Site:

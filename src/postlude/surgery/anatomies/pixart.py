@@ -10,8 +10,13 @@ from __future__ import annotations
 from typing import Any
 
 from postlude.errors import ArchitectureError
-from postlude.surgery.anatomies.dit import attention_sites, feed_forward, linear_site
-from postlude.surgery.anatomy import Anatomy, Block, Heads, Input, describes
+from postlude.surgery.anatomies.dit import (
+    attention_sites,
+    cross_attention_sites,
+    feed_forward,
+    heads_of,
+)
+from postlude.surgery.anatomy import Anatomy, Block, Input, describes
 
 __all__ = ["pixart"]
 
@@ -25,25 +30,21 @@ def pixart(model: Any) -> Anatomy:
             f"PixArt with attention_type {config.attention_type!r} and cross_attention_dim "
             f"{config.cross_attention_dim} is not described; expected 'default' and a number"
         )
-    heads = Heads(config.num_attention_heads, config.num_attention_heads, config.attention_head_dim)
+    heads = heads_of(config)
 
     def block(index: int) -> Block:
         name = f"transformer_blocks.{index}"
-        cross = f"{name}.attn2"
+        queries, output, keys_values = cross_attention_sites(model, f"{name}.attn2", heads)
         return Block(
             index=index,
             name=name,
             sites=(
                 *attention_sites(model, f"{name}.attn1", heads),
-                linear_site(model, "cross_q_in", {f"{cross}.to_q": "query"}),
-                linear_site(model, "cross_o_in", {f"{cross}.to_out.0": "output"}, heads=heads),
+                queries,
+                output,
                 *feed_forward(model, f"{name}.ff"),
             ),
-            kept=(
-                linear_site(
-                    model, "cross_kv_in", {f"{cross}.to_k": "key", f"{cross}.to_v": "value"}
-                ),
-            ),
+            kept=(keys_values,),
         )
 
     text = config.caption_channels or config.cross_attention_dim

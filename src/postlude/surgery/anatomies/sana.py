@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from postlude.errors import ArchitectureError
-from postlude.surgery.anatomies.dit import attention_sites, linear_site
+from postlude.surgery.anatomies.dit import attention_sites, cross_attention_sites, heads_of
 from postlude.surgery.anatomy import Anatomy, Block, Heads, Input, describes
 
 __all__ = ["sana"]
@@ -23,28 +23,21 @@ def sana(model: Any) -> Anatomy:
     config = model.config
     if config.cross_attention_dim is None:
         raise ArchitectureError("Sana without cross-attention is not described")
-    own = Heads(config.num_attention_heads, config.num_attention_heads, config.attention_head_dim)
-    across = config.num_cross_attention_heads
-    cross_heads = Heads(across, across, config.cross_attention_head_dim)
+    own, count = heads_of(config), config.num_cross_attention_heads
+    cross_heads = Heads(count, count, config.cross_attention_head_dim)
 
     def block(index: int) -> Block:
         name = f"transformer_blocks.{index}"
-        cross = f"{name}.attn2"
+        queries, output, keys_values = cross_attention_sites(model, f"{name}.attn2", cross_heads)
         return Block(
             index=index,
             name=name,
             sites=(
                 *attention_sites(model, f"{name}.attn1", own),
-                linear_site(model, "cross_q_in", {f"{cross}.to_q": "query"}),
-                linear_site(
-                    model, "cross_o_in", {f"{cross}.to_out.0": "output"}, heads=cross_heads
-                ),
+                queries,
+                output,
             ),
-            kept=(
-                linear_site(
-                    model, "cross_kv_in", {f"{cross}.to_k": "key", f"{cross}.to_v": "value"}
-                ),
-            ),
+            kept=(keys_values,),
             float_modules=tuple(f"{name}.ff.{part}" for part in _CONVOLUTIONS),
         )
 

@@ -23,7 +23,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from postlude.surgery.kernels.kernel import Kernel, integer_format, rounded_input, rounding_cost
+from postlude.surgery.kernels.kernel import (
+    Kernel,
+    integer_format,
+    no_cpu_op,
+    rounded_input,
+    rounding_cost,
+)
 from postlude.surgery.kernels.layouts import Int4Pack, Layout, group_of, int4pack_block
 from postlude.surgery.layers import QuantizedLinear
 
@@ -44,11 +50,8 @@ class Int4PackMatmul(Kernel):
         format_ = integer_format(layer)
         if format_ is None or format_.bits != 4:
             return "takes 4-bit integer weights"
-        if device.type != "cpu":
-            return f"runs on the CPU, the layer is on {device.type}"
-        if dtype != torch.bfloat16:
-            name = str(dtype).removeprefix("torch.")
-            return f"takes bfloat16 activations; with {name} the op falls to a slow path"
+        if (reason := no_cpu_op(dtype, device)) is not None:
+            return reason
         if not group_of(layer)[0]:
             return f"takes groups that are a multiple of 32, not {layer.weight_scheme.granularity}"  # type: ignore[union-attr]
         if int4pack_block() is None:

@@ -9,7 +9,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from postlude.surgery.kernels.kernel import Kernel, integer_format, rounded_input, rounding_cost
+from postlude.surgery.kernels.kernel import (
+    Kernel,
+    integer_format,
+    no_cpu_op,
+    rounded_input,
+    rounding_cost,
+)
 from postlude.surgery.kernels.layouts import Int8, Layout
 from postlude.surgery.layers import QuantizedLinear
 
@@ -31,12 +37,7 @@ class Int8PackMatmul(Kernel):
         if layer.in_features % 16:
             # The op reads whole vectors, and crashes past the end of the last row.
             return f"takes a multiple of 16 inputs, not {layer.in_features}"
-        if device.type != "cpu":
-            return f"runs on the CPU, the layer is on {device.type}"
-        if dtype != torch.bfloat16:
-            name = str(dtype).removeprefix("torch.")
-            return f"takes bfloat16 activations; with {name} the op falls to a slow path"
-        return None
+        return no_cpu_op(dtype, device)
 
     def cost(self, layer: QuantizedLinear, rows: int, layout: str) -> float:
         weights = layer.in_features * layer.out_features

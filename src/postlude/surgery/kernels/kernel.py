@@ -14,7 +14,15 @@ from postlude.numerics.formats import Integer
 from postlude.surgery.kernels.layouts import Layout
 from postlude.surgery.layers import QuantizedLinear
 
-__all__ = ["Kernel", "integer_format", "no_triton", "pieces", "rounded_input", "rounding_cost"]
+__all__ = [
+    "Kernel",
+    "integer_format",
+    "no_cpu_op",
+    "no_triton",
+    "pieces",
+    "rounded_input",
+    "rounding_cost",
+]
 
 # Entries of an input that are rounded at once on a CPU: fp32 copies of them stay in the cache.
 _CACHED = 1 << 17
@@ -85,6 +93,16 @@ def rounded_input(layer: QuantizedLinear, x: Tensor) -> Tensor:
     for part in parts:
         out[part] = layer.quantized_input(x[part])
     return out
+
+
+def no_cpu_op(dtype: torch.dtype, device: torch.device) -> str | None:
+    """Why PyTorch's CPU operators on packed weights cannot run on such inputs; None where they can."""
+    if device.type != "cpu":
+        return f"runs on the CPU, the layer is on {device.type}"
+    if dtype != torch.bfloat16:
+        name = str(dtype).removeprefix("torch.")
+        return f"takes bfloat16 activations; with {name} the op falls to a slow path"
+    return None
 
 
 def no_triton(device: torch.device) -> str | None:
