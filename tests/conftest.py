@@ -31,6 +31,11 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+def pytest_unconfigure() -> None:
+    # Libraries count what is left of theirs when the interpreter ends, and print it.
+    gc.unfreeze()
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> None:
     # Tensors are tiny here, and threads that wait for a busy core cost ten times what they save.
