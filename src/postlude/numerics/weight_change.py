@@ -83,7 +83,8 @@ def energy_rank(values: Tensor, share: float) -> int:
 
 def change_spectrum(base: Tensor, tuned: Tensor) -> Tensor:
     """Singular values ``[min(rows, columns)]`` of ``tuned - base``, both fp64 ``[rows, columns]``, falling."""
-    return torch.linalg.svdvals(_tall(tuned - base))
+    values: Tensor = torch.linalg.svdvals(_tall(tuned - base))
+    return values
 
 
 def intruder_cosines(base: Tensor, tuned: Tensor, top: int) -> Tensor:
@@ -149,5 +150,6 @@ def _tall(matrix: Tensor) -> Tensor:
 
 def _left_vectors(matrix: Tensor) -> Tensor:
     """Columns, ``[rows, min(rows, columns)]``, by falling singular value."""
+    left: Tensor
     left, _, right = torch.linalg.svd(_tall(matrix), full_matrices=False)
-    return left if matrix.shape[0] >= matrix.shape[1] else right.T
+    return left if matrix.shape[0] >= matrix.shape[1] else right.mT
