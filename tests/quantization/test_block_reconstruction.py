@@ -21,7 +21,7 @@ from postlude.quantization.iands_vit import IandSViT
 from postlude.runs.checkpoint import Checkpoint
 from postlude.surgery.capture import BlockWalk
 from postlude.surgery.layers import QuantizedLinear, quantized_linears
-from postlude.surgery.static_quantizers import StaticQuantizer, switch
+from postlude.surgery.static_quantizers import StaticQuantizer, switch_static_quantizers
 
 from .test_vision import build, pictures
 
@@ -98,7 +98,7 @@ def test_gradients_through_a_block_are_those_of_autograd_and_of_differences() ->
 
 def test_a_fixed_grid_lets_gradients_pass() -> None:
     checkpoint = prepared()
-    switch(checkpoint.model, on=True)
+    switch_static_quantizers(checkpoint.model, on=True)
     grids = [m for m in checkpoint.model.modules() if isinstance(m, StaticQuantizer)]
     assert grids
     for grid in grids[:8]:

@@ -17,7 +17,11 @@ from postlude.quantization.vision import reparameterise
 from postlude.runs.checkpoint import Checkpoint
 from postlude.surgery.anatomy import anatomy_of
 from postlude.surgery.capture import observe
-from postlude.surgery.static_quantizers import AttentionOperands, StaticQuantizer, switch
+from postlude.surgery.static_quantizers import (
+    AttentionOperands,
+    StaticQuantizer,
+    switch_static_quantizers,
+)
 
 
 def build(model_type: str = "vit", seed: int = 0, **settings: Any) -> Checkpoint:
@@ -154,7 +158,7 @@ def test_attention_and_gelu_are_rounded_for_real() -> None:
     before = outputs(made)
     assert all(len(p.unique()) <= 17 for p in probabilities) and len(probabilities) == 2
     assert all(len(p.unique()) <= 17 for p in products) and len(products) == 2
-    switch(made.model, on=False)
+    switch_static_quantizers(made.model, on=False)
     assert not torch.equal(outputs(made), before)
 
 

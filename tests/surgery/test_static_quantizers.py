@@ -13,7 +13,11 @@ from postlude.numerics.activation_grids import (
     Uniform,
 )
 from postlude.surgery.layers import QuantizedLinear
-from postlude.surgery.static_quantizers import AttentionOperands, StaticQuantizer, switch
+from postlude.surgery.static_quantizers import (
+    AttentionOperands,
+    StaticQuantizer,
+    switch_static_quantizers,
+)
 
 
 def quantizer(bits: int = 4) -> StaticQuantizer:
@@ -48,9 +52,9 @@ def test_a_layer_rounds_its_input_first_and_is_described_with_it() -> None:
     again = QuantizedLinear.from_spec(layer.spec(), torch.float32)
     again.load_state_dict(layer.state_dict())
     assert torch.equal(again(x), layer(x))
-    switch(layer, on=False)
+    switch_static_quantizers(layer, on=False)
     assert torch.equal(layer(x), linear(x))
-    switch(layer, on=True)
+    switch_static_quantizers(layer, on=True)
     assert torch.equal(layer(x), again(x))
 
 

@@ -37,8 +37,8 @@ __all__ = [
     "STEPS",
     "ActivationGrid",
     "AdaLog",
+    "GridParameters",
     "LogSqrt2",
-    "Parameters",
     "Score",
     "ShiftLog",
     "Tangent",
@@ -54,7 +54,9 @@ GELU_SHIFT = 0.1699712
 STEPS = 37
 """Parts of an octave that AdaLog's bases are counted in."""
 
-Parameters = dict[str, Tensor]
+GridParameters = dict[str, Tensor]
+"""By the names in :attr:`ActivationGrid.names`."""
+
 # How bad a rounded tensor is, the smaller the better.
 Score = Callable[[Tensor], float]
 
@@ -83,7 +85,7 @@ class ActivationGrid(Described, noun="grid of activations"):
         """``x`` in codes and back, in the type of ``x``."""
 
     @abstractmethod
-    def fit(self, x: Tensor, score: Score | None = None) -> Parameters:
+    def fit(self, x: Tensor, score: Score | None = None) -> GridParameters:
         """Parameters for values like ``x``, one set for all of it.
 
         Args:
@@ -91,7 +93,9 @@ class ActivationGrid(Described, noun="grid of activations"):
             score: what is to be small; the mean squared error where there is none.
         """
 
-    def _best(self, x: Tensor, candidates: list[Parameters], score: Score | None) -> Parameters:
+    def _best(
+        self, x: Tensor, candidates: list[GridParameters], score: Score | None
+    ) -> GridParameters:
         """The first of the candidates with the least score."""
         judge = score or (lambda rounded: float((rounded - x).square().mean()))
         scores = [judge(self.round_trip(x, candidate)) for candidate in candidates]
@@ -148,7 +152,7 @@ class Uniform(ActivationGrid):
         codes = torch.round(x / scale + zero).clamp(0, 2**self.bits - 1)
         return (codes - zero) * scale
 
-    def fit(self, x: Tensor, score: Score | None = None) -> Parameters:
+    def fit(self, x: Tensor, score: Score | None = None) -> GridParameters:
         scale, zero = percentile_range(x.reshape(-1, 1), self.bits)
         return {"scale": scale.float(), "zero_point": zero.float()}
 
@@ -168,7 +172,7 @@ class LogSqrt2(ActivationGrid):
         value = scale * torch.exp2(-torch.ceil(kept / 2)) * odd
         return torch.where(codes < 2**self.bits, value, torch.zeros_like(value))
 
-    def fit(self, x: Tensor, score: Score | None = None) -> Parameters:
+    def fit(self, x: Tensor, score: Score | None = None) -> GridParameters:
         return self._best(x, [{"scale": top} for top in _largest(x)], score)
 
 
@@ -206,8 +210,8 @@ class AdaLog(ActivationGrid):
         value = value * table[(exponent % STEPS).long()]
         return torch.where(codes < 2**self.bits, value, torch.zeros_like(value)) - self.shift
 
-    def fit(self, x: Tensor, score: Score | None = None) -> Parameters:
-        def candidate(scale: float, base: int) -> Parameters:
+    def fit(self, x: Tensor, score: Score | None = None) -> GridParameters:
+        def candidate(scale: float, base: int) -> GridParameters:
             return {
                 "scale": torch.tensor([scale], device=x.device),
                 "base": torch.tensor([float(base)], device=x.device),
@@ -249,7 +253,7 @@ class ShiftLog(ActivationGrid):
         codes = torch.round((torch.log2((x + eta).clamp(min=1e-15)) - low) / step)
         return torch.exp2(torch.round(codes.clamp(0, 2**self.bits - 1) * step + low)) - eta
 
-    def fit(self, x: Tensor, score: Score | None = None) -> Parameters:
+    def fit(self, x: Tensor, score: Score | None = None) -> GridParameters:
         candidates = []
         for eta in _ETAS:
             logs = torch.log2((x + eta).clamp(min=1e-15))
@@ -272,7 +276,7 @@ class Tangent(ActivationGrid):
         bent = torch.tan(theta * (x / scale).clamp(0, 1)) / torch.tan(theta)
         return torch.atan(torch.round(bent * most) / most * torch.tan(theta)) * scale / theta
 
-    def fit(self, x: Tensor, score: Score | None = None) -> Parameters:
+    def fit(self, x: Tensor, score: Score | None = None) -> GridParameters:
         top = x.max().clamp(min=1e-8).reshape(1).float()
         thetas = (1e-3, *(0.1 * i for i in range(1, 15)))
         candidates = [{"scale": top, "theta": torch.tensor([t], device=x.device)} for t in thetas]
@@ -292,7 +296,7 @@ class TwoSided(ActivationGrid):
         most = 2 ** (self.bits - 1) - 1
         return torch.round(x / step).clamp(-most, most) * step
 
-    def fit(self, x: Tensor, score: Score | None = None) -> Parameters:
+    def fit(self, x: Tensor, score: Score | None = None) -> GridParameters:
         most = 2 ** (self.bits - 1) - 1
         candidates = [
             {

@@ -52,9 +52,7 @@ class DenseInverse:
     @classmethod
     def of(cls, h: Tensor, damping: float) -> DenseInverse:
         """From ``H [D, D]``, symmetric positive semi-definite, of which the lower triangle is read."""
-        matrix = h.to(torch.float64, copy=True)
-        matrix.diagonal().add_(damping)
-        return cls(_cholesky(matrix, damping))
+        return cls(_damped_cholesky(h, damping))
 
     def apply(self, x: Tensor) -> Tensor:
         """``(H + lam I)^-1 x`` of every row of ``[..., D]``."""
@@ -151,9 +149,7 @@ class GramInverse:
     @classmethod
     def of(cls, gram: Tensor, damping: float) -> GramInverse:
         """From ``K [N, N]``, of which the lower triangle is read."""
-        matrix = gram.to(torch.float64, copy=True)
-        matrix.diagonal().add_(damping)
-        return cls(_cholesky(matrix, damping), damping)
+        return cls(_damped_cholesky(gram, damping), damping)
 
     def scores(self, products: Tensor) -> Tensor:
         """``[Q, N]`` damped scores from the inner products ``[Q, N]`` of queries with all rows."""
@@ -170,7 +166,10 @@ class GramInverse:
         return 1 - self.damping * inverse.diagonal()
 
 
-def _cholesky(matrix: Tensor, damping: float) -> Tensor:
+def _damped_cholesky(matrix: Tensor, damping: float) -> Tensor:
+    """Of ``matrix + damping I``, in fp64."""
+    matrix = matrix.to(torch.float64, copy=True)
+    matrix.diagonal().add_(damping)
     lower, failed = torch.linalg.cholesky_ex(matrix)
     if bool(failed):
         raise SettingsError(

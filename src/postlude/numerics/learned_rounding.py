@@ -22,10 +22,9 @@ from torch import Tensor
 
 from postlude.errors import SettingsError
 from postlude.numerics.formats import Integer
-from postlude.numerics.schemes import Encoded, Scheme
+from postlude.numerics.schemes import Encoded, ScaleAndZero, Scheme
 
 __all__ = [
-    "Parameters",
     "Rounding",
     "StraightThrough",
     "Trained",
@@ -34,9 +33,6 @@ __all__ = [
 ]
 
 _LOW, _HIGH = -0.1, 1.1
-
-# Scale and zero point of a grid.
-Parameters = tuple[Tensor, Tensor | None]
 
 
 class Trained(Protocol):
@@ -80,7 +76,7 @@ class StraightThrough:
     """
 
     def __init__(
-        self, weight: Tensor, scheme: Scheme, parameters: Parameters | None = None
+        self, weight: Tensor, scheme: Scheme, parameters: ScaleAndZero | None = None
     ) -> None:
         self.scheme = scheme
         self._parameters = parameters or scheme.parameters(weight)
@@ -111,7 +107,7 @@ class Rounding:
     """
 
     def __init__(
-        self, weight: Tensor, scheme: Scheme, parameters: Parameters | None = None
+        self, weight: Tensor, scheme: Scheme, parameters: ScaleAndZero | None = None
     ) -> None:
         if not isinstance(scheme.format, Integer):
             raise SettingsError(

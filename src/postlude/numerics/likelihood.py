@@ -25,7 +25,14 @@ from torch.autograd.function import once_differentiable
 
 from postlude.errors import DataError, SettingsError
 
-__all__ = ["TokenStatistics", "kl_divergence", "token_log_probability", "token_statistics"]
+__all__ = [
+    "TokenStatistics",
+    "check_head",
+    "check_targets",
+    "kl_divergence",
+    "token_log_probability",
+    "token_statistics",
+]
 
 _TOKENS = 1024  # tokens per piece of logits
 
@@ -75,8 +82,8 @@ def token_log_probability(
     Raises:
         DataError: shapes that do not fit, or a target outside of the vocabulary.
     """
-    precision = _check(hidden, weight, bias, chunk, precision)
-    _check_targets(targets, hidden, weight)
+    precision = check_head(hidden, weight, bias, chunk, precision)
+    check_targets(targets, hidden, weight)
     return _log_probability(hidden, weight, bias, targets, chunk, precision)
 
 
@@ -93,8 +100,8 @@ def token_statistics(
     Two passes over the vocabulary: the second compares logits formed exactly as the target's was, which a product
     formed for the target alone is not. Arguments as for ``token_log_probability``.
     """
-    precision = _check(hidden, weight, bias, chunk, precision)
-    _check_targets(targets, hidden, weight)
+    precision = check_head(hidden, weight, bias, chunk, precision)
+    check_targets(targets, hidden, weight)
     with torch.no_grad():
         target_logit, total = _target_pass(hidden, weight, bias, targets, chunk, precision)
         logsumexp = total.logsumexp
@@ -142,8 +149,8 @@ def kl_divergence(
     Returns:
         ``kl [T]`` in nats, fp32 or fp64, and ``agree [T]`` bool.
     """
-    precision_p = _check(hidden_p, weight_p, bias_p, chunk, precision)
-    precision_q = _check(hidden_q, weight_q, bias_q, chunk, precision)
+    precision_p = check_head(hidden_p, weight_p, bias_p, chunk, precision)
+    precision_q = check_head(hidden_q, weight_q, bias_q, chunk, precision)
     if len(hidden_p) != len(hidden_q) or len(weight_p) != len(weight_q):
         raise DataError(
             f"Cannot compare {len(hidden_p)} tokens over {len(weight_p)} words with {len(hidden_q)} tokens over "
@@ -326,14 +333,19 @@ def _at_target(
     piece.index_put_((rows, offset[rows]), value.expand(len(targets))[rows], accumulate=accumulate)
 
 
-def _check(
+def check_head(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
     chunk: int,
     precision: torch.dtype | None,
 ) -> torch.dtype:
-    """The dtype of the products."""
+    """The dtype of the products: ``precision``, or at least fp32.
+
+    Raises:
+        DataError: shapes that do not fit.
+        SettingsError: a chunk or a precision that cannot be.
+    """
     if (
         hidden.ndim != 2
         or weight.ndim != 2
@@ -357,7 +369,12 @@ def _check(
     return precision
 
 
-def _check_targets(targets: Tensor, hidden: Tensor, weight: Tensor) -> None:
+def check_targets(targets: Tensor, hidden: Tensor, weight: Tensor) -> None:
+    """Refuse targets ``[T]`` that are no words of the head.
+
+    Raises:
+        DataError: not one whole number for each token, or one outside of the vocabulary.
+    """
     if targets.shape != hidden.shape[:1] or targets.is_floating_point():
         raise DataError(
             f"Targets have shape {tuple(targets.shape)} and dtype {targets.dtype}; expected ({len(hidden)},) integers."

@@ -21,7 +21,6 @@ from postlude.numerics.streaming import (
     positive,
     require_same,
     token_rows,
-    working_dtype,
 )
 
 __all__ = ["AbsMax", "MeanVariance", "RowSample", "SecondMoment", "TopToken"]
@@ -53,7 +52,7 @@ class SecondMoment(Statistic):
         """Take in ``x [..., width]``."""
         rows = token_rows(x, self.width)
         self._sum = beside_batch(self._sum, rows, self.count)
-        precision = torch.promote_types(self.precision, working_dtype(rows))
+        precision = torch.promote_types(self.precision, rows.dtype)
         for block in blocks(rows):
             block = block.to(precision)
             self._sum += block.T @ block
@@ -281,7 +280,7 @@ class RowSample(Statistic):
         # Drawn anew for every batch from where it starts, so that nothing but the count has to be kept.
         generator = torch.Generator().manual_seed((self.seed * 1_000_003 + self.count) % 2**32)
         keys = torch.rand(len(rows), dtype=torch.float64, generator=generator)
-        self._take(rows.to(working_dtype(rows)), keys)
+        self._take(rows.to(torch.promote_types(rows.dtype, torch.float32)), keys)
         self.count += len(rows)
 
     def _take(self, rows: Tensor, keys: Tensor) -> None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from postlude.errors import SettingsError
-from postlude.numerics.schemes import Encoded, Scheme
+from postlude.numerics.schemes import Encoded, ScaleAndZero, Scheme, working
 
 # Weights whose range is searched together: a few such buffers fit a core's cache.
 _CLIP_ENTRIES = 2**17
@@ -25,7 +25,7 @@ __all__ = ["clip_search", "gptq", "inverse_cholesky", "nearest"]
 
 def nearest(weight: Tensor, scheme: Scheme, *, clip: bool = False) -> Encoded:
     """Round to nearest, optionally with the clip search."""
-    return scheme.encode(weight, scheme.parameters(weight, _shrink(weight, scheme, clip)))
+    return scheme.encode(weight, _parameters(weight, scheme, clip))
 
 
 def clip_search(
@@ -48,7 +48,7 @@ def clip_search(
 
 
 def _clip_rows(weight: Tensor, scheme: Scheme, power: float, lowest: float) -> Tensor:
-    grouped = scheme.granularity.split(weight if weight.dtype == torch.float64 else weight.float())
+    grouped = scheme.granularity.split(working(weight))
     # A short last group must not count the entries that only fill it up.
     counted = torch.ones_like(weight[:1], dtype=grouped.dtype)
     missing = -weight.shape[1] % (scheme.granularity.size or 1)
@@ -71,8 +71,8 @@ def _clip_rows(weight: Tensor, scheme: Scheme, power: float, lowest: float) -> T
     return best
 
 
-def _shrink(weight: Tensor, scheme: Scheme, clip: bool) -> Tensor | float:
-    return clip_search(weight, scheme) if clip else 1.0
+def _parameters(weight: Tensor, scheme: Scheme, clip: bool) -> ScaleAndZero:
+    return scheme.parameters(weight, clip_search(weight, scheme) if clip else 1.0)
 
 
 def inverse_cholesky(hessian: Tensor, damping: float) -> Tensor:
@@ -128,20 +128,19 @@ def gptq(
         SettingsError: the damped Hessian is not positive definite.
     """
     out_features, in_features = weight.shape
-    work = torch.float64 if weight.dtype == torch.float64 else torch.float32
     dead = hessian.diagonal() == 0
     hessian = hessian.clone()
     hessian.diagonal()[dead] = 1
     # Transposed, so that a column is contiguous.
-    columns = weight.to(work).T.contiguous()
+    columns = working(weight).T.contiguous()
     columns[dead] = 0
-    scale, zero_point = _row_parameters(columns.T, scheme, clip)
+    scale, zero_point = _parameters(columns.T, scheme, clip)
     group = scheme.granularity.size
 
     order = torch.argsort(hessian.diagonal(), descending=True, stable=True) if act_order else None
     if order is not None:
         columns, hessian = columns[order], hessian[order][:, order]
-    inverse = inverse_cholesky(hessian, damping).to(work)
+    inverse = inverse_cholesky(hessian, damping).to(columns)
 
     codes = torch.empty(in_features, out_features, dtype=torch.uint8, device=weight.device)
     scales, zeros = scale, zero_point
@@ -162,7 +161,7 @@ def gptq(
                 ahead = columns[index:end].clone()
                 if end > stop:
                     ahead[stop - index :] -= inverse[start:index, stop:end].T @ errors[:local]
-                fresh, fresh_zero = _row_parameters(ahead.T, scheme, clip)
+                fresh, fresh_zero = _parameters(ahead.T, scheme, clip)
                 scales[:, index // group] = fresh[:, 0]
                 if zeros is not None and fresh_zero is not None:
                     zeros[:, index // group] = fresh_zero[:, 0]
@@ -186,7 +185,3 @@ def gptq(
         None if zeros is None else zeros.to(scheme.zero_point_dtype),
         scheme,
     )
-
-
-def _row_parameters(weight: Tensor, scheme: Scheme, clip: bool) -> tuple[Tensor, Tensor | None]:
-    return scheme.parameters(weight, _shrink(weight, scheme, clip))

@@ -17,7 +17,10 @@ from postlude.errors import SettingsError
 from postlude.numerics.formats import Format, Integer
 from postlude.numerics.packing import packed_width
 
-__all__ = ["Encoded", "Granularity", "Scheme"]
+__all__ = ["Encoded", "Granularity", "ScaleAndZero", "Scheme", "working"]
+
+ScaleAndZero = tuple[Tensor, Tensor | None]
+"""The parameters of a grid: scale, and zero point where there is one."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,7 +138,7 @@ class Scheme:
             data["clip"],
         )
 
-    def parameters(self, x: Tensor, shrink: Tensor | float = 1.0) -> tuple[Tensor, Tensor | None]:
+    def parameters(self, x: Tensor, shrink: Tensor | float = 1.0) -> ScaleAndZero:
         """Scale and zero point from the range of ``x``.
 
         Args:
@@ -145,10 +148,10 @@ class Scheme:
         Returns:
             ``(scale, zero_point)``, both ``[..., groups]``, as floats that hold exactly what is stored.
         """
-        grouped = self.granularity.split(_working(x))
+        grouped = self.granularity.split(working(x))
         return self.parameters_of(grouped.amin(-1) * shrink, grouped.amax(-1) * shrink)
 
-    def parameters_of(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor | None]:
+    def parameters_of(self, low: Tensor, high: Tensor) -> ScaleAndZero:
         """Scale and zero point for groups between ``low`` and ``high``, both ``[..., groups]``; see above."""
         if self.clip != 1:
             low, high = low * self.clip, high * self.clip
@@ -165,7 +168,7 @@ class Scheme:
     def encode(
         self,
         x: Tensor,
-        parameters: tuple[Tensor, Tensor | None] | None = None,
+        parameters: ScaleAndZero | None = None,
     ) -> Encoded:
         """Quantize ``[..., width]`` to the nearest values.
 
@@ -174,7 +177,7 @@ class Scheme:
             parameters: scale and zero point to use; from the range of ``x`` when absent.
         """
         scale, zero_point = parameters or self.parameters(x)
-        grouped = self.granularity.split(_working(x))
+        grouped = self.granularity.split(working(x))
         codes = self.format.encode(grouped, scale.unsqueeze(-1), _unsqueeze(zero_point))
         stored = None if zero_point is None else zero_point.to(self.zero_point_dtype)
         return Encoded(
@@ -194,7 +197,7 @@ class Scheme:
     def round_trip(self, x: Tensor) -> Tensor:
         """Encode and decode, in the type of ``x``: what a quantized tensor is replaced by."""
         scale, zero_point = self.parameters(x)
-        grouped = self.granularity.split(_working(x))
+        grouped = self.granularity.split(working(x))
         scale, zero = scale.unsqueeze(-1), _unsqueeze(zero_point)
         values = self.format.decode(self.format.encode(grouped, scale, zero), scale, zero)
         return self.granularity.join(values, x.shape).to(x.dtype)
@@ -222,7 +225,7 @@ class Scheme:
         )
 
 
-def _working(x: Tensor) -> Tensor:
+def working(x: Tensor) -> Tensor:
     """fp64 stays fp64; everything else is computed in fp32."""
     return x if x.dtype == torch.float64 else x.float()
 

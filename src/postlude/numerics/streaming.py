@@ -31,7 +31,6 @@ __all__ = [
     "positive",
     "require_same",
     "token_rows",
-    "working_dtype",
 ]
 
 _BLOCK_ENTRIES = 2**22  # entries of a batch that are converted and worked on at a time
@@ -112,11 +111,6 @@ def token_rows(x: Tensor, width: int) -> Tensor:
     if not x.is_floating_point():
         raise DataError(f"A statistic needs a floating-point tensor; got {x.dtype}.")
     return x.detach().reshape(-1, width)
-
-
-def working_dtype(x: Tensor) -> torch.dtype:
-    """fp64 stays fp64; everything else is worked on in fp32."""
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def blocks(rows: Tensor) -> Iterator[Tensor]:

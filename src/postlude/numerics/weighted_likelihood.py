@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from postlude.errors import DataError, SettingsError
-from postlude.numerics.likelihood import _check, _check_targets
+from postlude.numerics.likelihood import check_head, check_targets
 
 __all__ = [
     "COLUMNS",
@@ -183,7 +183,7 @@ def weighted_cross_entropy(
     if strength and prior is None:
         raise SettingsError("A divergence from a prior needs the prior's hidden states and head.")
     if strength and prior is not None:
-        _check(prior.hidden, prior.weight, prior.bias, 1, None)
+        check_head(prior.hidden, prior.weight, prior.bias, 1, None)
         if len(prior.weight) != len(weight) or len(prior.hidden) != len(hidden):
             raise DataError(
                 f"The reference has {len(prior.hidden)} tokens over {len(prior.weight)} words, the model "
@@ -378,8 +378,8 @@ def _check_all(
     """The dtype of the products."""
     if precision is None:
         precision = torch.promote_types(hidden.dtype, weight.dtype)
-    precision = _check(hidden, weight, bias, 1, precision)
-    _check_targets(targets, hidden, weight)
+    precision = check_head(hidden, weight, bias, 1, precision)
+    check_targets(targets, hidden, weight)
     unknown = sorted(set(columns) - set(COLUMNS))
     if unknown:
         raise SettingsError(f"No column named {unknown[0]!r}; known: {', '.join(COLUMNS)}.")

@@ -43,7 +43,7 @@ from postlude.quantization.rounded import Rounded
 from postlude.quantization.vision import VisionQuantizer
 from postlude.registry import method
 from postlude.surgery.anatomy import Block
-from postlude.surgery.static_quantizers import switch
+from postlude.surgery.static_quantizers import switch_static_quantizers
 
 __all__ = ["AdaLogViT"]
 
@@ -87,7 +87,7 @@ class AdaLogViT(VisionQuantizer):
     def round_block(
         self, model: nn.Module, block: Block, passage: Passage, chance: torch.Generator
     ) -> Mapping[str, Rounded]:
-        switch(model.get_submodule(block.name), on=True)
+        switch_static_quantizers(model.get_submodule(block.name), on=True)
         inside = BlockOutput(model, block)
         trained = inside.trained(Rounding, self.weight_scheme, clip=self.clip)
 

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from postlude.errors import SettingsError
-from postlude.numerics.learned_rounding import Parameters, Trained
+from postlude.numerics.learned_rounding import Trained
 from postlude.numerics.rounding import clip_search
-from postlude.numerics.schemes import Scheme
+from postlude.numerics.schemes import ScaleAndZero, Scheme
 from postlude.surgery.anatomy import Block, Site
 from postlude.surgery.capture import BlockWalk
 from postlude.surgery.layers import QuantizedLinear, hold_weights
@@ -87,7 +87,7 @@ class BlockOutput:
 
     def trained(
         self,
-        kind: Callable[[Tensor, Scheme, Parameters], T],
+        kind: Callable[[Tensor, Scheme, ScaleAndZero], T],
         scheme_of: Callable[[Site], Scheme | None],
         *,
         clip: bool,

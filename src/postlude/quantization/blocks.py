@@ -27,7 +27,7 @@ from postlude.surgery.anatomy import Anatomy, Block, LinearRef, Site
 from postlude.surgery.batches import Calibration, device_of, token_batches
 from postlude.surgery.capture import BlockWalk
 from postlude.surgery.layers import QuantizedLinear
-from postlude.surgery.static_quantizers import switch
+from postlude.surgery.static_quantizers import switch_static_quantizers
 
 __all__ = ["CHUNKS", "SQUARED", "Rounding", "gathers"]
 
@@ -134,7 +134,7 @@ class Rounding:
         """Move on to the next block, after the layers of this one are in place."""
         if self.exact is not None and passage is not None:
             self.exact.advance_to(passage.outputs)
-            switch(self.model.get_submodule(block.name), on=True)
+            switch_static_quantizers(self.model.get_submodule(block.name), on=True)
         if self.walk is not None:
             self.walk.advance(block)
 

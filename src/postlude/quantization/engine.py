@@ -40,7 +40,7 @@ from postlude.surgery.batches import Calibration
 from postlude.surgery.huggingface import mark
 from postlude.surgery.key_values import KeyValueQuantizer
 from postlude.surgery.layers import QuantizedLinear
-from postlude.surgery.static_quantizers import switch
+from postlude.surgery.static_quantizers import switch_static_quantizers
 
 __all__ = [
     "FLOAT",
@@ -135,7 +135,7 @@ def quantize(
             module.quantize_input = True
         elif isinstance(module, KeyValueQuantizer):
             module.quantize = True
-    switch(model, on=True)
+    switch_static_quantizers(model, on=True)
     _cast(model, dtype)
     made_by = {
         "method": name,

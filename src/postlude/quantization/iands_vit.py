@@ -37,7 +37,7 @@ from postlude.quantization.rounded import Rounded
 from postlude.quantization.vision import VisionQuantizer
 from postlude.registry import method
 from postlude.surgery.anatomy import Block
-from postlude.surgery.static_quantizers import switch
+from postlude.surgery.static_quantizers import switch_static_quantizers
 
 __all__ = ["IandSViT"]
 
@@ -75,7 +75,7 @@ class IandSViT(VisionQuantizer):
     def round_block(
         self, model: nn.Module, block: Block, passage: Passage, chance: torch.Generator
     ) -> Mapping[str, Rounded]:
-        switch(model.get_submodule(block.name), on=True)
+        switch_static_quantizers(model.get_submodule(block.name), on=True)
         inside, targets = BlockOutput(model, block), passage.targets
         free = {path: w.clone().requires_grad_() for path, w in inside.weights.items()}
         if self.activations < FLOAT:

@@ -24,7 +24,7 @@ __all__ = [
     "StaticQuantizer",
     "attach_operands",
     "register_operands",
-    "switch",
+    "switch_static_quantizers",
     "use_operands",
 ]
 
@@ -118,7 +118,7 @@ def attach_operands(model: nn.Module, attention: str, operands: AttentionOperand
     model.get_submodule(attention).add_module("operands", operands)
 
 
-def switch(model: nn.Module, on: bool) -> None:
+def switch_static_quantizers(model: nn.Module, on: bool) -> None:
     """Switch every static quantizer on or off."""
     for module in model.modules():
         if isinstance(module, StaticQuantizer):
