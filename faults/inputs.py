@@ -26,6 +26,7 @@ stages:
 def make(work: Work) -> None:
     """Write the inputs: two checkpoints, a text, examples, pictures and a recipe."""
     from postlude.runs.loading import resolve
+    from postlude.runs.quiet import quiet_transformers
 
     zoo = resolve("zoo:tiny-lm")
     text = (zoo / "calibration.txt").read_text(encoding="utf-8")
@@ -37,8 +38,9 @@ def make(work: Work) -> None:
     lines = "".join(json.dumps(row) + "\n" for row in rows)
     (work.inputs / "train.jsonl").write_text(lines, encoding="utf-8")
     (work.inputs / "recipe.yaml").write_text(RECIPE, encoding="utf-8")
-    _language(zoo, work.inputs / "model", work.seed)
-    _vision(work.inputs / "vit", work.seed)
+    with quiet_transformers():
+        _language(zoo, work.inputs / "model", work.seed)
+        _vision(work.inputs / "vit", work.seed)
     _pictures(work.inputs, work.seed)
 
 

@@ -116,12 +116,17 @@ def shards(work: Work, count: int) -> Iterator[Trial]:
     """Of a checkpoint in several files."""
     from transformers import AutoModelForCausalLM
 
+    from postlude.runs.quiet import quiet_transformers
+
     source = work.path / "made" / "sharded"
     if not source.is_dir():
         shutil.copytree(work.inputs / "model", source)
         (source / "model.safetensors").unlink()
-        model = AutoModelForCausalLM.from_pretrained(work.inputs / "model", local_files_only=True)
-        model.save_pretrained(source, max_shard_size="100KB")
+        with quiet_transformers():
+            model = AutoModelForCausalLM.from_pretrained(
+                work.inputs / "model", local_files_only=True
+            )
+            model.save_pretrained(source, max_shard_size="100KB")
     yield from cut(work, "shards", source, "model.safetensors.index.json", _evaluate(work))
 
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 import re
+import sys
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
@@ -313,6 +314,16 @@ def test_a_module_of_the_current_directory(rewards: Path) -> None:
     assert parse_reward("my_rewards_t3:exact=0.25").weight == 0.25
     assert parse_reward("./my_rewards_t3.py:shorter=-2")(["abc"], {}) == [-3.0]
     assert parse_reward(f"{rewards / 'my_rewards_t3.py'}:exact").weight == 1
+
+
+def test_nothing_is_written_beside_rewards(rewards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "dont_write_bytecode", False)
+    before = sorted(rewards.iterdir())
+    monkeypatch.delitem(sys.modules, "my_rewards_t3", raising=False)
+    parse_reward("my_rewards_t3:exact")
+    parse_reward("./my_rewards_t3.py:exact")
+    assert sorted(rewards.iterdir()) == before
+    assert not sys.dont_write_bytecode
 
 
 @pytest.mark.parametrize(

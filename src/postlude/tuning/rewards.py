@@ -225,7 +225,7 @@ def find_reward(module: str, function: str) -> RewardFunction:
 
 
 def _module(name: str) -> types.ModuleType:
-    with _current_directory_first():
+    with _current_directory_first(), _nothing_written():
         try:
             return importlib.import_module(name)
         except ModuleNotFoundError as error:
@@ -255,11 +255,23 @@ def _module_of_file(path: Path) -> types.ModuleType:
     # Data classes and others look their module up by name.
     sys.modules[name] = module
     try:
-        spec.loader.exec_module(module)
+        with _nothing_written():
+            spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:
         del sys.modules[name]
         raise _broken(str(path), error) from error
     return module
+
+
+@contextmanager
+def _nothing_written() -> Iterator[None]:
+    """Without compiled files beside a source that is only read here."""
+    before = sys.dont_write_bytecode
+    sys.dont_write_bytecode = True
+    try:
+        yield
+    finally:
+        sys.dont_write_bytecode = before
 
 
 def _broken(name: str, error: BaseException) -> SettingsError:
