@@ -23,7 +23,7 @@ A message says what was found, what was expected, and what to do next.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 __all__ = [
     "ArchitectureError",
@@ -41,6 +41,8 @@ __all__ = [
     "StageError",
     "UnknownNameError",
     "VerificationError",
+    "did_you_mean",
+    "nearest_names",
 ]
 
 
@@ -143,9 +145,19 @@ class UnknownNameError(InputError):
 
     def __init__(self, kind: str, name: str, known: Iterable[str], advice: str = "") -> None:
         names = sorted(known)
-        self.nearest = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
-        hint = f" Did you mean {' or '.join(map(repr, self.nearest))}?" if self.nearest else ""
+        self.nearest = nearest_names(name, names)
+        hint = did_you_mean(self.nearest)
         listing = "" if self.nearest and advice else f" Known: {', '.join(names) or 'none'}."
         super().__init__(
             f"No {kind} named {name!r}.{hint}{listing}{' ' + advice if advice else ''}"
         )
+
+
+def nearest_names(name: str, known: Iterable[str]) -> list[str]:
+    """At most three of the known names that are much like one, the nearest first."""
+    return difflib.get_close_matches(name, list(known), n=3, cutoff=0.5)
+
+
+def did_you_mean(names: Sequence[str]) -> str:
+    """The end of a message about a name, after a blank; nothing where no name is near."""
+    return f" Did you mean {' or '.join(map(repr, names))}?" if names else ""

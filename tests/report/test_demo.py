@@ -12,7 +12,8 @@ import pytest
 
 from postlude import _front_door
 from postlude.errors import OutputExistsError
-from postlude.report.demo import Plan, Verbs, demo
+from postlude.report.demo import Verbs, demo
+from postlude.report.demo_plan import Plan
 from postlude.runs.progress import Progress
 
 VERBS = Verbs(_front_door.load, _front_door.inspect, _front_door.quantize, _front_door.evaluate)

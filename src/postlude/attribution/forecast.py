@@ -13,7 +13,7 @@ from postlude.attribution.plan import Hardware, plan, shape_of
 from postlude.attribution.representation import FactorRepresentation, GradientRepresentation
 from postlude.runs.checkpoint import Checkpoint
 
-__all__ = ["Forecast", "duration", "forecast"]
+__all__ = ["Forecast", "duration", "forecast", "readable_bytes"]
 
 _SAMPLE = 64  # records whose tokens are counted
 _ROW = 12  # bytes of the two counts and the loss that every row carries
@@ -44,8 +44,8 @@ class Forecast:
             size = f"{self.tokens:.0f} patches, each {self.draws} time{'s' * (self.draws != 1)} through the model"
         return (
             f"expected: {self.examples:,} example{'s' * (self.examples != 1)} of {size}, "
-            f"index {_bytes(self.bytes)} "
-            f"({_bytes(self.bytes / self.examples)} an example), "
+            f"index {readable_bytes(self.bytes)} "
+            f"({readable_bytes(self.bytes / self.examples)} an example), "
             f"about {duration(self.seconds)} on an idle machine"
         )
 
@@ -98,7 +98,8 @@ def forecast(
     )
 
 
-def _bytes(number: float) -> str:
+def readable_bytes(number: float) -> str:
+    """Bytes for a person: ``4.2 GB``."""
     for size, unit in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
         if number >= size:
             return f"{number / size:.3g} {unit}"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,8 +13,15 @@ import pydantic
 import yaml
 
 from postlude import registry
-from postlude.errors import DataError, PostludeError, UnknownNameError
+from postlude.errors import (
+    DataError,
+    PostludeError,
+    UnknownNameError,
+    did_you_mean,
+    nearest_names,
+)
 from postlude.recipes.commands import Command, Parameter
+from postlude.recipes.document import Document, Where
 
 __all__ = ["ASSUMED", "Recipe", "Stage", "read"]
 
@@ -26,8 +32,6 @@ _ELSEWHERE = ("zoo:", ASSUMED)
 
 _NAME = re.compile(r"[a-z][a-z0-9-]{0,39}")
 _REFERENCE = re.compile(r"\$\{([^}]*)\}")
-# Values of a file, those repeated by reference counted each time; a long recipe has some hundred.
-_LARGEST = 20_000
 _TOP = ("name", "about", "variables", "stages")
 
 
@@ -122,21 +126,16 @@ def read(
 
 
 class _Reader:
-    """One file, with the line of every key."""
+    """Checks one file, stage by stage."""
 
     def __init__(self, file: Path, text: str, commands: Mapping[str, Command], seed: int) -> None:
-        self._file, self._text, self._commands, self._seed = file, text, commands, seed
-        self._lines: dict[tuple[Any, ...], int] = {}
-        self._nodes = 0
+        self._document = Document(file, text)
+        self._error = self._document.error
+        self._file, self._commands, self._seed = file, commands, seed
         self._failed: set[str] = set()
 
-    def _error(self, where: tuple[Any, ...], message: str) -> DataError:
-        while where and where not in self._lines:
-            where = where[:-1]
-        return DataError(f"{self._file}, line {self._lines.get(where, 1)}: {message}")
-
     def recipe(self, given: Mapping[str, str]) -> Recipe:
-        content = self._content()
+        content = self._document.content
         self._known((), content, _TOP, "A recipe")
         variables = self._variables(content.get("variables") or {}, given)
         stages = content.get("stages")
@@ -169,64 +168,10 @@ class _Reader:
             about=str(content.get("about") or ""),
             stages=tuple(done.values()),
             variables=variables,
-            text=self._text,
+            text=self._document.text,
         )
 
-    def _content(self) -> dict[str, Any]:
-        try:
-            node = yaml.compose(self._text, Loader=yaml.SafeLoader)
-            content = None if node is None else self._value(node, ())
-        except yaml.MarkedYAMLError as error:
-            mark = error.problem_mark or error.context_mark
-            where = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-            raise DataError(
-                f"{self._file}{where}: not YAML: {error.problem or error.context}."
-            ) from error
-        except yaml.YAMLError as error:
-            raise DataError(f"{self._file} is not YAML: {error}") from error
-        except RecursionError as error:
-            raise DataError(
-                f"{self._file} is no recipe: its lists and mappings lie too deep in each other."
-            ) from error
-        if not isinstance(content, dict):
-            raise DataError(
-                f"{self._file} is no recipe: expected a mapping with `stages:`, found "
-                f"{'an empty file' if content is None else type(content).__name__}."
-            )
-        return content
-
-    def _value(self, node: yaml.Node, where: tuple[Any, ...]) -> Any:
-        """The plain value of a node; notes the line of every key on the way."""
-        self._nodes += 1
-        if self._nodes > _LARGEST:
-            line = node.start_mark.line + 1
-            raise DataError(
-                f"{self._file}, line {line}: more than {_LARGEST} values, since what `*` repeats holds repetitions; "
-                "expected a recipe."
-            )
-        if isinstance(node, yaml.MappingNode):
-            value: dict[Any, Any] = {}
-            for key_node, item in node.value:
-                key = self._scalar(key_node)
-                here = (*where, key)
-                if key in value:
-                    line = key_node.start_mark.line + 1
-                    raise DataError(f"{self._file}, line {line}: {key!r} is given twice.")
-                self._lines[here] = key_node.start_mark.line + 1
-                value[key] = self._value(item, here)
-            return value
-        if isinstance(node, yaml.SequenceNode):
-            return [self._value(item, where) for item in node.value]
-        return self._scalar(node)
-
-    @staticmethod
-    def _scalar(node: yaml.Node) -> Any:
-        value = yaml.SafeLoader("").construct_object(node, deep=True)
-        return value if isinstance(value, str | int | float | bool | None) else str(node.value)
-
-    def _known(
-        self, where: tuple[Any, ...], given: Iterable[Any], known: Sequence[str], what: str
-    ) -> None:
+    def _known(self, where: Where, given: Iterable[Any], known: Sequence[str], what: str) -> None:
         for key in given:
             if key not in known:
                 raise self._error((*where, key), f"{what} has no {key!r}{_nearest(key, known)}")
@@ -284,7 +229,7 @@ class _Reader:
         if len(calls) != 1:
             found = f"the commands {' and '.join(map(repr, calls))}" if calls else "no command"
             meant = next(iter(value), None)
-            if not calls and _close(meant, self._commands):
+            if not calls and nearest_names(str(meant), self._commands):
                 near = _nearest(meant, list(self._commands))
                 raise self._error((*where, meant), f"there is no command {meant!r}{near}")
             raise self._error(
@@ -308,7 +253,7 @@ class _Reader:
             command,
             tuple(self._filled(one, variables, done, (*where, command.name)) for one in listed),
             filled,
-            self._lines[where],
+            self._document.line(where),
         )
         self._check_arguments(stage)
         self._check_options(stage)
@@ -319,7 +264,7 @@ class _Reader:
         value: Any,
         variables: Mapping[str, Any],
         done: Mapping[str, Stage],
-        where: tuple[Any, ...],
+        where: Where,
     ) -> Any:
         """The value with its variables; references to stages stay, once they are known to be good."""
         if isinstance(value, list):
@@ -392,7 +337,7 @@ class _Reader:
             slot = slots[min(number, len(slots) - 1)]
             self._check_words((*where, stage.command.name), slot, word)
 
-    def _check_words(self, where: tuple[Any, ...], parameter: Parameter, value: Any) -> None:
+    def _check_words(self, where: Where, parameter: Parameter, value: Any) -> None:
         for word in value if isinstance(value, list) else [] if value is None else [value]:
             text = str(word)
             if _REFERENCE.search(text):
@@ -426,11 +371,7 @@ def _replaced(value: Any, values: Mapping[str, str]) -> Any:
 
 def _nearest(name: object, known: Sequence[str]) -> str:
     """The end of a message on a name that is not known."""
-    near = _close(name, known)
+    near = nearest_names(str(name), known)[:1]
     if near:
-        return f". Did you mean {near[0]!r}?"
+        return f".{did_you_mean(near)}"
     return f"; known: {', '.join(known)}." if known else "."
-
-
-def _close(name: object, known: Iterable[str]) -> list[str]:
-    return difflib.get_close_matches(str(name), list(known), n=1)

@@ -38,9 +38,10 @@ from torch import Tensor
 from postlude import registry
 from postlude.attribution.answers import Answer
 from postlude.attribution.engine import Attributor
+from postlude.attribution.forecast import readable_bytes
 from postlude.attribution.index import Index
 from postlude.report.environment import environment
-from postlude.report.sheet import finite, folded, style, template
+from postlude.report.sheet import NONE, finite, folded, short, style, template
 
 __all__ = ["page_of", "render"]
 
@@ -182,7 +183,7 @@ def _introduction(method: Results, index: Results, queries: Sequence[Results]) -
     """What was asked, and what a score says, in plain words."""
     noun = "image" if any(one["picture"] for one in queries) else "text"
     what = f"the {noun} below" if len(queries) == 1 else f"each of {len(queries)} {noun}s"
-    count = f"{_count(index['examples'])} " if index.get("examples") else ""
+    count = f"{index['examples']:,.0f} " if index.get("examples") else ""
     lines = [f"Of the {count}training examples in this index, these support {what} most."]
     if index.get("examples") == 1:
         lines = [f"This index holds one training example; how much it supports {what}."]
@@ -214,7 +215,7 @@ def _verdict(query: Results, hits: Sequence[Results]) -> str | None:
     above = (hits[0]["score"] - query["mean"]) / query["deviation"]
     sentence = (
         f"The first example, {hits[0]['id']}, is {above:.1f} standard deviations above the mean score of all "
-        f"{_count(query.get('examples') or len(hits))} examples"
+        f"{query.get('examples') or len(hits):,.0f} examples"
     )
     if len(hits) > 1:
         last = (hits[-1]["score"] - query["mean"]) / query["deviation"]
@@ -261,7 +262,7 @@ def _cut_remark(part: Results, name: str) -> str | None:
     cut = part.get("truncated") or 0
     if not cut:
         return None
-    return f"The last {_count(cut)} tokens of this {name} lie beyond the model's context and count for nothing."
+    return f"The last {cut:,.0f} tokens of this {name} lie beyond the model's context and count for nothing."
 
 
 def _coloured(tokens: Sequence[Results]) -> tuple[list[dict[str, str]], str]:
@@ -358,13 +359,13 @@ def _facts(method: Results, index: Results, results: Results) -> list[tuple[str,
         rows.append(("kept of an example", ", ".join(words).removeprefix("kind ")))
     if index.get("bytes"):
         each = (
-            f", {_bytes(index['bytes'] / index['examples'])} an example"
+            f", {readable_bytes(index['bytes'] / index['examples'])} an example"
             if index.get("examples")
             else ""
         )
-        rows.append(("size", f"{_bytes(index['bytes'])}{each}"))
+        rows.append(("size", f"{readable_bytes(index['bytes'])}{each}"))
     if index.get("curvature_bytes"):
-        rows.append(("kept curvature", _bytes(index["curvature_bytes"])))
+        rows.append(("kept curvature", readable_bytes(index["curvature_bytes"])))
     if index.get("layers"):
         rows.append(("layers", f"{index['layers']} linear layers"))
     if finite(index.get("seconds")):
@@ -387,25 +388,14 @@ def _picture(image: Tensor | None) -> str | None:
     return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
 
 
-def _bytes(number: float) -> str:
-    for size, unit in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
-        if number >= size:
-            return f"{number / size:.3g} {unit}"
-    return f"{number:.0f} B"
-
-
-def _count(number: float) -> str:
-    return f"{number:,.0f}"
-
-
 def _number(value: float, signed: bool = False) -> str:
     """Three digits, with a real minus; powers of ten where a plain number would be long."""
     if not finite(value):
-        return "\u2013"
+        return NONE
     sign = _MINUS if value < 0 else "+" if signed and value > 0 else ""
     size = abs(value)
     if size and not 1e-3 <= size < 1e5:
         exponent = math.floor(math.log10(size))
         power = str(exponent).replace("-", _MINUS)
         return f"{sign}{size / 10**exponent:.2f} \u00d7 10^{power}"
-    return f"{sign}{size:,.0f}" if size >= 1000 else f"{sign}{size:.3g}"
+    return f"{sign}{short(size)}"

@@ -1,8 +1,8 @@
 """One self-contained HTML page of the run of a recipe: every stage, what it measured, and how to run it again.
 
-Of a run that is under way, or was stopped, the page says how far it is. With several runs it sets the measures of stages
-of the same name side by side. It runs no script, loads nothing, and links to nothing but pages and outputs in the run's
-own folder; every text is escaped.
+Of a run that is under way, or was stopped, the page says how far it is. With several runs it sets the measures of
+stages of the same name side by side. It runs no script, loads nothing, and links to nothing but pages and outputs in
+the run's own folder; every text is escaped.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from postlude.recipes.run import Done, State, state
 from postlude.report.environment import environment
 from postlude.report.figures import Figure
 from postlude.report.plots import Line, bar_plot
-from postlude.report.sheet import folded, style, template
+from postlude.report.sheet import NONE, folded, shown, style, template
 from postlude.runs.atomic import atomic_write
 
 __all__ = ["PAGE", "render", "write"]
@@ -28,6 +28,7 @@ __all__ = ["PAGE", "render", "write"]
 PAGE = "report.html"
 
 _LARGEST_PICTURE = 4_000_000
+_DIGITS = 5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -198,7 +199,10 @@ def _sections(run: _Run, folder: Path | None, prefix: str) -> Iterator[dict[str,
             "sentence": f"postlude {_verb(done)}, {done.seconds:.1f} s.",
             "links": links,
             "pictures": list(_pictures(inside, done)),
-            "rows": [(_words(measure), _text(value)) for measure, value in _measures(done.result)],
+            "rows": [
+                (_words(measure), shown(value, _DIGITS))
+                for measure, value in _measures(done.result)
+            ],
             "command": folded(" ".join(["postlude", *done.command])),
         }
 
@@ -261,7 +265,9 @@ def _figures(runs: Sequence[_Run]) -> list[Figure]:
         plot = bar_plot(
             identifier, bars, ticks, x_label=measure.unit, alt=f"{measure.title}. {measure.caption}"
         )
-        rows = [(tick, *(_text(bar.values[i]) for bar in bars)) for i, tick in enumerate(ticks)]
+        rows = [
+            (tick, *(shown(bar.values[i], _DIGITS) for bar in bars)) for i, tick in enumerate(ticks)
+        ]
         names = [f"{bar.name} ({measure.unit})" for bar in bars]
         made.append(Figure(identifier, measure.title, measure.caption, plot, "stage", names, rows))
     return made
@@ -288,18 +294,10 @@ def _comparison(runs: Sequence[_Run]) -> list[dict[str, Any]]:
     for number, run in enumerate(runs):
         for done in run.stages:
             for name, value in _measures(done.result):
-                cells = found.setdefault((done.stage, name), ["\u2013"] * len(runs))
-                cells[number] = _text(value)
+                cells = found.setdefault((done.stage, name), [NONE] * len(runs))
+                cells[number] = shown(value, _DIGITS)
     return [
         {"stage": stage, "measure": _words(measure), "cells": cells}
         for (stage, measure), cells in found.items()
         if len(set(cells)) > 1
     ]
-
-
-def _text(value: float | int | str | None) -> str:
-    if value is None:
-        return "\u2013"
-    if isinstance(value, int):
-        return f"{value:,}"
-    return f"{value:.5g}" if isinstance(value, float) else value

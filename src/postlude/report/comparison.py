@@ -7,19 +7,19 @@ text is escaped.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from postlude.report.environment import environment
 from postlude.report.figures import Figure
 from postlude.report.plots import Line, line_plot
-from postlude.report.sheet import style, template
+from postlude.report.sheet import NONE, shown, style, template
 
 __all__ = ["render", "update_figures"]
 
 Values = Mapping[str, Any]
 
-_NONE = "\u2013"
 # Tolerances whose shares are drawn.
 _DRAWN = (0.0, 1e-6, 1e-5, 1e-4, 1e-3)
 _RANKS = {
@@ -47,7 +47,7 @@ def render(comparison: Values, command: str = "") -> str:
         date=found.pop("date", None),
         style=style("report.css"),
         pairs=[
-            {**pair, "angle_degrees": _value(pair["angle_degrees"])} for pair in comparison["pairs"]
+            {**pair, "angle_degrees": shown(pair["angle_degrees"])} for pair in comparison["pairs"]
         ],
         updates=[
             {
@@ -83,7 +83,7 @@ def update_figures(update: Values, identifier: str = "update") -> list[Figure]:
 def _sentences(update: Values) -> list[str]:
     tolerances = dict(zip(update["tolerances"], update["unchanged"], strict=True))
     words = [
-        f"|dW| / |W| is {_value(update['relative_norm'])} over {update['entries']:,} entries; "
+        f"|dW| / |W| is {shown(update['relative_norm'])} over {update['entries']:,} entries; "
         f"{tolerances[0.0]:.2%} of them are equal and {tolerances[1e-5]:.2%} within 1e-5."
     ]
     if update["matrices"]:
@@ -148,7 +148,7 @@ def _unchanged(update: Values, blocks: Sequence[int], identifier: str) -> Figure
         shares[tolerance] = []
         for block in blocks:
             tensors = [t for t in update["tensors"] if t["block"] == block]
-            sizes = [_product(t["shape"]) for t in tensors]
+            sizes = [math.prod(t["shape"]) for t in tensors]
             total = sum(n * t["unchanged"][index] for n, t in zip(sizes, tensors, strict=True))
             shares[tolerance].append(total / sum(sizes) if sizes else None)
     return _lines(
@@ -208,7 +208,7 @@ def _intruders(update: Values, identifier: str) -> Figure | None:
         limits=(0.0, 1.1 * max(sums)),
     )
     rows = [
-        (str(block), *(str(found.get((role, block), _NONE)) for role in roles)) for block in blocks
+        (str(block), *(str(found.get((role, block), NONE)) for role in roles)) for block in blocks
     ]
     return figure and dataclasses.replace(figure, names=roles, rows=rows)
 
@@ -233,16 +233,5 @@ def _lines(
         alt=f"{title}. {caption}",
         limits=limits,
     )
-    rows = [(tick, *(_value(line.values[i]) for line in lines)) for i, tick in enumerate(ticks)]
+    rows = [(tick, *(shown(line.values[i]) for line in lines)) for i, tick in enumerate(ticks)]
     return Figure(identifier, title, caption, plot, "block", [line.name for line in lines], rows)
-
-
-def _product(shape: Sequence[int]) -> int:
-    total = 1
-    for size in shape:
-        total *= size
-    return total
-
-
-def _value(value: float | None) -> str:
-    return _NONE if value is None else f"{value:.4g}"

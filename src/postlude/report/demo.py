@@ -17,7 +17,6 @@ import hashlib
 import json
 import math
 import os
-import shlex
 import shutil
 import time
 from collections.abc import Callable, Mapping
@@ -31,8 +30,8 @@ import postlude
 from postlude import registry
 from postlude.errors import DataError
 from postlude.evaluation.size import size_of
-from postlude.quantization.engine import Quantizer
 from postlude.report import page
+from postlude.report.demo_plan import KEPT, Plan, built_in
 from postlude.report.environment import environment
 from postlude.report.stream_error import StreamError
 from postlude.runs.atomic import atomic_directory, check_replaceable
@@ -42,11 +41,9 @@ from postlude.runs.documents import calibration_windows, encode
 from postlude.runs.progress import Progress
 from postlude.surgery.layers import QuantizedLinear
 
-__all__ = ["Plan", "Verbs", "demo"]
+__all__ = ["Verbs", "demo"]
 
 _MARKER = "results.json"
-_KEPT = "offq"
-_HELD_OUT = 64_000  # letters
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,52 +54,6 @@ class Verbs:
     inspect: Callable[..., dict[str, Any]]
     quantize: Callable[..., Checkpoint]
     evaluate: Callable[..., dict[str, Any]]
-
-
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """What the demonstration does.
-
-    Attributes:
-        model: the float checkpoint.
-        calibration, held_out: texts; what is measured is measured on the second.
-        prompt: what every model is asked to continue.
-        methods: names of quantize methods.
-        inspections: names of inspections.
-        bits: of weights, activations, and keys and values.
-        activation_group: channels of a token that share a scale, the same for every method.
-        samples, length: calibration sequences, and tokens of each.
-        max_length: tokens of a window of held-out text.
-        error_windows: windows on which errors inside the model are measured.
-        new_tokens: length of the continuations.
-    """
-
-    model: str
-    calibration: str
-    held_out: str
-    prompt: str
-    methods: tuple[str, ...] = ("rtn", "smoothquant", "gptq", "quarot", "offq")
-    inspections: tuple[str, ...] = ("outliers", "singular-defects", "signature")
-    bits: tuple[int, int, int] = (4, 4, 4)
-    activation_group: int = 64
-    samples: int = 64
-    length: int = 256
-    max_length: int = 256
-    error_windows: int = 8
-    new_tokens: int = 40
-
-    def settings(self, name: str) -> Quantizer:
-        """The settings of one method."""
-        weights, activations, kv = self.bits
-        settings: Quantizer = registry.find("quantize", name).settings(
-            weights=weights, activations=activations, kv=kv, activation_group=self.activation_group
-        )
-        return settings
-
-    @property
-    def bits_word(self) -> str:
-        """As ``--bits`` takes it."""
-        return "w{}a{}kv{}".format(*self.bits)
 
 
 def demo(
@@ -135,7 +86,7 @@ def demo(
     started = time.perf_counter()
     with progress or Progress(show=True) as shown:
         store = target.with_name(f".{target.name}.run")
-        run = _Run(verbs, plan or _built_in(), seed, store, shown)
+        run = _Run(verbs, plan or built_in(), seed, store, shown)
         results = run.results()
         if plan is None:
             results["command"] = f"postlude demo --seed {seed} -o demo"
@@ -149,25 +100,13 @@ def demo(
     return {
         "report": str(target / "report.html"),
         "results": str(target / _MARKER),
-        "checkpoint": str(target / _KEPT),
+        "checkpoint": str(target / KEPT),
         "seconds": results["seconds"],
         "methods": [{key: row.get(key) for key in _SUMMARY} for row in results["methods"]],
     }
 
 
 _SUMMARY = ("name", "perplexity", "kl", "top1_agreement", "bytes", "bits_per_weight", "seconds")
-
-
-def _built_in() -> Plan:
-    from postlude.zoo import tiny_lm
-
-    return Plan(
-        model="zoo:tiny-lm",
-        calibration=tiny_lm.calibration_text(),
-        # A third of it: enough to tell the methods apart, in a minute on two cores.
-        held_out=tiny_lm.held_out_text()[:_HELD_OUT],
-        prompt="Return a list of",
-    )
 
 
 class _Run:
@@ -239,16 +178,16 @@ class _Run:
             "inspections": found["inspect"],
             "methods": [found["float"], *(found[method] for method in plan.methods)],
             "prompt": plan.prompt,
-            "commands": _commands(plan, self._seed),
-            "python": _python(plan, self._seed),
+            "commands": plan.commands(self._seed),
+            "python": plan.python(self._seed),
             "environment": environment(),
         }
 
     def move_into(self, directory: Path) -> None:
         """Put the files of the demonstration into its directory."""
-        kept = self._models / _KEPT
+        kept = self._models / KEPT
         if kept.is_dir():
-            shutil.copytree(kept, directory / _KEPT)
+            shutil.copytree(kept, directory / KEPT)
         shutil.copytree(self._texts, directory / self._texts.name)
 
     def forget(self) -> None:
@@ -341,7 +280,7 @@ class _Run:
             "layer_error": self._stream.of(small),
             **self._continue(small),
         }
-        if name != _KEPT:
+        if name != KEPT:
             shutil.rmtree(path)
         return row
 
@@ -405,64 +344,3 @@ def _bits_per_activation(checkpoint: Checkpoint) -> float | None:
             bits += layer.input_scheme.effective_bits(site.width) * site.width
             width += site.width
     return bits / width if width else None
-
-
-def _commands(plan: Plan, seed: int) -> list[str]:
-    """What to type in the demonstration's directory to get the same numbers."""
-    model = shlex.quote(plan.model)
-    calibration, measured = "text/calibration.txt", "text/held_out.txt"
-    measured += f" --max-length {plan.max_length}"
-    lines = [
-        f"postlude inspect {model} --text {calibration} --dtype float32 --seed {seed}",
-        f"postlude evaluate {model} --text {measured} --dtype float32",
-    ]
-    for method in plan.methods:
-        words = [
-            f"postlude quantize {model} --method {method} --bits {plan.bits_word}",
-            f"--activation-group {plan.activation_group}",
-        ]
-        if plan.settings(method).needs_calibration:
-            words.append(
-                f"--calibration {calibration} --samples {plan.samples} --length {plan.length}"
-            )
-        lines.append(" ".join([*words, f"--seed {seed} -o again/{method}"]))
-        lines.append(
-            f"postlude evaluate again/{method} --text {measured} --reference {model} --dtype float32"
-        )
-    return lines
-
-
-def _python(plan: Plan, seed: int) -> str:
-    """The same for one method, in Python."""
-    name = _KEPT if _KEPT in plan.methods else plan.methods[-1]
-    kind = type(plan.settings(name)).__name__
-    weights, activations, kv = plan.bits
-    group = plan.activation_group
-    model, inspections = json.dumps(plan.model), json.dumps(plan.inspections)
-    return f"""\
-import postlude as pl
-from postlude.quantization import {kind}
-
-float_model = pl.load({model}, dtype="float32")
-reports = pl.inspect(
-    float_model,
-    {inspections},
-    text="text/calibration.txt",
-    seed={seed},
-)
-
-pl.quantize(
-    {model},
-    {kind}(weights={weights}, activations={activations}, kv={kv}, activation_group={group}),
-    calibration="text/calibration.txt",
-    samples={plan.samples},
-    length={plan.length},
-    seed={seed},
-    out="again/{name}",
-)
-small = pl.load("again/{name}", dtype="float32")
-result = pl.evaluate(
-    small, "text/held_out.txt", reference=float_model, max_length={plan.max_length}
-)
-print(result)
-"""

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from postlude.report.plots import Line, Plot, heat_map, line_plot
+from postlude.report.sheet import NONE, short
 
 __all__ = ["Figure", "error_figure", "inside_figures"]
 
@@ -223,9 +224,7 @@ def _lines(
 
 
 def _value(value: float | None) -> str:
-    if value is None:
-        return "\u2013"
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+    return NONE if value is None else short(value)
 
 
 def _place(layer: int) -> str:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from postlude.report.sheet import short
+
 __all__ = ["findings"]
 
 Report = Mapping[str, Any]
@@ -145,6 +147,4 @@ def _after(layer: int) -> str:
 
 
 def _number(value: float | None) -> str:
-    if value is None:
-        return "unboundedly many"
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+    return "unboundedly many" if value is None else short(value)

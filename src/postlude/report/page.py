@@ -25,13 +25,11 @@ from typing import Any
 
 from postlude.report.figures import error_figure, inside_figures
 from postlude.report.findings import findings
-from postlude.report.sheet import finite, folded, style, template
+from postlude.report.sheet import NONE, finite, folded, style, template
 
 __all__ = ["render"]
 
 Results = Mapping[str, Any]
-
-_NONE = "\u2013"
 
 
 def render(results: Results) -> str:
@@ -224,7 +222,7 @@ def _table(methods: Sequence[Results], model: Results) -> dict[str, Any]:
             best[column.key] = column.show(column.best(values))
 
     def cell(row: Results, column: _Column) -> dict[str, Any]:
-        text = column.show(row[column.key]) if finite(row.get(column.key)) else _NONE
+        text = column.show(row[column.key]) if finite(row.get(column.key)) else NONE
         return {"text": text, "best": not row.get("baseline") and text == best.get(column.key)}
 
     dtype = model.get("stored_dtype")

@@ -8,30 +8,25 @@ and are named at their right end, in the palette of Okabe and Ito, which people 
 from __future__ import annotations
 
 import dataclasses
-import html
-import io
 import math
-import re
 import textwrap
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import matplotlib
-from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
+from postlude.report.drawing import FONT_SIZE, drawing_settings, svg
+from postlude.report.sheet import short
+
 __all__ = [
     "Line",
     "Plot",
     "bar_plot",
-    "drawing_settings",
     "heat_map",
     "line_plot",
-    "svg",
 ]
 
 # (colour, dashes, marker). Okabe and Ito's yellow is left out: it cannot be seen on white.
@@ -46,9 +41,8 @@ _STYLES: tuple[tuple[str, Any, str], ...] = (
 )
 # Of bars, beside the colours of the same index.
 _HATCHES = ("", "////", "....", "xxxx", "\\\\\\\\", "++++", "oooo")
-_INK, _GRID = "#1b1b1b", "#dcdcdc"
+_GRID = "#dcdcdc"
 _WIDE, _NARROW = (700, 380), (340, 330)
-_FONT = 12.5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,7 +138,7 @@ def line_plot(
                 textcoords="offset points",
                 ha="center",
                 va="bottom",
-                fontsize=_FONT - 0.5,
+                fontsize=FONT_SIZE - 0.5,
                 fontstyle="italic",
             )
         if len(lines) > 1:
@@ -189,7 +183,7 @@ def bar_plot(
                 edgecolor="white",
                 label=group.name,
             )
-            words = ["" if value is None else _short(value) for value in group.values]
+            words = ["" if value is None else short(value) for value in group.values]
             axes.bar_label(bars, words, padding=4)
         axes.set_yticks(range(len(names)), names)
         axes.invert_yaxis()
@@ -252,7 +246,7 @@ def heat_map(
         axes.set_yticks([i + 0.5 for i in range(len(rows))])
         axes.set_yticklabels(rows)
         axes.tick_params(length=0)
-        axes.tick_params(axis="x", labelsize=_FONT - 2)
+        axes.tick_params(axis="x", labelsize=FONT_SIZE - 2)
         _labels(axes, x_label, y_label)
         axes.spines[:].set_visible(False)
         bar = figure.colorbar(image, ax=axes, fraction=0.05, pad=0.03, aspect=28)
@@ -264,25 +258,6 @@ def heat_map(
 
     with drawing_settings():
         return Plot(draw(_WIDE), draw(_NARROW))
-
-
-@contextmanager
-def drawing_settings() -> Iterator[None]:
-    """Fonts and colours of every drawing, for as long as one is made."""
-    with matplotlib.rc_context(
-        {
-            "font.family": "DejaVu Sans",  # comes with matplotlib; its letters are wide, so a page's own font fits
-            "font.size": _FONT,
-            "svg.fonttype": "none",
-            "svg.hashsalt": "postlude",
-            "text.parse_math": False,
-            "text.color": _INK,
-            "axes.labelcolor": _INK,
-            "xtick.color": _INK,
-            "ytick.color": _INK,
-        }
-    ):
-        yield
 
 
 def _figure(size: tuple[int, int]) -> tuple[Figure, Any]:
@@ -300,7 +275,7 @@ def _axes(axes: Any, x_label: str, y_label: str, ticks: Sequence[str], logarithm
     axes.tick_params(length=0)
     if ticks:
         # As many names as fit beside each other, with the values that lines may have at their ends.
-        width = 0.55 * axes.figure.bbox.width / (0.62 * _FONT)
+        width = 0.55 * axes.figure.bbox.width / (0.62 * FONT_SIZE)
         fit = min(12, int(width / (1.5 + max(map(len, ticks)))))
         step = math.ceil(len(ticks) / max(1, fit))
         axes.set_xticks(range(0, len(ticks), step))
@@ -310,7 +285,7 @@ def _axes(axes: Any, x_label: str, y_label: str, ticks: Sequence[str], logarithm
 def _labels(axes: Any, x_label: str, y_label: str = "") -> None:
     """Words at the axes, in lines that fit beside what else the drawing holds."""
     width, height = axes.figure.bbox.size
-    letter = 0.62 * _FONT
+    letter = 0.62 * FONT_SIZE
     axes.set_xlabel(textwrap.fill(x_label, int(0.7 * width / letter)))
     axes.set_ylabel(textwrap.fill(y_label, max(12, int(0.8 * height / letter))))
 
@@ -327,10 +302,6 @@ def _decades(axes: Any) -> None:
 
 def _number(value: float, _: object = None) -> str:
     return f"{value:,.0f}" if value >= 1000 else f"{value:.6g}"
-
-
-def _short(value: float) -> str:
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
 
 def _plottable(value: float | None, logarithmic: bool) -> float:
@@ -361,7 +332,7 @@ def _write_values(axes: Any, lines: Sequence[Line]) -> None:
 
 def _name_ends(axes: Any, lines: Sequence[Line], logarithmic: bool) -> None:
     """Write every name right of its line's last point, moved apart where they would cover each other."""
-    height = _FONT * 1.3
+    height = FONT_SIZE * 1.3
     low, high = axes.get_ylim()
     left, right = axes.get_xlim()
     # Pixels are not known before the layout; a little over what is left of them after labels and ticks is near enough.
@@ -397,7 +368,7 @@ def _name_ends(axes: Any, lines: Sequence[Line], logarithmic: bool) -> None:
             transform=axes.transAxes,
             va="center",
             ha="left",
-            fontsize=_FONT,
+            fontsize=FONT_SIZE,
         )
         # A plain line: an arrow that keeps its distance from both of its ends takes longer than all else.
         pointer = Line2D(
@@ -432,31 +403,3 @@ def _readable(token: str) -> str:
         letter if 32 < ord(letter) < 127 or letter == "\u00b7" else "\u25a1" for letter in text
     )
     return text if len(text) <= 10 else text[:8] + ".."
-
-
-def svg(figure: Figure, identifier: str, alt: str) -> str:
-    """The drawing as an element of an HTML page: no declarations, ids of its own, a text for screen readers."""
-    # As savefig(transparent=True), which draws everything once more to place it.
-    figure.patch.set_visible(False)
-    for axes in figure.axes:
-        axes.patch.set_visible(False)
-    engine = figure.get_layout_engine()
-    if engine is not None:
-        engine.execute(figure)
-        figure.set_layout_engine("none")
-    buffer = io.StringIO()
-    nothing = {"Date": None, "Creator": None, "Format": None, "Type": None}
-    FigureCanvasSVG(figure).print_svg(buffer, metadata=nothing)
-    body = buffer.getvalue()
-    inner = body[body.index(">", body.index("<svg")) + 1 : body.rindex("</svg>")]
-    inner = re.sub(r"<metadata>.*?</metadata>", "", inner, flags=re.DOTALL)
-    inner = inner.replace("xlink:href", "href")
-    inner = re.sub(r'\bid="', f'id="{identifier}-', inner)
-    inner = inner.replace("url(#", f"url(#{identifier}-").replace(
-        'href="#', f'href="#{identifier}-'
-    )
-    width, height = (round(side * 72) for side in figure.get_size_inches())
-    return (
-        f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{html.escape(alt)}">'
-        f"{inner.strip()}</svg>"
-    )

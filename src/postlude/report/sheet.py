@@ -8,7 +8,10 @@ from pathlib import Path
 
 import jinja2
 
-__all__ = ["finite", "folded", "style", "template"]
+__all__ = ["NONE", "finite", "folded", "short", "shown", "style", "template"]
+
+# Stands where there is no value.
+NONE = "\u2013"
 
 _TEMPLATES = Path(__file__).parent / "templates"
 
@@ -44,3 +47,19 @@ def folded(command: str, width: int = 78) -> str:
 def finite(value: object) -> bool:
     """Whether a value from JSON is a number that can be shown."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def short(value: float) -> str:
+    """Three digits, and from a thousand on all that stand before the point."""
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+
+
+def shown(value: object, digits: int = 4) -> str:
+    """A value of a result in a table: whole numbers whole, others to so many digits."""
+    if value is None:
+        return NONE
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}"
+    return f"{value:.{digits}g}" if isinstance(value, float) else str(value)

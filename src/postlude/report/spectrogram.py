@@ -15,7 +15,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from postlude.report.plots import Plot, drawing_settings, svg
+from postlude.report.drawing import INK, drawing_settings, svg
+from postlude.report.plots import Plot
 
 __all__ = ["Mark", "picture", "spectrogram_plot"]
 
@@ -25,7 +26,7 @@ Mark = tuple[str, str, Sequence[tuple[float, float]] | None]
 _WIDE, _NARROW = (700, 430), (340, 430)
 _HATCHES = ("////", "....", "xxxx")
 _FILLS = ("#bcd7ea", "#f5d3bd", "#cfe6dd")
-_INK, _SOFT = "#1b1b1b", "#595959"
+_SOFT = "#595959"
 _COLUMNS = 800
 
 
@@ -125,13 +126,13 @@ def _rows(upper: Any, lower: Any, seconds: float, marks: Sequence[Mark]) -> None
                 left=start,
                 height=0.62,
                 color=_FILLS[row % len(_FILLS)],
-                edgecolor=_INK,
+                edgecolor=INK,
                 linewidth=1,
                 hatch=_HATCHES[row % len(_HATCHES)],
             )
             for at in (start, end):
                 upper.axvline(at, color="white", linewidth=2.4)
-                upper.axvline(at, color=_INK, linewidth=1, linestyle=(0, (4, 3)))
+                upper.axvline(at, color=INK, linewidth=1, linestyle=(0, (4, 3)))
         # Beside the last interval where there is room, else before the first.
         if times:
             right = times[-1][1] < 0.72 * seconds

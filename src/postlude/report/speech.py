@@ -13,7 +13,7 @@ import torch
 from postlude.numerics.spectrogram import decibels, spectrogram
 from postlude.report.environment import environment
 from postlude.report.figures import Figure
-from postlude.report.sheet import folded, style, template
+from postlude.report.sheet import NONE, folded, style, template
 from postlude.report.spectrogram import Mark, picture, spectrogram_plot
 from postlude.runs.audio import Recording
 
@@ -54,7 +54,7 @@ def render(result: Values, recording: Recording, command: str) -> str:
         sentences=sentences(result),
         figure=Figure("sound", "Spectrogram and artifacts", caption, plot),
         scores=[
-            (row["dimension"], "\u2013" if row["score"] is None else str(row["score"]))
+            (row["dimension"], NONE if row["score"] is None else str(row["score"]))
             for row in result["scores"]
         ],
         artifacts=[(row["artifact"], *_described(row)) for row in result["artifacts"]],

@@ -16,7 +16,7 @@ from typing import Any
 from postlude.report.environment import environment
 from postlude.report.figures import Figure
 from postlude.report.plots import Line, line_plot
-from postlude.report.sheet import finite, style, template
+from postlude.report.sheet import finite, shown, style, template
 from postlude.report.tuning_figures import Kind, kinds_of
 
 __all__ = ["evaluation", "headline", "render", "write"]
@@ -117,7 +117,7 @@ def _reinforced(result: Row) -> list[str]:
     rewards = ", ".join(one["name"] for one in result["reward"])
     words = (
         f"{_count(result['prompts'], asked)}, {result['generations']} answers to each (G), "
-        f"{_count(result['steps'], 'step')}; reward {rewards}, beta {_text(result['beta'])}, "
+        f"{_count(result['steps'], 'step')}; reward {rewards}, beta {shown(result['beta'])}, "
         f"credit by {result['credit']}"
     )
     if result.get("answers_per_second"):
@@ -173,7 +173,7 @@ def _figure(kind: Kind, log: Sequence[Row]) -> Figure:
     caption = kind.caption
     if size > 1:
         caption = f"{caption} Each point is the mean of {size} steps.".strip()
-    ends = "; ".join(f"{line.name} ends at {_text(line.values[-1])}" for line in lines)
+    ends = "; ".join(f"{line.name} ends at {shown(line.values[-1])}" for line in lines)
     largest = max(
         (value for line in lines for value in line.values if value is not None), default=0
     )
@@ -188,7 +188,7 @@ def _figure(kind: Kind, log: Sequence[Row]) -> Figure:
         limits=limits,
     )
     rows = [
-        [tick, *(_text(line.values[at]) for line in lines)] for at, tick in enumerate(ticks)
+        [tick, *(shown(line.values[at]) for line in lines)] for at, tick in enumerate(ticks)
     ]  # fmt: skip
     return Figure(
         kind.identifier, kind.title, caption, plot, "step", [line.name for line in lines], rows
@@ -209,7 +209,7 @@ def _mean(rows: Sequence[Row], column: str) -> float | None:
 def _samples(result: Row) -> list[tuple[str, str, str]]:
     """Some prompts with an answer and its rewards."""
     return [
-        (one["prompt"], one["completion"], ", ".join(map(_text, one["rewards"])))
+        (one["prompt"], one["completion"], ", ".join(map(shown, one["rewards"])))
         for one in result.get("samples") or []
     ]
 
@@ -221,22 +221,10 @@ def _numbers(result: Row) -> list[tuple[str, str]]:
             continue
         if isinstance(value, list) and value and all(isinstance(one, Mapping) for one in value):
             # Rewards, by name and weight.
-            value = ", ".join(f"{one.get('name')} x {_text(one.get('weight'))}" for one in value)
+            value = ", ".join(f"{one.get('name')} x {shown(one.get('weight'))}" for one in value)
         if isinstance(value, Mapping):
             kept = [(key, item) for key, item in value.items() if item not in (None, [], ())]
-            value = ", ".join(f"{key} {_text(item)}" for key, item in kept)
+            value = ", ".join(f"{key} {shown(item)}" for key, item in kept)
         if value != "":
-            rows.append((name.replace("_", " "), _text(value)))
+            rows.append((name.replace("_", " "), shown(value)))
     return rows
-
-
-def _text(value: Any) -> str:
-    if value is None:
-        return "\u2013"
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, int):
-        return f"{value:,}"
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    return str(value)
