@@ -171,7 +171,7 @@ def test_the_front_door_runs_the_built_in_plan(
     from postlude.report import demo as module
 
     short = dataclasses.replace(plan, methods=("rtn",), inspections=("outliers",))
-    monkeypatch.setattr(module, "_built_in", lambda: short)
+    monkeypatch.setattr(module, "built_in", lambda: short)
     returned = _front_door.demo(tmp_path / "out", seed=1)
     results = json.loads(Path(returned["results"]).read_text())
     assert results["command"] == "postlude demo --seed 1 -o demo"
