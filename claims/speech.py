@@ -34,8 +34,8 @@ import torch
 import postlude as pl
 from _claim import Claim, share, spread
 from postlude.evaluation.speech import ask, evaluate_speech
-from postlude.runs.audio import Clip, read_clips
 from postlude.runs.checkpoint import Checkpoint
+from postlude.runs.clips import Clip, read_clips
 from postlude.runs.directory import RunDirectory
 from postlude.tuning.objective import TuneRun
 from postlude.tuning.reinforcement import GRPO

@@ -178,7 +178,7 @@ def test_a_model_that_knows_nothing(checkpoint: Checkpoint, clips: Path, questio
 def test_a_model_that_knows_everything(
     checkpoint: Checkpoint, clips: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from postlude.runs.audio import read_clips
+    from postlude.runs.clips import read_clips
     from postlude.zoo.speech_answers import assessment_of, parse_score, question
 
     right = [assessment_of({**clip.scores, **clip.descriptions}) for clip in read_clips(clips)]

@@ -16,14 +16,8 @@ from postlude.surgery.head import LanguageHead
 from postlude.tuning import prior as module
 from postlude.tuning.batches import collate
 from postlude.tuning.examples import Examples, read_examples
-from postlude.tuning.prior import (
-    Prior,
-    Reference,
-    cast,
-    columns_of,
-    compute_prior,
-    identity,
-)
+from postlude.tuning.prior import Prior, columns_of, compute_prior, identity
+from postlude.tuning.reference import Reference, cast
 
 
 @pytest.fixture

@@ -31,7 +31,8 @@ from postlude.tuning.adapters import Adapter, load_adapter
 from postlude.tuning.examples import read_examples
 from postlude.tuning.merging import logits
 from postlude.tuning.objective import TuneRun
-from postlude.tuning.prior import cast, compute_prior
+from postlude.tuning.prior import compute_prior
+from postlude.tuning.reference import cast
 from postlude.tuning.run import tune
 from postlude.tuning.supervised import objective_of
 

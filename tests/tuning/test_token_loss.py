@@ -18,7 +18,7 @@ from postlude.tuning.adapters import Adapter, attach
 from postlude.tuning.batches import collate, make_plan
 from postlude.tuning.examples import Examples, read_examples
 from postlude.tuning.objective import TuneRun
-from postlude.tuning.prior import Reference
+from postlude.tuning.reference import Reference
 from postlude.tuning.token_loss import Batches, TokenLoss
 from postlude.tuning.trainer import arguments, joined, only
 from postlude.tuning.weighting import TokenWeighting

@@ -13,8 +13,9 @@ from postlude.errors import SettingsError
 from postlude.evaluation.speech import UNREAD, Heard, ask
 from postlude.evaluation.speech import evaluate_speech as _evaluate_speech
 from postlude.runs.atomic import atomic_write, check_replaceable_file
-from postlude.runs.audio import LONGEST, Clip, Recording, read_wav
+from postlude.runs.audio import LONGEST, Recording, read_wav
 from postlude.runs.checkpoint import Checkpoint
+from postlude.runs.clips import Clip
 from postlude.runs.listening import Listener
 from postlude.runs.progress import Progress
 from postlude.zoo.speech_answers import LONG_QUESTION, PARTS, SCORES, question

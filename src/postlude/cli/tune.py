@@ -319,7 +319,7 @@ def _clips_beside(data: str) -> str | None:
     """The labelled clips that a model was not tuned on: ``test`` beside the folder of its data."""
     from pathlib import Path
 
-    from postlude.runs.audio import LABELS
+    from postlude.runs.clips import LABELS
 
     test = Path(data).parent.parent / "test"
     return str(test) if (test / LABELS).is_file() and test != Path(data).parent else None

@@ -28,8 +28,9 @@ import torch
 from postlude.errors import DataError, SettingsError
 from postlude.evaluation.lds import spearman as _spearman
 from postlude.numerics.intervals import iou
-from postlude.runs.audio import Clip, Recording, read_clips
+from postlude.runs.audio import Recording
 from postlude.runs.checkpoint import Checkpoint
+from postlude.runs.clips import Clip, read_clips
 from postlude.runs.listening import generate
 from postlude.runs.progress import Progress
 from postlude.zoo.speech_answers import (
@@ -143,7 +144,7 @@ def evaluate_speech(
 
     Args:
         checkpoint: an audio language model.
-        data: a folder of clips, see :func:`postlude.runs.audio.read_clips`; or clips.
+        data: a folder of clips, see :func:`postlude.runs.clips.read_clips`; or clips.
         questions: ``long`` asks for everything at once, ``short`` for each score alone; then there are no artifacts.
         limit: this many clips, from the first one.
         batch_size: questions at a time.

@@ -42,7 +42,7 @@ from postlude.surgery.batches import placed_on
 from postlude.tuning import on_trl
 from postlude.tuning.credit import token_dimensions
 from postlude.tuning.objective import Job
-from postlude.tuning.prompts import Prompt, asked_with, columns_of
+from postlude.tuning.prompts import Prompt, asked_with, other_columns
 from postlude.tuning.recordings import AUDIO, Recordings, audio_path
 from postlude.tuning.rewards import Dimensioned, Reward
 from postlude.tuning.rows import Row, read_rows
@@ -82,7 +82,7 @@ def _prompt(row: Row) -> Prompt:
             raise DataError(
                 f"{row.where} has keys {sorted(fields)} and {name!r} is {fields.get(name)!r}; expected {_FORM}."
             )
-    columns = columns_of(row, "prompt")
+    columns = other_columns(row, "prompt")
     path = audio_path(row)
     if not path.is_file():
         raise DataError(f"{row.where}: there is no recording {path}.")

@@ -20,7 +20,7 @@ from postlude.tuning.recordings import Recordings
 from postlude.tuning.rows import Row, read_rows
 from postlude.tuning.tokenization import Tokenized, tokenize
 
-__all__ = ["Examples", "read_examples"]
+__all__ = ["Examples", "check_tokens", "read_examples"]
 
 _NAMED = 5
 
@@ -155,6 +155,21 @@ def read_examples(
         retokenized=sum(one.retokenized for one in read),
         recordings=recordings if recordings is not None and recordings.features else None,
     )
+
+
+def check_tokens(examples: Examples, model: Any) -> None:
+    """Refuse tokens that the model has no embedding for.
+
+    Raises:
+        DataError: names the token.
+    """
+    rows = model.get_input_embeddings().weight.shape[0]
+    largest = int(examples.tokens.max())
+    if largest >= rows:
+        raise DataError(
+            f"The tokenizer gives token {largest}, but the model has {rows} embeddings: the tokenizer is not the one "
+            "of this model."
+        )
 
 
 def _refuse(rows: Sequence[Row], what: str) -> None:

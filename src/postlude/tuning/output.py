@@ -16,8 +16,8 @@ from postlude.runs.loading import load
 from postlude.tuning import adapters
 from postlude.tuning.merging import Probe, logits, probes, same_logits
 from postlude.tuning.merging import merge as merge_adapter
-from postlude.tuning.prior import cast
 from postlude.tuning.recordings import recorded_probes
+from postlude.tuning.reference import cast
 
 if TYPE_CHECKING:
     from postlude.tuning.objective import Job

@@ -1,6 +1,6 @@
-"""What the frozen reference says about every token to be learned: run beside training, or computed once and stored.
+"""A prior: what the frozen reference says about every token to be learned, computed once and stored.
 
-A stored prior is a directory:
+It is a directory:
 
     manifest.json       format, what it was computed from (four hashes), how much it holds
     columns.safetensors tokens, bounds of the sequences, which tokens are learned, and one fp32 column for each of
@@ -15,8 +15,6 @@ shapes can be added up in another order. On the same batch it is bit for bit wha
 
 from __future__ import annotations
 
-import contextlib
-import copy
 import dataclasses
 import functools
 import hashlib
@@ -32,25 +30,22 @@ from torch import Tensor
 
 import postlude
 from postlude.errors import DataError
-from postlude.numerics.weighted_likelihood import COLUMNS, Head, TokenColumns, token_columns
+from postlude.numerics.weighted_likelihood import COLUMNS, TokenColumns, token_columns
 from postlude.runs.atomic import atomic_directory, discard
 from postlude.runs.checkpoint import Checkpoint
 from postlude.runs.checksums import hash_file
-from postlude.runs.directory import RunDirectory
+from postlude.runs.directory import RunDirectory, run_beside
 from postlude.runs.progress import Progress
 from postlude.surgery.head import LanguageHead
-from postlude.tuning.batches import collate, model_inputs
-from postlude.tuning.examples import Examples
+from postlude.tuning.batches import collate
+from postlude.tuning.examples import Examples, check_tokens
+from postlude.tuning.reference import Reference, frozen
 
 __all__ = [
     "FORMAT",
     "Prior",
-    "Reference",
-    "cast",
-    "check_tokens",
     "columns_of",
     "compute_prior",
-    "frozen",
     "identity",
 ]
 
@@ -65,39 +60,6 @@ _PARTS = {
     "template": "the chat template",
     "ids": "the tokens (data, truncation, or which of them are learned)",
 }
-
-
-class Reference:
-    """A frozen model run on the batches of training: in evaluation mode, without gradients.
-
-    Args:
-        model: what to call; for adapters the wrapped model, whose adapters are switched off meanwhile.
-        head: of the model.
-    """
-
-    def __init__(self, model: Any, head: LanguageHead) -> None:
-        self.model = model
-        self.head = head
-        self._adapters = hasattr(model, "peft_config")
-
-    @torch.no_grad()
-    def __call__(self, batch: Mapping[str, Tensor]) -> Head:
-        """States ``[T, D]`` of the learned tokens of a batch of ``collate``, and the head."""
-        device = self.head.weight.device
-        inputs = {name: value.to(device) for name, value in model_inputs(batch).items()}
-        training = self.model.training
-        if training:
-            self.model.eval()
-        off = self.model.disable_adapter() if self._adapters else contextlib.nullcontext()
-        try:
-            with off:
-                states = self.head.states(self.model, **inputs)
-        finally:
-            if training:
-                self.model.train()
-        rows = states.flatten(0, 1).index_select(0, batch["predictors"].to(device))
-        bias = self.head.bias
-        return Head(rows, self.head.weight.detach(), None if bias is None else bias.detach())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -198,35 +160,6 @@ def identity(reference: str, tokenizer: Any, examples: Examples) -> dict[str, st
     }
 
 
-def cast(model: Any, dtype: torch.dtype) -> Any:
-    """Parameters in another type, in place. Buffers stay: frequencies of rotary embeddings must not be rounded."""
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(dtype)
-    return model
-
-
-def frozen(model: Any, dtype: torch.dtype | None = None) -> Any:
-    """A model to compute a prior with: itself, or a copy in ``dtype``; on a CPU, which is slow in 16 bits, in fp32."""
-    if dtype is None and model.device.type == "cpu" and model.dtype.itemsize == 2:
-        dtype = torch.float32
-    return model if dtype in (None, model.dtype) else cast(copy.deepcopy(model), dtype)
-
-
-def check_tokens(examples: Examples, model: Any) -> None:
-    """Refuse tokens that the model has no embedding for.
-
-    Raises:
-        DataError: names the token.
-    """
-    rows = model.get_input_embeddings().weight.shape[0]
-    largest = int(examples.tokens.max())
-    if largest >= rows:
-        raise DataError(
-            f"The tokenizer gives token {largest}, but the model has {rows} embeddings: the tokenizer is not the one "
-            "of this model."
-        )
-
-
 def compute_prior(
     reference: Checkpoint,
     examples: Examples,
@@ -278,9 +211,7 @@ def compute_prior(
         **examples.counts(),
     }
     units = _units(examples)
-    kept = RunDirectory(
-        final.with_name(f".{final.name}.run"), {"verb": "prior", **about}, overwrite
-    )
+    kept = RunDirectory(run_beside(final), {"verb": "prior", **about}, overwrite)
     if progress is not None and kept.finished():
         progress.log(f"resuming: {len(kept.finished())} of {len(units)} pieces are there")
     pieces = []

@@ -16,7 +16,7 @@ from postlude.runs.chat import write_chat
 from postlude.tuning.rewards import GIVEN
 from postlude.tuning.rows import Row, read_rows
 
-__all__ = ["Prompt", "asked_with", "columns_of", "read_prompts", "text_of"]
+__all__ = ["Prompt", "asked_with", "other_columns", "read_prompts", "text_of"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +73,7 @@ def _prompt(row: Row, tokenizer: Any) -> Prompt:
             "columns that the reward asks for."
         )
     prompt = row.fields[key]
-    columns = columns_of(row, key)
+    columns = other_columns(row, key)
     if isinstance(prompt, str):
         if not prompt:
             raise DataError(f"{row.where} has an empty prompt.")
@@ -100,7 +100,7 @@ def _prompt(row: Row, tokenizer: Any) -> Prompt:
     return Prompt(prompt, {**columns, "messages": prompt}, len(ids["input_ids"]), row.where)
 
 
-def columns_of(row: Row, key: str) -> dict[str, Any]:
+def other_columns(row: Row, key: str) -> dict[str, Any]:
     """The columns of a line: everything but the prompt.
 
     Raises:

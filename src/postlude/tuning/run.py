@@ -42,8 +42,8 @@ from postlude.tuning.encoder import check_encoder, hold_fixed
 from postlude.tuning.merging import check_mergeable
 from postlude.tuning.objective import Job, Objective, TuneRun
 from postlude.tuning.output import MARKER, Report, finished, keep_model, plain, save
-from postlude.tuning.prior import cast, frozen
 from postlude.tuning.recordings import recordings_digest
+from postlude.tuning.reference import cast, frozen
 from postlude.tuning.rewards import RewardError
 from postlude.tuning.sharded import asked, check_shardable, is_sharded, whole
 from postlude.tuning.states import seeded

@@ -22,10 +22,11 @@ from postlude.runs.ranks import ranks
 from postlude.runs.vocabulary import check_vocabulary
 from postlude.surgery.head import LanguageHead
 from postlude.tuning.batches import make_plan
-from postlude.tuning.examples import Examples, read_examples
+from postlude.tuning.examples import Examples, check_tokens, read_examples
 from postlude.tuning.objective import Job, Objective, Outcome
-from postlude.tuning.prior import Prior, Reference, check_tokens, identity
+from postlude.tuning.prior import Prior, identity
 from postlude.tuning.recordings import recordings_for
+from postlude.tuning.reference import Reference
 from postlude.tuning.states import seeded
 from postlude.tuning.token_loss import Batches, TokenLoss
 from postlude.tuning.trainer import arguments, joined, only

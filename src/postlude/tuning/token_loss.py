@@ -27,7 +27,8 @@ from postlude.tuning.trainer import Resumable, autocasts
 from postlude.tuning.weighting import StepStatistics, TargetTokens, TokenWeighting
 
 if TYPE_CHECKING:
-    from postlude.tuning.prior import Prior, Reference
+    from postlude.tuning.prior import Prior
+    from postlude.tuning.reference import Reference
 
 __all__ = ["Batches", "TokenLoss"]
 

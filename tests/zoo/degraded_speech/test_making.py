@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from postlude.errors import DataError, OutputExistsError, SettingsError
-from postlude.runs.audio import read_clips
+from postlude.runs.clips import read_clips
 from postlude.zoo.degraded_speech import __main__ as command
 from postlude.zoo.degraded_speech import damage, making
 from postlude.zoo.degraded_speech.columns import EXPLANATION, RATE, Artifact

@@ -3,7 +3,7 @@
     python -m postlude.zoo.degraded_speech data --n 1200 --seed 0 -o speech-mini/
 
 `voices` speaks sentences, `damage` spoils them, `labels` says what was done in scores and words, `making` puts the
-three together. Reading such folders, and the real data set, is `postlude.runs.audio`'s.
+three together. Reading such folders, and the real data set, is `postlude.runs.clips`'s.
 """
 
 from __future__ import annotations

@@ -13,7 +13,8 @@ from typing import Any
 
 from postlude.errors import DataError, OutputExistsError, PostludeError, SettingsError
 from postlude.runs.atomic import atomic_write
-from postlude.runs.audio import LABELS, write_wav
+from postlude.runs.audio import write_wav
+from postlude.runs.clips import LABELS
 from postlude.runs.progress import Progress
 from postlude.zoo.degraded_speech.making import Maker
 from postlude.zoo.degraded_speech.voices import Digits, Espeak, Source, Toy, find_digits
