@@ -10,7 +10,8 @@ from typing import Any
 from torch import Tensor
 
 from postlude._front_door.opening import Path_, open_checkpoint
-from postlude.errors import OutputExistsError, SettingsError
+from postlude.errors import SettingsError
+from postlude.runs.atomic import check_replaceable_file
 from postlude.runs.checkpoint import Checkpoint
 from postlude.runs.progress import Progress
 from postlude.sampling.calibrate import calibrate
@@ -67,10 +68,8 @@ def sample_calibrate(
         raise SettingsError(
             f"the output is {out}; expected a file that ends in .safetensors: it holds statistics, not images"
         )
-    if out is not None and Path(out).exists() and not overwrite:
-        raise OutputExistsError(
-            f"{out} already exists. Choose another output, or pass --overwrite to replace it."
-        )
+    if out is not None:
+        check_replaceable_file(Path(out), overwrite)
     model, exact = open_checkpoint(checkpoint), open_checkpoint(reference)
     started = time.perf_counter()
     statistics = calibrate(

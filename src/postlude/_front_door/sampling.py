@@ -11,9 +11,9 @@ from typing import Any
 from torch import Tensor
 
 from postlude._front_door.opening import Path_, open_checkpoint
-from postlude.errors import OutputExistsError, SettingsError
+from postlude.errors import SettingsError
 from postlude.numerics.image_distance import psnr
-from postlude.runs.atomic import atomic_write
+from postlude.runs.atomic import atomic_write, check_replaceable_file
 from postlude.runs.checkpoint import Checkpoint
 from postlude.runs.progress import Progress
 from postlude.sampling.drift import DriftStatistics
@@ -201,10 +201,8 @@ def _files(out: Path_ | None, overwrite: bool) -> tuple[Path | None, Path] | Non
     tensors = file.with_suffix(".safetensors")
     grid = None if file == tensors else file
     for one in (grid, tensors):
-        if one is not None and (one.is_dir() or (one.exists() and not overwrite)):
-            raise OutputExistsError(
-                f"{one} already exists. Choose another output, or pass --overwrite (overwrite=True) to replace it."
-            )
+        if one is not None:
+            check_replaceable_file(one, overwrite)
     return grid, tensors
 
 
