@@ -11,6 +11,9 @@ weights, hears clips with known damage (docs/speech.md) in voices and sentences 
     GRPO, one reward        after both: every token is credited with the whole answer
     GRPO, by dimension      the same number of answers: a token is credited with the dimension it speaks of
 
+Part ``arms`` has 300 steps of each; part ``longer`` asks of GRPO again, from a model that hears better: 1000 steps of
+calibration, then 1000 of long answers.
+
 Both kinds of GRPO use the reward ``speech-verifiable``, the mean over dimensions, and clips that were not learned
 before. The seed draws weights, order and answers; the clips are the same. Calibration asks for all scores at once: with
 a question for each, as ``calibration.jsonl`` has them, a random model needs several times as long for the same
@@ -22,6 +25,7 @@ Data, models and measurements are kept in ``runs/claims/speech``.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 import statistics
@@ -47,6 +51,7 @@ from postlude.zoo.speech_answers import PARTS, SCORES
 CALIBRATION = TuneRun(steps=300, batch_size=16, learning_rate=1e-3)
 LONGER = dataclasses.replace(CALIBRATION, steps=1000)
 LONG = TuneRun(steps=300, batch_size=16, learning_rate=1e-3)
+LONG_LONGER = dataclasses.replace(LONG, steps=1000)
 GROUPS = TuneRun(steps=150, batch_size=16, learning_rate=1e-4)
 REINFORCED = GRPO(reward=("speech-verifiable",), generations=4, max_new_tokens=60, beta=0.04)  # type: ignore[arg-type]
 
@@ -61,7 +66,18 @@ ARMS = {
     "long": "calibration, long answers",
     "answer": "calibration, long answers, GRPO with one reward",
     "dimension": "calibration, long answers, GRPO by dimension",
+    "long-longer": "calibration, long answers, both longer",
+    "answer-longer": "both longer, GRPO with one reward",
+    "dimension-longer": "both longer, GRPO by dimension",
 }
+# Those that others rest on come first.
+PARTS_OF_CLAIM: dict[str, tuple[str, ...]] = {
+    "arms": (
+        "calibrated", "alone", "long", "answer", "dimension",
+        "frozen", "half", "alone-dimension", "calibrated-longer", "frozen-longer",
+    ),
+    "longer": ("calibrated-longer", "long-longer", "answer-longer", "dimension-longer"),
+}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,13 +147,17 @@ class Bench:
             return (
                 alone if arm == "alone" else self.tuned(arm, seed, alone, new, by_dimension, GROUPS)
             )
-        calibrated = self.tuned("calibrated", seed, start, scores, "sft", CALIBRATION)
-        if arm == "calibrated":
-            return calibrated
-        long = self.tuned("long", seed, calibrated, long_answers, "sft", LONG)
-        if arm == "long":
+        if arm.endswith("-longer"):
+            calibrated = self.tuned("calibrated-longer", seed, start, scores, "sft", LONGER)
+            long = self.tuned("long-longer", seed, calibrated, long_answers, "sft", LONG_LONGER)
+        else:
+            calibrated = self.tuned("calibrated", seed, start, scores, "sft", CALIBRATION)
+            if arm == "calibrated":
+                return calibrated
+            long = self.tuned("long", seed, calibrated, long_answers, "sft", LONG)
+        if arm.startswith("long"):
             return long
-        goal = dataclasses.replace(REINFORCED, credit=arm)
+        goal = dataclasses.replace(REINFORCED, credit=arm.removesuffix("-longer"))
         return self.tuned(arm, seed, long, new, goal, GROUPS)
 
     def _reward(self, model: Checkpoint, clips: Sequence[Clip]) -> float:
@@ -167,13 +187,14 @@ class Bench:
 
 def main() -> None:
     """Measure."""
-    claim = Claim("speech", __doc__ or "", seeds=3)
+    claim = Claim("speech", __doc__ or "", tuple(PARTS_OF_CLAIM), seeds=3)
+    arms = PARTS_OF_CLAIM[claim.part]
     sources = [Toy()] if claim.quick else speakers("auto")
     clips = 20 if claim.quick else 1200
     settings = {
         "clips": clips,
         "sources": [source.name for source in sources],
-        "runs": [dataclasses.asdict(run) for run in (CALIBRATION, LONG, GROUPS)],
+        "runs": [dataclasses.asdict(run) for run in (CALIBRATION, LONG, LONG_LONGER, GROUPS)],
         "grpo": dataclasses.asdict(REINFORCED),
     }
     kept = claim.directory(settings)
@@ -182,20 +203,22 @@ def main() -> None:
     with claim.progress:
         for seed, folder in enumerate((bench.data, bench.more)):
             make_sets(folder, clips, seed, sources, progress=claim.progress)
-        found: dict[str, list[dict[str, float]]] = {arm: [] for arm in ARMS}
-        # First what the others rest on.
-        late = ("frozen", "half", "alone-dimension", "calibrated-longer", "frozen-longer")
-        chains = [(seed, arm) for seed in claim.seeds for arm in ARMS if arm not in late]
-        for seed, arm in [*chains, *((seed, arm) for seed in claim.seeds for arm in late)]:
+        found: dict[str, list[dict[str, float]]] = {arm: [] for arm in ARMS if arm in arms}
+        for seed, arm in itertools.product(claim.seeds, arms):
             found[arm].append(_measured(claim, kept, bench, arm, seed))
+    stages = (
+        f"Calibration {CALIBRATION.steps} steps, longer {LONGER.steps}; long answers {LONG.steps}, alone "
+        f"{(CALIBRATION.steps or 0) + (LONG.steps or 0)}"
+        if claim.part == "arms"
+        else f"Calibration {LONGER.steps} steps, long answers {LONG_LONGER.steps}"
+    )
     claim.say(
         f"{clips - clips // 5} clips of {' and '.join(settings['sources'])} for training, {clips // 5} with other "
-        f"voices and sentences for testing. Calibration {CALIBRATION.steps} steps, longer {LONGER.steps}; long answers "
-        f"{LONG.steps}, alone {(CALIBRATION.steps or 0) + (LONG.steps or 0)}; GRPO {GROUPS.steps} steps of "
-        f"{GROUPS.batch_size} answers, {REINFORCED.generations} to a clip, on as many other clips as were learned."
+        f"voices and sentences for testing. {stages}; GRPO {GROUPS.steps} steps of {GROUPS.batch_size} answers, "
+        f"{REINFORCED.generations} to a clip, on as many other clips as were learned."
     )
     _tables(claim, found)
-    _sampled(claim, bench)
+    _sampled(claim, bench, found)
     _verdicts(claim, found)
     claim.finish()
 
@@ -223,16 +246,17 @@ def _tables(claim: Claim, found: Mapping[str, Sequence[Mapping[str, float]]]) ->
                 _over([{"%": 100 * one["skipped"]} for one in found[arm]], "%"),
             ]
             for arm, name in ARMS.items()
+            if arm in found
         ],
     )
     parts = [part.key for part in PARTS]
     columns = [f"{name}.{part}" for name in ("f1", "iou") for part in parts]
     rows = [
         [ARMS[arm], *(_over(found[arm], column) for column in [*columns, "reward"])]
-        for arm in ARMS
+        for arm in found
         if not arm.startswith(("calibrated", "frozen"))
     ]
-    always = [_over(found["long"], f"always_{column}") for column in columns]
+    always = [_over(list(found.values())[-1], f"always_{column}") for column in columns]
     claim.table(
         "Artifacts: F1 of presence and IoU of times; the reward",
         ["", *(f"{name} {part}" for name in ("F1", "IoU") for part in parts), "reward"],
@@ -240,10 +264,12 @@ def _tables(claim: Claim, found: Mapping[str, Sequence[Mapping[str, float]]]) ->
     )
 
 
-def _sampled(claim: Claim, bench: Bench) -> None:
+def _sampled(claim: Claim, bench: Bench, found: Mapping[str, Any]) -> None:
     """What GRPO's own answers got while it learned, from the logs of its runs."""
     rows = []
-    for arm in ("answer", "dimension", "alone-dimension"):
+    for arm in found:
+        if not {"answer", "dimension"} & set(arm.split("-")):
+            continue
         first, last, undecided = [], [], []
         for seed in claim.seeds:
             file = bench.models / f"{arm}-{seed}" / "steps.jsonl"
@@ -289,12 +315,17 @@ def _verdicts(claim: Claim, found: Mapping[str, Sequence[Mapping[str, float]]]) 
         ("GRPO with one reward against none", "answer", "long"),
         ("GRPO by dimension against none", "dimension", "long"),
         ("GRPO by dimension against one reward", "dimension", "answer"),
+        ("GRPO with one reward against none, both longer", "answer-longer", "long-longer"),
+        ("GRPO by dimension against none, both longer", "dimension-longer", "long-longer"),
+        ("GRPO by dimension against one reward, both longer", "dimension-longer", "answer-longer"),
         ("GRPO by dimension without calibration against none", "alone-dimension", "alone"),
         ("a trained encoder against a frozen one", "calibrated", "frozen"),
         ("the same, longer", "calibrated-longer", "frozen-longer"),
     )
     rows = []
     for name, better, worse in pairs:
+        if not {better, worse} <= set(found):
+            continue
         row = [name]
         for number in ("mean_pcc_zero", "mean_f1", "mean_iou", "reward"):
             gains = [
