@@ -11,11 +11,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from postlude._front_door.attributing import (
         attribute,
-        attribution_damage,
         attribution_learn_weights,
-        attribution_plan,
         attribution_query,
-        attribution_select,
         attribution_verify,
     )
     from postlude._front_door.calibrating import sample_calibrate
@@ -28,9 +25,11 @@ if TYPE_CHECKING:
     from postlude._front_door.judging_samples import evaluate_samples
     from postlude._front_door.judging_speech import evaluate_speech, explain
     from postlude._front_door.opening import load
+    from postlude._front_door.planning import attribution_plan
     from postlude._front_door.quantizing import quantize
     from postlude._front_door.running import forecast, report, run
     from postlude._front_door.sampling import sample
+    from postlude._front_door.selecting import attribution_damage, attribution_select
     from postlude._front_door.signals import fit, render
     from postlude._front_door.text import built_in_text, calibration_tokens
     from postlude._front_door.tuning import tune, tune_prior
@@ -73,11 +72,11 @@ __all__ = [
 
 _FILES = {
     "attribute": "attributing",
-    "attribution_damage": "attributing",
+    "attribution_damage": "selecting",
     "attribution_learn_weights": "attributing",
-    "attribution_plan": "attributing",
+    "attribution_plan": "planning",
     "attribution_query": "attributing",
-    "attribution_select": "attributing",
+    "attribution_select": "selecting",
     "attribution_verify": "attributing",
     "built_in_text": "text",
     "calibration_tokens": "text",

@@ -10,22 +10,18 @@ from typing import Any
 
 from postlude import registry
 from postlude._front_door.opening import Path_, open_checkpoint
-from postlude.attribution import plan as _plan
 from postlude.attribution.answers import Answer
 from postlude.attribution.build import build as _build
-from postlude.attribution.damage import Worst
-from postlude.attribution.damage import worst as _worst
 from postlude.attribution.data import Data, open_data
 from postlude.attribution.engine import Attributor
 from postlude.attribution.examples import Collection
 from postlude.attribution.forecast import forecast
 from postlude.attribution.index import Index
 from postlude.attribution.layer_weights import LayerWeights, Learning
+from postlude.attribution.plan import this_machine
 from postlude.attribution.query import learn_weights, method_of, model_of
 from postlude.attribution.query import query as _query
-from postlude.attribution.select import Selection
-from postlude.attribution.select import select as _select
-from postlude.errors import InputError, SettingsError, UnknownNameError
+from postlude.errors import InputError, SettingsError
 from postlude.runs.atomic import atomic_write
 from postlude.runs.checkpoint import Checkpoint
 from postlude.runs.progress import Progress
@@ -33,12 +29,10 @@ from postlude.runs.progress import Progress
 __all__ = [
     "Examples",
     "attribute",
-    "attribution_damage",
     "attribution_learn_weights",
-    "attribution_plan",
     "attribution_query",
-    "attribution_select",
     "attribution_verify",
+    "opened_index",
 ]
 
 Examples = Path_ | Sequence[Mapping[str, Any] | str] | Data
@@ -85,7 +79,7 @@ def attribute(
     examples = open_data(data, opened.kind)
     examples.check(opened, chosen)
     if progress is not None and progress.shown:
-        expected = forecast(opened, examples, settings, chosen, _plan.this_machine())
+        expected = forecast(opened, examples, settings, chosen, this_machine())
         if expected is not None:
             progress.log(str(expected))
     index, report = _build(
@@ -136,7 +130,7 @@ def attribution_query(
         command: that makes the page again, to be printed on it.
         progress: where to show it.
     """
-    opened, settings, model = _opened(index, method, changes, checkpoint)
+    opened, settings, model = opened_index(index, method, changes, checkpoint)
     answers = _query(
         opened,
         source,
@@ -164,7 +158,7 @@ def attribution_query(
     return answers
 
 
-def _opened(
+def opened_index(
     index: Path_ | Index,
     method: str | Attributor | None,
     changes: Mapping[str, Any] | None,
@@ -210,7 +204,7 @@ def attribution_learn_weights(
     Raises:
         SettingsError: fewer queries or examples than ``k``, or a method whose scores are no sum over layers.
     """
-    opened, settings, model = _opened(index, method, changes, checkpoint)
+    opened, settings, model = opened_index(index, method, changes, checkpoint)
     found = learn_weights(
         opened,
         source,
@@ -222,96 +216,6 @@ def attribution_learn_weights(
     )
     found.save(opened.path / "weights.safetensors" if out is None else out, overwrite=overwrite)
     return found
-
-
-def attribution_select(
-    index: Path_ | Index,
-    source: Examples,
-    out: Path_,
-    *,
-    top: int,
-    drop: bool = False,
-    method: str | Attributor | None = None,
-    changes: Mapping[str, Any] | None = None,
-    checkpoint: Path_ | Checkpoint | None = None,
-    reference: Path_ | Checkpoint | None = None,
-    keep: bool = True,
-    overwrite: bool = False,
-    progress: Progress | None = None,
-) -> Selection:
-    """Write the training examples that queries point at most, or with ``drop`` all but those.
-
-    Args:
-        index: opened, or a path.
-        source: queries, as for :func:`attribution_query`.
-        out: a ``.jsonl`` file.
-        top: how many are chosen.
-        drop: write the others.
-        reference: ask about the divergence of the queries from this model rather than about their loss: which examples
-            would bring a compressed model back to the one it was made from.
-        method, changes, checkpoint, keep: as for :func:`attribution_query`.
-        overwrite: replace the file.
-        progress: where to show it.
-
-    Raises:
-        SettingsError, DataError, StoreError, OutputExistsError: see :func:`postlude.attribution.select.select`.
-    """
-    opened, settings, model = _opened(index, method, changes, checkpoint)
-    return _select(
-        opened,
-        source,
-        out,
-        top=top,
-        drop=drop,
-        method=settings,
-        checkpoint=model,
-        reference=None if reference is None else open_checkpoint(reference),
-        keep=keep,
-        overwrite=overwrite,
-        progress=progress,
-    )
-
-
-def attribution_damage(
-    checkpoint: Path_ | Checkpoint,
-    source: Examples,
-    out: Path_,
-    *,
-    reference: Path_ | Checkpoint,
-    top: int,
-    by: str = "kl",
-    collection: Collection | None = None,
-    overwrite: bool = False,
-    progress: Progress | None = None,
-) -> Worst:
-    """Write the texts that a model lost most against the one it was made from.
-
-    Args:
-        checkpoint: a quantized, pruned or tuned language model, loaded or a path.
-        source: a ``.jsonl`` file with ``text``, or ``prompt`` and ``completion``, a line; or such records; or texts.
-        out: a ``.jsonl`` file.
-        reference: the model it was made from.
-        top: how many are chosen.
-        by: ``kl`` (divergence of the predictions), ``gap`` (added loss) or ``loss`` (of the model alone), in nats a
-            token.
-        collection: length, and which tokens are predicted.
-        overwrite: replace the file.
-        progress: where to show it.
-
-    Raises:
-        SettingsError, DataError, OutputExistsError, UnknownNameError: see :func:`postlude.attribution.damage.worst`.
-    """
-    return _worst(
-        open_checkpoint(checkpoint),
-        open_checkpoint(reference),
-        source,
-        out,
-        top=top,
-        by=by,
-        collection=collection,
-        overwrite=overwrite,
-        progress=progress,
-    )
 
 
 def attribution_verify(index: Path_ | Index) -> dict[str, Any]:
@@ -348,70 +252,3 @@ def attribution_verify(index: Path_ | Index) -> dict[str, Any]:
         "damaged": [dataclasses.asdict(one) for one in damaged],
         "data": data,
     }
-
-
-def attribution_plan(
-    *,
-    checkpoint: Path_ | Checkpoint | None = None,
-    parameters: float | None = None,
-    hardware: str = "this",
-    devices: int = 1,
-    examples: float,
-    sweep: bool = False,
-    **settings: Any,
-) -> dict[str, Any]:
-    """What an index will cost: bytes, operations, bytes read and time.
-
-    Args:
-        checkpoint: the model; or
-        parameters: how many it has.
-        hardware: ``this`` machine, measured, or a name in ``postlude.attribution.plan.HARDWARE``.
-        devices: how many of them.
-        examples: of the training set.
-        sweep: add a table over factors, ranks and formats.
-        settings: of :func:`postlude.attribution.plan.plan`.
-
-    Raises:
-        SettingsError: neither or both of checkpoint and parameters, or a number out of range.
-        UnknownNameError: hardware or format that is not known.
-    """
-    if (checkpoint is None) == (parameters is None):
-        raise SettingsError(
-            "a plan is for a checkpoint or for a number of parameters: give one of them"
-        )
-    shape = (
-        _plan.shape_of(open_checkpoint(checkpoint))
-        if checkpoint is not None
-        else _plan.assumed_shape(float(parameters or 0))
-    )
-    if hardware != "this" and hardware not in _plan.HARDWARE:
-        raise UnknownNameError("hardware", hardware, ["this", *_plan.HARDWARE])
-    machine = _plan.this_machine() if hardware == "this" else _plan.HARDWARE[hardware]
-    machine = machine.times(devices)
-    count = int(examples)
-    chosen = _plan.plan(shape, machine, examples=count, **settings)
-    result = {
-        "model": shape.description,
-        "parameters": shape.parameters,
-        "layers": shape.count,
-        "examples": count,
-        "hardware": dataclasses.asdict(machine),
-        **dataclasses.asdict(chosen),
-    }
-    if sweep:
-        fixed = {k: v for k, v in settings.items() if k not in ("factor", "rank", "format", "side")}
-        rows = _plan.table(shape, machine, examples=count, **fixed)
-        result["table"] = [
-            {
-                "factor": one.factor,
-                "rank": one.rank,
-                "format": one.format,
-                "index_bytes": one.bytes["index"],
-                "ratio": one.bytes["ratio"],
-                "curvature_bytes": one.bytes["curvature"],
-                "build_seconds": one.seconds["build"],
-                "score_seconds": one.seconds["score"],
-            }
-            for one in rows
-        ]
-    return result

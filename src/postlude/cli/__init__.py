@@ -32,7 +32,6 @@ from postlude.cli import (
     recipe,
     report,
     sample,
-    selection,
     signals,
     tune,
 )
@@ -75,8 +74,6 @@ app.add_typer(inspect.app, name="inspect")
 app.add_typer(tune.app, name="tune")
 app.command("quantize")(quantize.quantize)
 app.add_typer(sample.app, name="sample")
-attribute.app.command("select")(selection.select)
-attribute.app.command("damage")(selection.damage)
 app.add_typer(attribute.app, name="attribute")
 app.add_typer(evaluate.app, name="evaluate")
 app.command("explain")(explain.explain)

@@ -17,15 +17,21 @@ __all__ = [
     "DriftMode",
     "Dtype",
     "Guidance",
+    "Index",
     "Json",
+    "Keep",
+    "Method",
+    "Moved",
     "NewDirectory",
     "NewFile",
+    "OtherMethod",
     "Overwrite",
     "Reuse",
     "Sampler",
     "SamplerSteps",
     "Seed",
     "Set",
+    "StoredFormat",
 ]
 
 Checkpoint = Annotated[
@@ -152,4 +158,27 @@ Set = Annotated[
         metavar="KEY=VALUE",
         help="A setting of the method; repeat for more. `postlude methods NAME` lists them.",
     ),
+]
+_METHOD = typer.Option("--method", "-m", metavar="NAME", help="`postlude methods` lists them.")
+Method = Annotated[str, _METHOD]
+# Another than the one that an index was built for.
+OtherMethod = Annotated[str | None, _METHOD]
+Index = Annotated[
+    str, typer.Argument(metavar="INDEX", help="A directory that `build` made.", show_default=False)
+]
+Moved = Annotated[
+    str | None,
+    typer.Option(
+        "--checkpoint", metavar="CHECKPOINT", help="The model, if it has been moved since."
+    ),
+]
+Keep = Annotated[
+    bool,
+    typer.Option(
+        "--keep/--no-keep", help="Keep the fitted curvature in the index for later queries."
+    ),
+]
+StoredFormat = Annotated[
+    str | None,
+    typer.Option("--format", metavar="fp32|bf16|int8", help="Type of the stored numbers."),
 ]

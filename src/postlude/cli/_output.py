@@ -6,14 +6,26 @@ import dataclasses
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping
+import shlex
+import sys
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.table import Table
 
-__all__ = ["Result", "plain", "refuse_existing", "tables", "to_json", "write_json"]
+__all__ = [
+    "Result",
+    "number_table",
+    "plain",
+    "refuse_existing",
+    "tables",
+    "this_command",
+    "to_json",
+    "write_json",
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,6 +148,26 @@ def tables(value: Any) -> list[Any]:
         else:
             single.add_row(Text(name, style="dim"), Text(_cell(item)))
     return [single, *parts] if single.row_count else parts
+
+
+def number_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
+    """A table of names and numbers: the names on the left fold where there is little room, the numbers never."""
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, pad_edge=False)
+    for number, name in enumerate(columns):
+        table.add_column(
+            name, justify="right" if number else "left", no_wrap=number > 0, overflow="fold"
+        )
+    for row in rows:
+        table.add_row(*map(Text, row))
+    return table
+
+
+def this_command() -> str:
+    """The command line as it was typed, to be printed on what it makes."""
+    return shlex.join(["postlude", *sys.argv[1:]])
 
 
 def _rows(rows: list[dict[str, Any]]) -> object:

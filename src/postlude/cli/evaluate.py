@@ -9,7 +9,7 @@ import typer
 
 from postlude.cli import _options as options
 from postlude.cli._group import PLAIN, PlainCommand, PlainFormGroup
-from postlude.cli._output import Result, refuse_existing, write_json
+from postlude.cli._output import Result, number_table, refuse_existing, write_json
 from postlude.cli.pose import pose
 from postlude.cli.samples import samples
 from postlude.cli.speech import speech
@@ -330,7 +330,7 @@ def _retrieval_view(result: dict[str, Any]) -> object:
         f"replaced, {result['facts']} planted facts"
     ]
     costs = [(row["method"], *_cost(row)) for row in result["methods"]]
-    return _judged(columns, rows, lines, result, _table(("method", *_COST), costs), "")
+    return _judged(columns, rows, lines, result, number_table(("method", *_COST), costs), "")
 
 
 _COST = ("bytes an\nexample", "build\nCPU s", "queries\nCPU s")
@@ -350,21 +350,6 @@ def _mark(row: dict[str, Any], key: str) -> str:
     return "control" if row[key] is None else "yes" if row[key] else "no"
 
 
-def _table(columns: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> Any:
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(box=None, pad_edge=False)
-    for number, name in enumerate(columns):
-        # Names of methods fold, numbers never.
-        table.add_column(
-            name, justify="right" if number else "left", no_wrap=number > 0, overflow="fold"
-        )
-    for row in rows:
-        table.add_row(*map(Text, row))
-    return table
-
-
 def _judged(
     columns: tuple[str, ...],
     rows: Sequence[tuple[str, ...]],
@@ -381,4 +366,4 @@ def _judged(
         f"{training.batch}; {result['seconds']:.3g} s in all"
     )
     notes = [Text(f"note: {one}", style="bold") for one in result.get("notes", [])]
-    return Group(_table(columns, rows), "", *more, *map(Text, [*lines, trained]), *notes)
+    return Group(number_table(columns, rows), "", *more, *map(Text, [*lines, trained]), *notes)

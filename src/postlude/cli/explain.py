@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
 from typing import Annotated, Any
 
 import typer
 
 from postlude.cli import _options as options
-from postlude.cli._output import Result, refuse_existing
+from postlude.cli._output import Result, refuse_existing, this_command
 from postlude.cli.speech import Questions
 
 __all__ = ["explain"]
@@ -68,7 +66,7 @@ def explain(
         html=html,
         overwrite=overwrite,
         seed=seed,
-        command=shlex.join(["postlude", *sys.argv[1:]]),
+        command=this_command(),
     )
     return Result(result, _view(result))
 

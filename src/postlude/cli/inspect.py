@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import re
-import shlex
-import sys
 from typing import Annotated, Any
 
 import typer
 
 from postlude.cli import _options as options
 from postlude.cli._group import PLAIN, PlainCommand, PlainFormGroup
-from postlude.cli._output import Result, refuse_existing, write_json
+from postlude.cli._output import Result, refuse_existing, this_command, write_json
 
 __all__ = ["app", "checkpoint", "compare", "kernels"]
 
@@ -104,7 +102,7 @@ def compare(
     refuse_existing(output, overwrite=overwrite)
     refuse_existing(html, overwrite=overwrite)
     models = [_front_door.load(path, dtype=dtype, device=device) for path in checkpoints]
-    command = shlex.join(["postlude", *sys.argv[1:]])
+    command = this_command()
     with Progress(show=True) as progress:
         result = _front_door.compare(
             models,

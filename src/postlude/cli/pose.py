@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from postlude.cli import _options as options
-from postlude.cli._output import Result, refuse_existing, write_json
+from postlude.cli._output import Result, number_table, refuse_existing, write_json
 from postlude.errors import SettingsError
 
 __all__ = ["pose"]
@@ -64,24 +64,25 @@ def pose(
 
 def _view(result: dict[str, Any]) -> object:
     from rich.console import Group
-    from rich.table import Table
     from rich.text import Text
 
-    table = Table(box=None, pad_edge=False)
-    for name in ("distance", "pictures", "e_t", "error in metres", "rotation error"):
-        table.add_column(name, justify="right" if name != "distance" else "left", no_wrap=True)
     rows = [
         (f"{row['from_metres']:.0f} to {row['to_metres']:.0f} m", row)
         for row in result["by_distance"]
     ]
-    for name, row in (*rows, ("all", result)):
-        table.add_row(
-            name,
-            str(row["pictures"]),
-            f"{row['e_t']:.4f}",
-            f"{row['metres']:.3f}",
-            f"{row['e_r_degrees']:.2f}°",
-        )
+    table = number_table(
+        ("distance", "pictures", "e_t", "error in metres", "rotation error"),
+        [
+            (
+                name,
+                str(row["pictures"]),
+                f"{row['e_t']:.4f}",
+                f"{row['metres']:.3f}",
+                f"{row['e_r_degrees']:.2f}°",
+            )
+            for name, row in (*rows, ("all", result))
+        ],
+    )
     lines = (
         f"score {result['score']:.4f} (mean of e_t and the rotation error in radians; SPEED+ thresholds: "
         f"{result['score_speed_plus']:.4f})",

@@ -15,9 +15,7 @@ __all__ = ["quantize"]
 def quantize(
     checkpoint: options.Checkpoint,
     output: options.NewDirectory,
-    method: Annotated[
-        str, typer.Option("--method", "-m", help="`postlude methods` lists them.", metavar="NAME")
-    ] = "rtn",
+    method: options.Method = "rtn",
     bits: Annotated[
         str | None,
         typer.Option(

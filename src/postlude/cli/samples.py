@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from postlude.cli import _options as options
-from postlude.cli._output import Result, refuse_existing, write_json
+from postlude.cli._output import Result, number_table, refuse_existing, write_json
 
 __all__ = ["samples"]
 
@@ -88,22 +88,19 @@ _ROWS = (
 
 def _view(result: dict[str, Any]) -> object:
     from rich.console import Group
-    from rich.table import Table
     from rich.text import Text
 
-    table = Table(box=None, pad_edge=False)
-    for name in ("", "model", "reference", "real"):
-        table.add_column(name, justify="right" if name else "left", no_wrap=True)
+    rows: list[tuple[str, ...]] = []
     for title, key, real, shape in _ROWS:
         numbers = (result[key + end] for end in ("", "_reference", real))
-        table.add_row(title, *("-" if one is None else shape.format(one) for one in numbers))
+        rows.append((title, *("-" if one is None else shape.format(one) for one in numbers)))
     if result["psnr_db"] is not None:
         cells = (
             ("equal", "")
             if math.isinf(result["psnr_db"])
             else (f"{result['psnr_db']:.2f} dB", f"(worst image {result['psnr_db_lowest']:.1f} dB)")
         )
-        table.add_row("PSNR to the reference", *cells, "")
+        rows.append(("PSNR to the reference", *cells, ""))
     by_class = result["class_accuracy_by_class"] or {}
     sampler = result["sampler"]
     if result.get("sampler_reference") not in (None, sampler):
@@ -120,4 +117,5 @@ def _view(result: dict[str, Any]) -> object:
     if by_class:
         lines.append("right by class: " + "  ".join(f"{k}: {v:.0%}" for k, v in by_class.items()))
     notes = [Text(f"note: {one}", style="bold") for one in result["notes"]]
+    table = number_table(("", "model", "reference", "real"), rows)
     return Group(table, "", *map(Text, lines), *notes)

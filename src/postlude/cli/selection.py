@@ -8,7 +8,7 @@ import typer
 
 from postlude.cli import _options as options
 from postlude.cli._output import Result
-from postlude.cli.attribute import Index, Keep, Method, Moved, opened_index
+from postlude.cli.query import opened_index
 
 __all__ = ["damage", "select"]
 
@@ -21,7 +21,7 @@ _NewLines = Annotated[
 
 
 def select(
-    index: Index,
+    index: options.Index,
     source: Annotated[
         str,
         typer.Argument(
@@ -49,10 +49,10 @@ def select(
             "to its own, rather than which support the queries.",
         ),
     ] = None,
-    method: Method = None,
+    method: options.OtherMethod = None,
     set_: options.Set = None,
-    checkpoint: Moved = None,
-    keep: Keep = True,
+    checkpoint: options.Moved = None,
+    keep: options.Keep = True,
     dtype: options.Dtype = "auto",
     device: options.Device = None,
     overwrite: options.Overwrite = False,

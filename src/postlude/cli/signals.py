@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
 from typing import Annotated, Any
 
 import typer
 
 from postlude.cli import _options as options
-from postlude.cli._output import Result, refuse_existing, tables
+from postlude.cli._output import Result, refuse_existing, tables, this_command
 
 __all__ = ["fit", "render"]
 
@@ -96,7 +94,7 @@ def fit(
         out=output,
         overwrite=overwrite,
         html=html,
-        command=shlex.join(["postlude", *sys.argv[1:]]),
+        command=this_command(),
         device=device,
         progress=Progress(show=True),
     )

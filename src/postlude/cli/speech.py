@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from postlude.cli import _options as options
-from postlude.cli._output import Result, refuse_existing, write_json
+from postlude.cli._output import Result, number_table, refuse_existing, write_json
 
 __all__ = ["HeardBy", "Questions", "speech"]
 
@@ -117,7 +117,7 @@ def _view(result: dict[str, Any]) -> object:
         )
         for row in result["dimensions"]
     ]
-    parts: list[Any] = [_table(_SCORES, scores), Text()]
+    parts: list[Any] = [number_table(_SCORES, scores), Text()]
     if result["artifacts"]:
         found: list[tuple[str, ...]] = [
             (
@@ -132,7 +132,7 @@ def _view(result: dict[str, Any]) -> object:
             )
             for row in result["artifacts"]
         ]
-        parts += [_table(_PARTS, found), Text()]
+        parts += [number_table(_PARTS, found), Text()]
     means = f"mean PCC {_text(result['mean_pcc'], 3)}"
     undefined = [row for row in result["dimensions"] if math.isnan(row["pcc"])]
     if undefined:
@@ -177,17 +177,6 @@ def _view(result: dict[str, Any]) -> object:
         for what, number in result["converted"].items()
     ]
     return Group(*parts)
-
-
-def _table(names: tuple[str, ...], rows: list[tuple[str, ...]]) -> Any:
-    from rich.table import Table
-
-    table = Table(box=None, pad_edge=False)
-    for number, name in enumerate(names):
-        table.add_column(name, justify="right" if number else "left", no_wrap=True)
-    for row in rows:
-        table.add_row(*row)
-    return table
 
 
 def _text(value: float, digits: int) -> str:
