@@ -141,7 +141,6 @@ def test_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 SIGNATURES = {
-    "packed_row": "x codes scale zero bias out int int int int int",
     "packed_rows": "x codes scale zero bias out int int int int int int",
     "integer_rows": "u f32 codes scale zero i32 f32 int int int int int int int int",
 }
@@ -161,12 +160,13 @@ def test_programs_compile(monkeypatch: pytest.MonkeyPatch, capability: int) -> N
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    for name, kinds in SIGNATURES.items():
-        program = getattr(programs, name)
+    for name, one_row in (("packed_rows", True), ("packed_rows", False), ("integer_rows", False)):
+        program, kinds = getattr(programs, name), SIGNATURES[name]
         for bits, has_zero, one_group in ((4, True, True), (8, False, False), (2, True, False)):
             constants: dict[str, Any] = {
                 "BITS": bits, "GROUP": 64, "ZERO": 8.0, "HAS_ZERO": has_zero, "HAS_BIAS": True,
-                "ONE_GROUP": one_group, "WIDE": False, "BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_J": 64,
+                "ONE_GROUP": one_group, "ONE_ROW": one_row, "WIDE": False,
+                "BLOCK_M": 1 if one_row else 16, "BLOCK_N": 16 if one_row else 64, "BLOCK_J": 64,
             }  # fmt: skip
             constants = {key: constants[key] for key in program.arg_names if key.isupper()}
             free = [key for key in program.arg_names if not key.isupper()]
@@ -174,4 +174,4 @@ def test_programs_compile(monkeypatch: pytest.MonkeyPatch, capability: int) -> N
             signature |= dict.fromkeys(constants, "constexpr")
             source = ASTSource(program, signature=signature, constexprs=constants)
             made = triton.compile(source, target=GPUTarget("cuda", capability, 32))
-            assert ("mma" in made.asm["ptx"]) == (name != "packed_row")
+            assert ("mma" in made.asm["ptx"]) != one_row

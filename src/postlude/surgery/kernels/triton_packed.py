@@ -68,24 +68,25 @@ class TritonPacked(Kernel):
         pointers = (x, layer.codes, layer.scale, zero, x if layer.bias is None else layer.bias, out)
         sizes = (layer.in_features, channels, layer.codes.shape[1])
         strides = (0, 0) if tensor else layer.scale.stride()
-        constants = {
-            "BITS": format_.bits,
-            "GROUP": group,
-            "ZERO": float(format_.highest + 1),
-            "HAS_ZERO": layer.zero_point is not None,
-            "HAS_BIAS": layer.bias is not None,
-            "ONE_GROUP": group >= layer.in_features or group % (tile * per) == 0,
-            "BLOCK_J": tile,
-        }
-        if rows == 1:
-            block = 16
-            grid: tuple[int, ...] = (-(-channels // block),)
-            programs.packed_row[grid](*pointers, *sizes, *strides, **constants, BLOCK_N=block)
-        else:
-            tall, wide = min(64, max(16, _power_of_two(rows))), 64
-            grid = (-(-rows // tall), -(-channels // wide))
-            constants |= {"WIDE": x.device.type == "cpu", "BLOCK_M": tall, "BLOCK_N": wide}
-            programs.packed_rows[grid](*pointers, rows, *sizes, *strides, **constants)
+        one = rows == 1
+        tall, wide = (1, 16) if one else (min(64, max(16, _power_of_two(rows))), 64)
+        programs.packed_rows[(-(-rows // tall), -(-channels // wide))](
+            *pointers,
+            rows,
+            *sizes,
+            *strides,
+            BITS=format_.bits,
+            GROUP=group,
+            ZERO=float(format_.highest + 1),
+            HAS_ZERO=layer.zero_point is not None,
+            HAS_BIAS=layer.bias is not None,
+            ONE_GROUP=group >= layer.in_features or group % (tile * per) == 0,
+            ONE_ROW=one,
+            WIDE=x.device.type == "cpu",
+            BLOCK_M=tall,
+            BLOCK_N=wide,
+            BLOCK_J=tile,
+        )
         return out
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-__all__ = ["integer_rows", "packed_row", "packed_rows"]
+__all__ = ["integer_rows", "packed_rows"]
 
 
 @triton.jit
@@ -55,69 +55,6 @@ def _weight_tile(
 
 
 @triton.jit
-def packed_row(
-    x_ptr,
-    codes_ptr,
-    scale_ptr,
-    zero_ptr,
-    bias_ptr,
-    out_ptr,
-    width,
-    channels,
-    row_bytes,
-    scale_n,
-    scale_g,
-    BITS: tl.constexpr,
-    GROUP: tl.constexpr,
-    ZERO: tl.constexpr,
-    HAS_ZERO: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    ONE_GROUP: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_J: tl.constexpr,
-):
-    """``x [width]`` times packed weights: products and sums in fp32, no matrix units.
-
-    One row leaves those idle at 15 sixteenths, and its time is that of reading the codes.
-    """
-    PER: tl.constexpr = 8 // BITS
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    j = tl.arange(0, BLOCK_J)
-    total = tl.full((BLOCK_N, BLOCK_J), 0.0, tl.float32)
-    for first in range(0, row_bytes, BLOCK_J):
-        at = first + j
-        inside = (n < channels)[:, None] & (at < row_bytes)[None, :]
-        bytes_ = tl.load(codes_ptr + n[:, None] * row_bytes + at[None, :], mask=inside, other=0)
-        for part in tl.static_range(PER):
-            k = at * PER + part
-            x = tl.load(x_ptr + k, mask=k < width, other=0.0)
-            w = _weight_tile(
-                bytes_,
-                n,
-                k,
-                first * PER,
-                part,
-                scale_ptr,
-                zero_ptr,
-                scale_n,
-                scale_g,
-                width,
-                channels,
-                BITS,
-                GROUP,
-                ZERO,
-                HAS_ZERO,
-                ONE_GROUP,
-            )
-            # Weights are rounded to the type of the activations, as the simulation does.
-            total += w.to(x.dtype).to(tl.float32) * x.to(tl.float32)[None, :]
-    out = tl.reduce(total, 1, tl.standard._sum_combine)
-    if HAS_BIAS:
-        out += tl.load(bias_ptr + n, mask=n < channels, other=0.0).to(tl.float32)
-    tl.store(out_ptr + n, out.to(out_ptr.dtype.element_ty), mask=n < channels)
-
-
-@triton.jit
 def packed_rows(
     x_ptr,
     codes_ptr,
@@ -137,29 +74,32 @@ def packed_rows(
     HAS_ZERO: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     ONE_GROUP: tl.constexpr,
+    ONE_ROW: tl.constexpr,
     WIDE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_J: tl.constexpr,
 ):
-    """``x [rows, width]`` times packed weights on matrix units, sums in fp32.
+    """``x [rows, width]`` times packed weights, sums in fp32.
 
-    ``WIDE`` is for the interpreter, which multiplies the bits of bf16 numbers as if they were integers: their
-    products are the same in fp32.
+    Tiles are multiplied on matrix units. ``ONE_ROW``, with a ``BLOCK_M`` of 1, leaves those out: they would be idle at
+    15 sixteenths, and its time is that of reading the codes. ``WIDE`` is for the interpreter, which multiplies the bits
+    of bf16 numbers as if they were integers: their products are the same in fp32.
     """
     PER: tl.constexpr = 8 // BITS
     m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     j = tl.arange(0, BLOCK_J)
-    out = tl.full((BLOCK_M, BLOCK_N), 0.0, tl.float32)
+    if ONE_ROW:  # noqa: SIM108 - decided when the program is compiled
+        total = tl.full((BLOCK_N, BLOCK_J), 0.0, tl.float32)
+    else:
+        total = tl.full((BLOCK_M, BLOCK_N), 0.0, tl.float32)
     for first in range(0, row_bytes, BLOCK_J):
         at = first + j
         inside = (n < channels)[:, None] & (at < row_bytes)[None, :]
         bytes_ = tl.load(codes_ptr + n[:, None] * row_bytes + at[None, :], mask=inside, other=0)
         for part in tl.static_range(PER):
             k = at * PER + part
-            there = (m < rows)[:, None] & (k < width)[None, :]
-            x = tl.load(x_ptr + m[:, None] * width + k[None, :], mask=there, other=0.0)
             w = _weight_tile(
                 bytes_,
                 n,
@@ -178,13 +118,18 @@ def packed_rows(
                 HAS_ZERO,
                 ONE_GROUP,
             )
-            w = w.to(x.dtype)
-            if WIDE:
-                out = tl.dot(
-                    x.to(tl.float32), tl.trans(w.to(tl.float32)), out, input_precision="ieee"
-                )
+            # Weights are rounded to the type of the activations, as the simulation does.
+            if ONE_ROW:
+                x = tl.load(x_ptr + k, mask=k < width, other=0.0)
+                total += w.to(x.dtype).to(tl.float32) * x.to(tl.float32)[None, :]
             else:
-                out = tl.dot(x, tl.trans(w), out, input_precision="ieee")
+                there = (m < rows)[:, None] & (k < width)[None, :]
+                x = tl.load(x_ptr + m[:, None] * width + k[None, :], mask=there, other=0.0)
+                w = w.to(x.dtype)
+                if WIDE:
+                    x, w = x.to(tl.float32), w.to(tl.float32)
+                total = tl.dot(x, tl.trans(w), total, input_precision="ieee")
+    out = tl.reduce(total, 1, tl.standard._sum_combine)[None, :] if ONE_ROW else total
     if HAS_BIAS:
         out += tl.load(bias_ptr + n, mask=n < channels, other=0.0).to(tl.float32)[None, :]
     at = m[:, None] * channels + n[None, :]
