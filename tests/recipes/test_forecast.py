@@ -14,7 +14,8 @@ from postlude.cli import app, invoke
 from postlude.cli._commands import recipe_commands
 from postlude.errors import SettingsError, UnknownNameError
 from postlude.recipes.forecast import Forecasts, chosen_hardware, forecast
-from postlude.recipes.recipe import ASSUMED, read
+from postlude.recipes.recipe import read
+from postlude.recipes.stage import ASSUMED
 from postlude.runs.loading import resolve
 from postlude.runs.pipeline import denoiser_files
 from postlude.runs.weights import read_header

@@ -94,18 +94,14 @@ def test_a_seed_is_given_to_every_stage_that_has_none(tmp_path: Path) -> None:
         ("quantize: ${model}", "quantise: ${model}", r"line 7: there is no command 'quantise'. .* 'quantize'"),
         ("quantize: ${model}", "quantize: [a, b]", r"line 7: `quantize` takes the arguments CHECKPOINT; found 2"),
         ("evaluate: ${small}", "evaluate: ${smal}", r"line 14: \$\{smal\} is neither .* mean 'small'"),
-        ("evaluate: ${small}", "evaluate: ${update}", r"line 14: \$\{update\} is neither"),
-        ("text: wiki.txt", "max-length: 8", r"line 13: `evaluate` needs the option `text`"),
-        ('"${small}"]', '"${quality}"]', r"line 18: .* 'quality' \(evaluate\) has no output"),
-        ("text: wiki.txt", "text: wiki.txt\n    inspect: x", r"line 13: .*'evaluate' and 'inspect'; expected one"),
-        ("  quality:", "  Quality!:", r"line 13: a stage is named 'Quality!'"),
-        ("  quality:", "  small:", r"line 13: 'small' is given twice"),
-        ("  quality:", "  model:", r"line 13: 'model' is the name of a variable, too"),
-        ("name: four bits", "nam: four bits", r"line 1: A recipe has no 'nam'. Did you mean 'name'"),
-        ("  bits: w4a8", "  bits:", r"line 4: the variable 'bits' has no value: give one \(--set bits=VALUE\)"),
-        ("    samples: 4", "    output: elsewhere", r"line 10: a stage has no `output`: .*stages/small/"),
-        ("quantize: ${model}", "frobnicate: 1", r"line 6: stage 'small' has no command; expected one of .*evaluate"),
-        ("stages:", "stages: []\nother:", r"other"),
+        ("evaluate: ${small}", "evaluate: ${update}", r"line 14: .* 'update' stands further down.*above 'quality'"),
+        ("evaluate: ${small}", "evaluate: ${quality}", r"line 14: .*cannot read its own output"),
+        ("quantize: ${model}", "quantize: ${update}", r"line 7: .*stages 'small' and 'update' need each other"),
+        ("  model: zoo:tiny-lm", "  model: ${bits}", r"line 3: the variable 'model' is '\$\{bits\}'; expected a value"),
+        ("  model: zoo:tiny-lm", "  model: zoo:tiny-ml", r"line 7: No reference model named .*mean 'tiny-lm'"),
+        ("samples: 4", "group: banana", r"line 10: --group 'banana' is not understood"),
+        ("[damping=0.1, clip=true]", "[dampign=0.1]", r"line 12: .*'dampign'.*mean 'damping'"),
+        ("[damping=0.1, clip=true]", "[clip=maybe]", r"line 12: clip=maybe does not fit offq"),
     ],
 )  # fmt: skip
 def test_a_mistake_is_named_with_its_line(tmp_path: Path, old: str, new: str, message: str) -> None:
@@ -121,7 +117,11 @@ def test_a_mistake_is_named_with_its_line(tmp_path: Path, old: str, new: str, me
         ("- a", "found list"),
         ("a: [", r"yaml, line 1, column 5: not YAML"),
         ("stages: {}", "at least one stage"),
-        ("a: !!python/object/apply:os.system [true]", "recipe has no 'a'"),
+        (
+            "a: !!python/object/apply:os.system [true]",
+            "line 1: a value is marked !!python/object/apply:os.system",
+        ),
+        ("a: !thing 1", "line 1: a value is marked !thing"),
     ],
 )
 def test_what_is_no_recipe_is_refused(tmp_path: Path, text: str, message: str) -> None:
@@ -132,6 +132,10 @@ def test_what_is_no_recipe_is_refused(tmp_path: Path, text: str, message: str) -
 def test_a_variable_that_is_not_there_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"has no variable 'modle'\. Did you mean 'model'"):
         recipe(tmp_path, GOOD, modle="x")
+    with pytest.raises(DataError, match=r"has no variable 'zzz'; known: model, bits"):
+        recipe(tmp_path, GOOD, zzz="x")
+    with pytest.raises(DataError, match=r"has no variable 'zzz'; it has none"):
+        recipe(tmp_path, GOOD[GOOD.index("stages:") :], zzz="x")
     (tmp_path / "recipe.yaml").write_text(GOOD)
     with pytest.raises(DataError, match=r"no recipe .*recipes.yaml. Did you mean 'recipe.yaml'"):
         read(tmp_path / "recipes.yaml", COMMANDS)
@@ -145,6 +149,48 @@ def test_every_stage_with_a_mistake_is_named_at_once(tmp_path: Path) -> None:
         recipe(tmp_path, text)
     # What a stage with a mistake would have made is no mistake of the stages that read it.
     assert len(str(caught.value).splitlines()) == 2
+
+
+def test_every_mistake_of_a_stage_is_named_at_once(tmp_path: Path) -> None:
+    text = GOOD.replace("samples: 4", "sampels: 4\n    length: none").replace("offq", "ofq")
+    with pytest.raises(DataError) as caught:
+        recipe(tmp_path, text)
+    lines = str(caught.value).splitlines()
+    assert [one.split(": ")[0].split(", ")[1] for one in lines] == ["line 10", "line 11", "line 8"]
+
+
+@pytest.mark.parametrize(
+    ("reads", "message"),
+    [
+        ("evaluate: ${index}\n    text: wiki.txt", r"stage 'index' \(attribute build\) writes an index; expected a"),
+        ('attribute query: ["${small}", "Once"]', r"stage 'small' \(quantize\) writes a checkpoint; expected an index"),
+        ('attribute query: ["${index}", "Once"]', ""),
+    ],
+)  # fmt: skip
+def test_what_a_stage_writes_is_what_another_reads(
+    tmp_path: Path, reads: str, message: str
+) -> None:
+    text = (
+        "stages:\n  small: {quantize: zoo:tiny-lm}\n"
+        "  index: {attribute build: [zoo:tiny-lm, wiki.txt]}\n"
+        f"  last:\n    {reads}\n"
+    )
+    if message:
+        with pytest.raises(DataError, match=f"line 5: .*{message}"):
+            recipe(tmp_path, text)
+    else:
+        assert len(recipe(tmp_path, text).stages) == 3
+
+
+def test_nothing_is_done_to_check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from postlude import _front_door
+
+    loaded = _front_door.load
+    before = sorted(tmp_path.rglob("*"))
+    recipe(tmp_path, GOOD)
+    (tmp_path / "recipe.yaml").unlink()
+    assert sorted(tmp_path.rglob("*")) == before
+    assert _front_door.load is loaded
 
 
 def test_every_variable_without_a_value_is_named_at_once(tmp_path: Path) -> None:

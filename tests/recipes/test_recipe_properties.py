@@ -37,7 +37,7 @@ QUANTIZE = options(
     samples=st.integers(1, 64),
     seed=st.integers(0, 9),
     check=st.booleans(),
-    set=st.lists(st.sampled_from(["damping=0.1", "clip=true"]), min_size=1, max_size=2),
+    set=st.lists(st.sampled_from(["damping=0.1", "clip=true"]), min_size=1, unique=True),
 )
 TUNE = options(
     weights=st.sampled_from(["sft", "dft"]),

@@ -5,8 +5,10 @@ A verb's file, and with it the noun behind it, is imported when the verb is firs
 
 from __future__ import annotations
 
+import contextlib
 import importlib
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, NoReturn
 
 if TYPE_CHECKING:
     from postlude._front_door.attributing import (
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
     from postlude._front_door.tuning import tune, tune_prior
 
 __all__ = [
+    "Rehearsed",
     "attribute",
     "attribution_damage",
     "attribution_learn_weights",
@@ -61,6 +64,7 @@ __all__ = [
     "kernels",
     "load",
     "quantize",
+    "rehearsal",
     "render",
     "report",
     "run",
@@ -113,3 +117,24 @@ def __getattr__(name: str) -> object:
     verb = getattr(importlib.import_module(f"{__name__}.{_FILES[name]}"), name)
     globals()[name] = verb
     return verb
+
+
+class Rehearsed(Exception):
+    """A verb was reached, in a :func:`rehearsal`."""
+
+
+@contextlib.contextmanager
+def rehearsal() -> Iterator[None]:
+    """Verbs raise :class:`Rehearsed` meanwhile: what comes before them is done, such as to read a command line."""
+    kept = {name: globals()[name] for name in _FILES if name in globals()}
+    globals().update(dict.fromkeys(_FILES, _rehearsed))
+    try:
+        yield
+    finally:
+        for name in _FILES:
+            del globals()[name]
+        globals().update(kept)
+
+
+def _rehearsed(*_: Any, **__: Any) -> NoReturn:
+    raise Rehearsed

@@ -9,9 +9,10 @@ from typing import Any
 
 from postlude._front_door.opening import Path_
 from postlude.recipes import forecast as _forecast
-from postlude.recipes.recipe import ASSUMED, Recipe, read
+from postlude.recipes.recipe import Recipe, read
 from postlude.recipes.run import Done
 from postlude.recipes.run import run as _run
+from postlude.recipes.stage import ASSUMED
 from postlude.runs.processes import Processes
 
 __all__ = ["forecast", "report", "run"]

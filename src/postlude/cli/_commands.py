@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import contextlib
+import dataclasses
+import functools
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, get_args, get_origin
 
 import typer
 import typer.main
 
 from postlude.cli._group import PLAIN
-from postlude.cli._settings import parse_bits
+from postlude.errors import PostludeError, SettingsError, UnknownNameError
 from postlude.recipes.commands import Command, Parameter
 
 __all__ = ["recipe_commands"]
@@ -39,8 +42,21 @@ _PATHS = (
     "IMAGES",
     "RECORDING.WAV",
 )
-# What the command line can tell of a word before the command runs.
-_CHECKS = {"bits": parse_bits}
+# What outputs are, where one might be taken for another.
+_MAKES = {
+    "quantize": "checkpoint",
+    "tune": "checkpoint",
+    "tune prior": "prior",
+    "attribute build": "index",
+    "attribute learn-weights": "weights",
+    "attribute select": "examples",
+    "attribute damage": "examples",
+    "sample": "picture",
+    "sample calibrate": "drift statistics",
+    "explain": "picture",
+    "render": "picture",
+    "fit": "picture in a network",
+}
 _EXPORTED = {"gguf": "model.gguf"}
 # Outputs that are files: their names.
 _FILES = {
@@ -57,11 +73,30 @@ _FILES = {
 
 def recipe_commands(app: typer.Typer) -> dict[str, Command]:
     """Every command of the command line that can be a stage, by name."""
+    whole = typer.main.get_command(app)
     return {
-        name: _command(name, command)
-        for name, command in _leaves("", typer.main.get_command(app))
+        name: dataclasses.replace(_command(name, command), check=functools.partial(_check, whole))
+        for name, command in _leaves("", whole)
         if name.split()[0] not in _NOT_IN_RECIPES
     }
+
+
+def _check(whole: Any, words: Sequence[str]) -> None:
+    """Have a command read its command line, as far as its first verb.
+
+    What it says of files is no matter: those of earlier stages are not there yet.
+    """
+    from postlude import _front_door
+
+    with _front_door.rehearsal(), contextlib.suppress(_front_door.Rehearsed, OSError):
+        try:
+            whole(list(words), prog_name="postlude", standalone_mode=False)
+        except (SettingsError, UnknownNameError):
+            raise
+        except PostludeError:
+            pass
+        except typer.TyperException as error:
+            raise SettingsError(error.format_message()) from error
 
 
 def _leaves(name: str, command: Any) -> Iterator[tuple[str, Any]]:
@@ -96,6 +131,7 @@ def _command(name: str, command: Any) -> Command:
         output_name=_exported if name == "export" else _FILES.get(name, "output"),
         page="--html" if "html" in given else "",
         replace=("--overwrite",) if writes and "overwrite" in given else (),
+        makes=_MAKES.get(name, ""),
     )
 
 
@@ -107,6 +143,7 @@ def _parameter(parameter: Any, name: str, flag: str, verb: str) -> Parameter:
     annotation = parameter.type_descriptor.annotation
     many = get_origin(annotation) is list or parameter.nargs == -1
     kind = get_args(annotation)[0] if get_origin(annotation) is list else annotation
+    named = (parameter.metavar or "").split(" ")[0].upper().removesuffix(".JSONL")
     return Parameter(
         name=name,
         flag=flag,
@@ -117,6 +154,5 @@ def _parameter(parameter: Any, name: str, flag: str, verb: str) -> Parameter:
         low=parameter.min,
         high=parameter.max,
         names=verb,
-        path=(parameter.metavar or "").upper().split(" ")[0].removesuffix(".JSONL") in _PATHS,
-        check=_CHECKS.get(name),
+        takes=named.lower() if named in _PATHS else "",
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any
@@ -78,7 +79,10 @@ def run(
     """Run a recipe: a list of stages, each one command, whose outputs feed later stages."""
     from postlude import _front_door
     from postlude.errors import SettingsError
+    from postlude.runs.progress import Progress
 
+    # Every command of it is read, with the libraries behind them: seconds.
+    Progress(show=True).log(f"checking {recipe}")
     variables, sizes = _pairs("--set", set_), _pairs("--assume", assume)
     if dry_run:
         plan = _front_door.forecast(
@@ -106,7 +110,7 @@ def run(
         "stages": [
             {
                 "stage": one.stage,
-                "command": " ".join(["postlude", *one.command]),
+                "command": shlex.join(["postlude", *one.command]),
                 "seconds": one.seconds,
                 "reused": one.reused,
                 "result": one.result,

@@ -20,7 +20,8 @@ every stage writes into its own folder of the run, so a recipe can read what it 
 """
 
 from postlude.recipes.commands import Command, Parameter
-from postlude.recipes.recipe import Recipe, Stage, read
+from postlude.recipes.recipe import Recipe, read
 from postlude.recipes.run import Done, State, run, state
+from postlude.recipes.stage import Stage
 
 __all__ = ["Command", "Done", "Parameter", "Recipe", "Stage", "State", "read", "run", "state"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any
 
 import pydantic
@@ -28,8 +28,7 @@ class Parameter:
         required: whether it must be given.
         low, high: range of a number.
         names: the verb whose registered methods it chooses from, empty for any other value.
-        path: whether it names something that is there already: a file, a directory, a model of the zoo.
-        check: raises a ``PostludeError`` for a word that the command would refuse; None where only the command knows.
+        takes: what it names that has to be there (``checkpoint``, ``index``, ``file``, ...), empty for other values.
     """
 
     name: str
@@ -41,8 +40,7 @@ class Parameter:
     low: float | None = None
     high: float | None = None
     names: str = ""
-    path: bool = False
-    check: Callable[[str], object] | None = None
+    takes: str = ""
 
     def annotation(self) -> Any:
         """The type that pydantic checks its value against; a list of it where it can be given several times."""
@@ -81,6 +79,8 @@ class Command:
         output_name: name of the output in the folder of a stage, or a function of the options that gives it.
         page: the option that writes an HTML page, empty where there is none.
         replace: what makes it write over an output that is there already.
+        makes: what its output is, in the words of ``takes``; empty where it may be several things.
+        check: raises a ``SettingsError`` for a command line that the command would refuse.
     """
 
     name: str
@@ -90,6 +90,8 @@ class Command:
     output_name: str | Callable[[Mapping[str, Any]], str] = "output"
     page: str = ""
     replace: tuple[str, ...] = ()
+    makes: str = ""
+    check: Callable[[Sequence[str]], object] | None = None
 
     @functools.cache  # noqa: B019 there are some dozens of commands, for as long as the program runs
     def model(self) -> type[pydantic.BaseModel]:

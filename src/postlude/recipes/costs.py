@@ -42,8 +42,8 @@ from postlude.attribution.plan import Hardware, assumed_shape, plan
 from postlude.errors import PostludeError
 from postlude.numerics.weighted_likelihood import COLUMNS
 from postlude.quantization.blocks import CHUNKS
-from postlude.recipes.recipe import Stage
 from postlude.recipes.sizes import Data, Known, Model, Steps, Unknown, data, model, text_tokens
+from postlude.recipes.stage import Stage
 from postlude.runs.weights import read_header
 from postlude.tuning.weighting import TokenWeighting
 

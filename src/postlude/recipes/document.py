@@ -14,6 +14,9 @@ __all__ = ["Document", "Where"]
 # Keys from the top of a document to a value.
 Where = tuple[Any, ...]
 
+# Kinds of values that YAML itself has; others are what a program makes objects of.
+_TAG = "tag:yaml.org,2002:"
+_KINDS = {"map", "seq", "str", "int", "float", "bool", "null", "timestamp", "merge", "value"}
 # Values of a file, those repeated by reference counted each time; a long recipe has some hundred.
 _LARGEST = 20_000
 
@@ -79,6 +82,12 @@ class Document:
             raise DataError(
                 f"{self.file}, line {line}: more than {_LARGEST} values, since what `*` repeats holds repetitions; "
                 "expected a recipe."
+            )
+        if node.tag.removeprefix(_TAG) not in _KINDS:
+            line = node.start_mark.line + 1
+            tag = node.tag.replace(_TAG, "!!")
+            raise DataError(
+                f"{self.file}, line {line}: a value is marked {tag}; expected plain values, lists and mappings."
             )
         if isinstance(node, yaml.MappingNode):
             value: dict[Any, Any] = {}

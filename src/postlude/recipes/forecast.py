@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +89,7 @@ def forecast(
     stages = []
     for stage in recipe.stages:
         folder = directory / "stages" / stage.name
-        words = " ".join(["postlude", *command_line(stage, folder, outputs)])
+        words = shlex.join(["postlude", *command_line(stage, folder, outputs)])
         one = Forecast(stage.name, words, stage.name not in waiting)
         try:
             found = cost(stage, known, ranks)

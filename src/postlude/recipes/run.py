@@ -20,6 +20,7 @@ import functools
 import hashlib
 import json
 import os
+import shlex
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -28,7 +29,8 @@ from typing import Any, Literal
 
 import postlude
 from postlude.errors import PostludeError, RankError, RunDirectoryError, StageError
-from postlude.recipes.recipe import Recipe, Stage
+from postlude.recipes.recipe import Recipe
+from postlude.recipes.stage import Stage
 from postlude.runs.atomic import atomic_write
 from postlude.runs.checksums import hash_file
 from postlude.runs.processes import Processes
@@ -136,7 +138,7 @@ def _run(
         record = processes.agree(functools.partial(_kept, folder, names[stage.name]))
         if record is None:
             words = command_line(stage, folder, outputs)
-            notify(f"{title}: postlude {' '.join(words)}")
+            notify(f"{title}: postlude {shlex.join(words)}")
             summary.note(stage.name, "running")
             try:
                 found = _run_stage(stage, folder, names[stage.name], words, execute, processes)

@@ -14,7 +14,7 @@ from typing import Any, Literal, TypeVar
 
 from postlude.attribution.plan import parse_count
 from postlude.errors import PostludeError
-from postlude.recipes.recipe import ASSUMED
+from postlude.recipes.stage import ASSUMED
 from postlude.runs.loading import resolve
 from postlude.runs.pipeline import denoiser_files, is_denoiser
 from postlude.runs.weights import read_header, read_json, weight_files

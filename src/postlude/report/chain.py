@@ -203,7 +203,7 @@ def _sections(run: _Run, folder: Path | None, prefix: str) -> Iterator[dict[str,
                 (_words(measure), shown(value, _DIGITS))
                 for measure, value in _measures(done.result)
             ],
-            "command": folded(" ".join(["postlude", *done.command])),
+            "command": folded(shlex.join(["postlude", *done.command])),
         }
 
 
