@@ -8,7 +8,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 .PHONY: help demo test check format lint types contracts faults claims claims-quick bench docs clean install
 
 help:
-	@echo "make demo     inspect and quantize the built-in model by every method, write runs/demo/report.html"
+	@echo "make demo     inspect the built-in model, quantize it by five methods, write runs/demo/report.html"
 	@echo "make test     the tests (slow and GPU ones: $(BIN)/pytest -m slow, -m gpu)"
 	@echo "make check    format, lint, types, import contracts"
 	@echo "make faults   kill, fill the disk, damage files: what happens, as a table (docs/reliability.md)"

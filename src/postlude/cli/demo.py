@@ -27,7 +27,7 @@ def demo(
     seed: options.Seed = 0,
     json: options.Json = False,
 ) -> Result:
-    """Inspect the built-in tiny model, quantize it by every method, measure each, write a report."""
+    """Inspect the built-in tiny model, quantize it by five methods, measure each, write a report."""
     from postlude import _front_door
 
     done = _front_door.demo(output, seed=seed, overwrite=overwrite)

@@ -42,8 +42,9 @@ class Quantizer:
     """Base of the settings of every quantizer.
 
     Attributes:
-        weights, activations, kv: bits of linear weights, their inputs, and the KV cache; 16 leaves a part in
-            floating point. Embeddings and head always stay.
+        weights: bits of the weights of linears; 16 leaves them in floating point. Embeddings and head always stay.
+        activations: bits of what these weights are multiplied with; 16 leaves it in floating point.
+        kv: bits of the cached keys and values; 16 leaves them in floating point.
         group: weights that share a scale: ``channel`` (one output), ``tensor`` or a number of inputs.
         activation_group: activations that share a scale: ``token``, ``tensor`` or a number of channels.
         rounding: ``nearest`` or ``gptq``.
