@@ -21,7 +21,7 @@ import dataclasses
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import ClassVar, Literal, Protocol
+from typing import ClassVar, Generic, Literal, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -206,10 +206,14 @@ class Plain(LayerCurvature):
         return queries
 
 
-class _Inverted(LayerCurvature):
+_Inverse = TypeVar("_Inverse", DenseInverse, SpectralInverse)
+
+
+class _Inverted(LayerCurvature, Generic[_Inverse]):
     """Any whose inverse takes gradients one by one, whatever the rows of the index."""
 
-    inverse: DenseInverse | SpectralInverse
+    def __init__(self, inverse: _Inverse) -> None:
+        self.inverse: _Inverse = inverse
 
     def scores(self, queries: Rows, source: Source) -> Tensor:
         return stream(self.matrices(queries, source), source)
@@ -219,13 +223,10 @@ class _Inverted(LayerCurvature):
         return self.inverse.apply(dense.flatten(1)).view_as(dense)
 
 
-class Exact(_Inverted):
+class Exact(_Inverted[DenseInverse]):
     """``(H + lam I)^-1`` by Cholesky of the ``D x D`` matrix."""
 
     name = "exact"
-
-    def __init__(self, inverse: DenseInverse) -> None:
-        self.inverse = inverse
 
     @classmethod
     def fit(cls, source: Source, settings: CurvatureSettings) -> Exact:
@@ -261,13 +262,10 @@ class Exact(_Inverted):
         return 3 * 8 * layer.size**2
 
 
-class Truncated(_Inverted):
+class Truncated(_Inverted[SpectralInverse]):
     """The streamed SVD with Woodbury's identity: LoRIF."""
 
     name = "truncated"
-
-    def __init__(self, inverse: SpectralInverse) -> None:
-        self.inverse = inverse
 
     @classmethod
     def fit(cls, source: Source, settings: CurvatureSettings) -> Truncated:

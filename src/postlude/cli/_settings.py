@@ -13,7 +13,7 @@ from typing import Any
 from postlude.errors import SettingsError, UnknownNameError
 from postlude.registry import MethodInfo
 
-__all__ = ["make_settings", "parse_bits", "parse_granularity", "parse_numbers"]
+__all__ = ["make_settings", "parse_bits", "parse_granularity", "parse_numbers", "read_fields"]
 
 _RANGE = re.compile(r"(\d+)(?:-(\d+))?", re.ASCII)
 _BITS = re.compile(r"(?:w(?P<weights>\d+))?(?:a(?P<activations>\d+))?(?:kv(?P<kv>\d+))?", re.ASCII)
@@ -87,7 +87,7 @@ def make_settings(
     values: dict[str, object] = {}
     for name, value in given.items():
         _require(info, name, names)
-        values[name] = _convert(info, name, hints[name], str(value))
+        values[name] = _convert(info.name, name, hints[name], str(value))
     for word in assignments:
         name, equals, text = word.partition("=")
         name = name.strip().replace("-", "_")
@@ -98,7 +98,7 @@ def make_settings(
             raise SettingsError(
                 f"the setting {name!r} of {info.name} is given twice; give it once."
             )
-        values[name] = _convert(info, name, hints[name], text.strip())
+        values[name] = _convert(info.name, name, hints[name], text.strip())
     missing = [
         field.name
         for field in dataclasses.fields(info.settings)
@@ -124,7 +124,26 @@ def _require(info: MethodInfo, name: str, names: list[str]) -> None:
         )
 
 
-def _convert(info: MethodInfo, name: str, hint: Any, text: str) -> object:
+def read_fields(owner: str, kind: type, assignments: Iterable[str]) -> dict[str, Any]:
+    """Fields of a data class from ``KEY=VALUE`` words, each value read as its field's type.
+
+    Args:
+        owner: whose they are, for messages.
+        kind: the data class; it has a field of every name.
+        assignments: words.
+
+    Raises:
+        SettingsError: a value that is not of its field's type.
+    """
+    hints = typing.get_type_hints(kind)
+    pairs = [word.partition("=") for word in assignments]
+    return {
+        name.strip(): _convert(owner, name.strip(), hints[name.strip()], text.strip())
+        for name, _, text in pairs
+    }
+
+
+def _convert(owner: str, name: str, hint: Any, text: str) -> object:
     """``text`` as a value of the type ``hint``: as JSON if that fits exactly, else as a word."""
     from pydantic import TypeAdapter, ValidationError
 
@@ -146,7 +165,7 @@ def _convert(info: MethodInfo, name: str, hint: Any, text: str) -> object:
         return adapter.validate_strings(text)
     except ValidationError:
         raise SettingsError(
-            f"{name}={text} does not fit {info.name}: expected {_readable(hint)}."
+            f"{name}={text} does not fit {owner}: expected {_readable(hint)}."
         ) from None
 
 

@@ -211,7 +211,7 @@ def tune(
 ) -> Result:
     """Tune a model: on demonstrations with token weights, on preferences (dpo), or by rewards (grpo)."""
     from postlude import registry
-    from postlude.cli._settings import make_settings
+    from postlude.cli._settings import make_settings, read_fields
     from postlude.errors import SettingsError
     from postlude.tuning.adapters import Adapter
     from postlude.tuning.objective import TuneRun
@@ -236,7 +236,9 @@ def tune(
     given: dict[str, object] = {} if not reward else {"reward": tuple(reward)}
     goal: Any = make_settings(info, given, words["method"])
     if supervised:
-        goal = TokenWeighting(goal, signal, **_fields(TokenWeighting, words["weighting"]))
+        goal = TokenWeighting(
+            goal, signal, **read_fields("token weights", TokenWeighting, words["weighting"])
+        )
     elif signal is not None:
         raise SettingsError(f"--signal is for --objective sft; leave it out of {objective}.")
 
@@ -385,22 +387,6 @@ def _divided(
         else:
             divided["adapter"][name] = _value(text.strip())
     return divided
-
-
-def _fields(kind: type, words: Iterable[str]) -> dict[str, Any]:
-    """Fields of a settings class, each value read as its type."""
-    import typing
-
-    from postlude.cli._settings import _convert
-    from postlude.registry import MethodInfo
-
-    info = MethodInfo("tune", "token weights", "", "", (), kind)
-    hints = typing.get_type_hints(kind)
-    pairs = [word.partition("=") for word in words]
-    return {
-        name.strip(): _convert(info, name.strip(), hints[name.strip()], text.strip())
-        for name, _, text in pairs
-    }
 
 
 def _value(text: str) -> Any:

@@ -12,8 +12,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from postlude.report.environment import environment
-from postlude.report.figures import Figure
-from postlude.report.plots import Line, line_plot
+from postlude.report.figures import Figure, line_figure
+from postlude.report.plots import Line
 from postlude.report.sheet import NONE, shown, style, template
 
 __all__ = ["render", "update_figures"]
@@ -224,14 +224,14 @@ def _lines(
 ) -> Figure | None:
     if not ticks:
         return None
-    plot = line_plot(
+    return line_figure(
         identifier,
+        title,
+        caption,
         lines,
         ticks,
         x_label="block",
         y_label=y_label,
-        alt=f"{title}. {caption}",
         limits=limits,
+        show=shown,
     )
-    rows = [(tick, *(shown(line.values[i]) for line in lines)) for i, tick in enumerate(ticks)]
-    return Figure(identifier, title, caption, plot, "block", [line.name for line in lines], rows)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from postlude.report.plots import Line, Plot, heat_map, line_plot
 from postlude.report.sheet import NONE, short
 
-__all__ = ["Figure", "error_figure", "inside_figures"]
+__all__ = ["Figure", "error_figure", "inside_figures", "line_figure"]
 
 _SHOWN_TOKENS = 24
 
@@ -58,7 +58,7 @@ def error_figure(
         "an error as large as the state itself. Errors are handed on, so what matters is where a line climbs. "
         f"After the last block: {order}."
     )
-    return _lines(
+    return line_figure(
         "error",
         "Error inside the model, block by block",
         caption,
@@ -110,7 +110,7 @@ def _norms(outliers: Mapping[str, Any], inspections: Mapping[str, Any]) -> Figur
         )
         + named
     )
-    return _lines(
+    return line_figure(
         "norms",
         "Length of the hidden states, layer by layer",
         caption,
@@ -164,7 +164,7 @@ def _angles(defects: Mapping[str, Any], inspections: Mapping[str, Any]) -> Figur
         f"{met} really have is near 90 degrees where the block has nothing to do with them and small where it makes "
         f"or removes them. Smallest: {nearest['angle_degrees']:.1f} degrees in block {nearest['layer']}."
     )
-    return _lines(
+    return line_figure(
         "angles",
         "Predicted and real direction of the outliers, block by block",
         caption,
@@ -190,7 +190,7 @@ def _marks(inspections: Mapping[str, Any], shift: int) -> dict[int, str]:
     return marks
 
 
-def _lines(
+def line_figure(
     identifier: str,
     title: str,
     caption: str,
@@ -203,7 +203,10 @@ def _lines(
     limits: tuple[float, float] | None = None,
     y_ticks: Sequence[float] | None = None,
     marks: Mapping[int, str] | None = None,
+    show: Callable[[float | None], str] | None = None,
 ) -> Figure:
+    """Lines over ticks, and the same numbers as a table; ``show`` writes them there, in three digits if None."""
+    show = show or _value
     plot = line_plot(
         identifier,
         lines,
@@ -217,7 +220,7 @@ def _lines(
         marks=marks,
     )
     rows = [
-        (tick, *(_value(line.values[i]) if i < len(line.values) else "" for line in lines))
+        (tick, *(show(line.values[i]) if i < len(line.values) else "" for line in lines))
         for i, tick in enumerate(ticks)
     ]
     return Figure(identifier, title, caption, plot, x_label, [line.name for line in lines], rows)
