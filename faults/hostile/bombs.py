@@ -11,6 +11,7 @@ from pathlib import Path
 from faults.hostile.case import (
     FAMILY,
     Case,
+    changed,
     copied_model,
     evaluating,
     tried,
@@ -269,3 +270,27 @@ def pictures(work: Work, count: int) -> Iterator[Trial]:
             Case("an array of 10^12 bytes", array, r"x\.npz"),
         ],
     )
+
+
+@fault(FAMILY, "sizes in `config.json`")
+def sizes(work: Work, count: int) -> Iterator[Trial]:
+    """A model of billions, said of weights of some kilobytes."""
+
+    def config(**values: int) -> Callable[[Work, Path], Words]:
+        def make(work: Work, folder: Path) -> Words:
+            model = copied_model(work, folder)
+            changed(model / "config.json", **values)
+            return evaluating(work, model)
+
+        return make
+
+    names = (
+        "num_hidden_layers",
+        "hidden_size",
+        "intermediate_size",
+        "vocab_size",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "head_dim",
+    )
+    yield from tried(work, [Case(name, config(**{name: 10**9}), ".") for name in names])

@@ -98,7 +98,7 @@ def test_a_seed_is_given_to_every_stage_that_has_none(tmp_path: Path) -> None:
         ("evaluate: ${small}", "evaluate: ${quality}", r"line 14: .*cannot read its own output"),
         ("quantize: ${model}", "quantize: ${update}", r"line 7: .*stages 'small' and 'update' need each other"),
         ("  model: zoo:tiny-lm", "  model: ${bits}", r"line 3: the variable 'model' is '\$\{bits\}'; expected a value"),
-        ("  model: zoo:tiny-lm", "  model: zoo:tiny-ml", r"line 7: No reference model named .*mean 'tiny-lm'"),
+        ("  model: zoo:tiny-lm", "  model: zoo:tiny-ml", r"line 7: No zoo model named .*mean 'tiny-lm'"),
         ("samples: 4", "group: banana", r"line 10: --group 'banana' is not understood"),
         ("[damping=0.1, clip=true]", "[dampign=0.1]", r"line 12: .*'dampign'.*mean 'damping'"),
         ("[damping=0.1, clip=true]", "[clip=maybe]", r"line 12: clip=maybe does not fit offq"),
@@ -191,6 +191,14 @@ def test_nothing_is_done_to_check(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     (tmp_path / "recipe.yaml").unlink()
     assert sorted(tmp_path.rglob("*")) == before
     assert _front_door.load is loaded
+
+
+def test_a_reward_is_not_executed_to_check(tmp_path: Path) -> None:
+    (tmp_path / "rewards.py").write_text("import pathlib\npathlib.Path('executed').touch()\n")
+    (tmp_path / "data.jsonl").write_text('{"prompt": "a"}\n')
+    stage = "{tune: [zoo:tiny-lm, data.jsonl], objective: grpo, reward: 'rewards.py:f'}"
+    recipe(tmp_path, f"stages:\n  a: {stage}\n")
+    assert not (tmp_path / "executed").exists()
 
 
 def test_every_variable_without_a_value_is_named_at_once(tmp_path: Path) -> None:

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -74,6 +73,14 @@ def test_sharded_checkpoints_load(tmp_path: Path, make_model: Callable[..., Any]
     assert checkpoint.tokenizer is None
     for name, tensor in model.state_dict().items():
         assert torch.equal(checkpoint.model.state_dict()[name], tensor)
+
+
+def test_more_layers_than_tensors_are_refused_before_they_are_made(tiny_llama_copy: Path) -> None:
+    edit_config(tiny_llama_copy, num_hidden_layers=10**9)
+    with pytest.raises(
+        CheckpointError, match=r"1,000,000,000 layers \(num_hidden_layers\), .* tensors"
+    ):
+        load(tiny_llama_copy)
 
 
 def test_what_is_no_checkpoint_is_refused(tmp_path: Path, tiny_llama_dir: Path) -> None:
@@ -157,7 +164,16 @@ def test_missing_weights_are_not_drawn_at_random(tiny_llama_copy: Path) -> None:
 
 def test_weights_of_another_shape_are_refused(tiny_llama_copy: Path) -> None:
     edit_config(tiny_llama_copy, intermediate_size=40)
-    with pytest.raises(CheckpointError, match=r"transformers .* cannot load"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"safetensors holds model.layers.0.mlp.\w+.weight \[.* asks for \[.*40",
+    ):
+        load(tiny_llama_copy)
+
+
+def test_a_configuration_that_its_own_class_refuses_is_refused(tiny_llama_copy: Path) -> None:
+    edit_config(tiny_llama_copy, num_attention_heads=10**9)
+    with pytest.raises(CheckpointError, match=r"(?s)transformers .* cannot load .* not a multiple"):
         load(tiny_llama_copy)
 
 
@@ -167,11 +183,9 @@ def test_a_broken_tokenizer_is_refused(tiny_llama_copy: Path) -> None:
         load(tiny_llama_copy)
 
 
-def test_zoo_names(tmp_path: Path, tiny_llama_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from postlude.runs import loading
+def test_zoo_names() -> None:
+    from postlude.zoo import checkpoint_path
 
-    monkeypatch.setattr(loading, "__file__", str(tmp_path / "runs" / "loading.py"))
-    shutil.copytree(tiny_llama_dir, tmp_path / "zoo" / "checkpoints" / "tiny-lm")
-    assert resolve("zoo:tiny-lm") == tmp_path / "zoo" / "checkpoints" / "tiny-lm"
+    assert resolve("zoo:tiny-lm") == checkpoint_path("tiny-lm")
     with pytest.raises(UnknownNameError, match="tiny-lm"):
         load("zoo:tiny-ml")

@@ -8,24 +8,25 @@ weights, and at last every weight once.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
 
-from postlude.errors import CheckpointError, SettingsError, UnknownNameError
+from postlude.errors import CheckpointError, SettingsError
 from postlude.runs.checkpoint import Checkpoint
 from postlude.runs.importing import READERS, Foreign, Reader
 from postlude.runs.pipeline import is_denoiser, load_denoiser
 from postlude.runs.quiet import quiet_transformers
-from postlude.runs.weights import check_weights, read_json, weight_files
+from postlude.runs.weights import check_depth, check_weights, read_header, read_json, weight_files
 from postlude.surgery.anatomy import Anatomy, Kind, anatomy_of, kind_of
 from postlude.surgery.layers import check_scales, quantized_linears
-from postlude.zoo import MADE
+from postlude.zoo import MADE, checkpoint_path
 
 __all__ = ["dtype_of", "load", "resolve"]
 
@@ -83,6 +84,7 @@ def load(
     config = _config(directory)
     kind = kind_of(config["model_type"])
     files = weight_files(directory)
+    check_depth(directory / "config.json", config, files)
     check_weights(files)
     quantization = config.get("quantization_config") or {}
     reader = READERS.get(str(quantization.get("quant_method")))
@@ -137,15 +139,11 @@ def resolve(path: str | os.PathLike[str]) -> Path:
 
 
 def _zoo(name: str) -> Path:
-    folder = Path(__file__).resolve().parent.parent / "zoo" / "checkpoints"
-    known = [d.name for d in folder.iterdir() if d.is_dir()] if folder.is_dir() else []
     if name in MADE:
         raise CheckpointError(
             f"zoo:{name} does not come with Postlude: make it ({MADE[name]}) and give its directory."
         )
-    if name not in known:
-        raise UnknownNameError("zoo model", name, known)
-    return folder / name
+    return checkpoint_path(name)
 
 
 def _config(directory: Path) -> dict[str, Any]:
@@ -196,7 +194,7 @@ def _foreign(directory: Path, quantization: dict[str, Any], reader: Reader) -> d
         with safe_open(file, framework="pt") as store:
             found.tensors.update({name: store.get_tensor(name) for name in store.keys()})  # noqa: SIM118
     reader(quantization, found)
-    with quiet_transformers():
+    with quiet_transformers(), _refused(directory):
         config = transformers.AutoConfig.from_pretrained(directory, local_files_only=True)
     made_by = {"method": quantization["quant_method"], "settings": quantization, "imported": True}
     config.quantization_config = huggingface.PostludeConfig(
@@ -252,28 +250,20 @@ def _model(
     # Not at the top: importing it takes seconds, and a refused directory should be refused at once.
     transformers = importlib.import_module("transformers")
     whole = find_class(directory, config)
-    with quiet_transformers():
-        try:
-            if source is None:
-                build = whole.from_pretrained
-                source = {"pretrained_model_name_or_path": directory, "trust_remote_code": False}
-            else:
-                # The class by its configuration: there is no directory to look for one in.
-                build = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[
-                    type(source["config"])
-                ].from_pretrained
-            model, info = build(
-                **source,
-                dtype=dtype,
-                local_files_only=True,
-                use_safetensors=True,
-                output_loading_info=True,
-            )
-        except (ValueError, KeyError, OSError, RuntimeError, TypeError, AttributeError) as error:
-            raise CheckpointError(
-                f"transformers {transformers.__version__} cannot load {directory}: "
-                f"{type(error).__name__}: {error}"
-            ) from error
+    with quiet_transformers(), _refused(directory, whole):
+        if source is None:
+            build = whole.from_pretrained
+            source = {"pretrained_model_name_or_path": directory, "trust_remote_code": False}
+        else:
+            # The class by its configuration: there is no directory to look for one in.
+            build = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(source["config"])].from_pretrained
+        model, info = build(
+            **source,
+            dtype=dtype,
+            local_files_only=True,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
     missing = sorted(info.get("missing_keys", ()))
     if missing:
         raise CheckpointError(
@@ -290,6 +280,41 @@ def _model(
             "load it with the version of Postlude and transformers that wrote it."
         )
     return model
+
+
+@contextlib.contextmanager
+def _refused(directory: Path, whole: Any = None) -> Iterator[None]:
+    """What transformers raises while it reads a directory, as an error that names it."""
+    transformers = importlib.import_module("transformers")
+    invalid = importlib.import_module("huggingface_hub.errors").StrictDataclassError
+    try:
+        yield
+    except (
+        ValueError, KeyError, OSError, RuntimeError, TypeError, AttributeError, invalid
+    ) as error:  # fmt: skip
+        # transformers says which weights do not fit in a log line only.
+        other = _other_shape(directory, whole) if "ignore_mismatched_sizes" in str(error) else ""
+        raise CheckpointError(
+            other
+            or f"transformers {transformers.__version__} cannot load {directory}: {type(error).__name__}: {error}"
+        ) from error
+
+
+def _other_shape(directory: Path, whole: Any) -> str:
+    """The first weight of another shape than its configuration asks for; empty where none is found by its name."""
+    transformers = importlib.import_module("transformers")
+    config = transformers.AutoConfig.from_pretrained(directory, local_files_only=True)
+    with torch.device("meta"):
+        model = getattr(whole, "from_config", whole)(config)
+    asked = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
+    for file in weight_files(directory):
+        for name, entry in read_header(file).items():
+            if asked.get(name, entry["shape"]) != entry["shape"]:
+                return (
+                    f"{file} holds {name} {entry['shape']}, and the config.json beside it asks for {asked[name]}: one "
+                    "of them is of another model. Copy or download them again."
+                )
+    return ""
 
 
 def _tokenizer(directory: Path) -> Any:

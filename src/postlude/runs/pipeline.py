@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from postlude.errors import CheckpointError, MissingDependencyError
 from postlude.runs.checksums import finish_weights
 from postlude.runs.quiet import quiet_diffusers
-from postlude.runs.weights import check_weights, read_json, weight_files
+from postlude.runs.weights import check_depth, check_weights, read_json, weight_files
 from postlude.surgery.anatomy import check_supported, supported_model_types
 
 __all__ = ["INDEX", "Pipeline", "denoiser_files", "is_denoiser", "load_denoiser", "write_denoiser"]
@@ -103,6 +103,7 @@ def load_denoiser(directory: Path, dtype: torch.dtype | str) -> tuple[Any, Any, 
         )
     check_supported(name)
     files = weight_files(part, _WEIGHTS)
+    check_depth(part / "config.json", config, files)
     check_weights(files)
     if pipeline is not None:
         scheduler = _scheduler(directory, pipeline.index)

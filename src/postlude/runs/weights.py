@@ -11,6 +11,7 @@ import json
 import math
 import os
 import struct
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from torch import Tensor
 from postlude.errors import CheckpointError, NonFiniteError
 from postlude.runs.checksums import listed_sums, refuse_damaged
 
-__all__ = ["check_weights", "read_header", "read_json", "weight_files"]
+__all__ = ["check_depth", "check_weights", "read_header", "read_json", "weight_files"]
 
 STEM = "model"
 _PICKLE_ENDINGS = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -42,6 +43,16 @@ _BITS = {
     **dict.fromkeys(("F8_E5M2FNUZ", "F8_E4M3FNUZ"), 8),
     **dict.fromkeys(("F6_E2M3", "F6_E3M2"), 6),
     "F4": 4,
+}
+# Names of a number of layers in the configurations of transformers and diffusers.
+_DEPTHS = {
+    "num_hidden_layers",
+    "num_layers",
+    "num_single_layers",
+    "n_layer",
+    "n_layers",
+    "encoder_layers",
+    "decoder_layers",
 }
 # A safetensors header beyond this is refused by the format's own library as well.
 _LARGEST_HEADER = 100_000_000
@@ -159,6 +170,27 @@ def check_weights(files: list[Path]) -> None:
         _check_format(file)
     if broken is not None:
         raise broken
+
+
+def check_depth(file: Path, config: Mapping[str, Any], files: list[Path]) -> None:
+    """Refuse a configuration that asks for more layers than there are tensors, before so many are made.
+
+    Args:
+        file: where the configuration stands, for messages.
+        config: what is in it.
+        files: the weights.
+
+    Raises:
+        CheckpointError: names the number of layers.
+    """
+    tensors = sum(len(read_header(one)) for one in files)
+    for part in (config, *(value for value in config.values() if isinstance(value, dict))):
+        for key in _DEPTHS & set(part):
+            if isinstance(part[key], int) and part[key] > tensors:
+                raise CheckpointError(
+                    f"{file} asks for {part[key]:,} layers ({key}), and the weights beside it are {tensors} tensors: "
+                    "one of them is of another model. Copy or download them again."
+                )
 
 
 def _not_finite_in(file: Path, digest: hashlib._Hash | None) -> NonFiniteError | None:

@@ -25,5 +25,5 @@ def checkpoint_path(name: str) -> Path:
         UnknownNameError: no reference model has this name.
     """
     if name not in MODELS:
-        raise UnknownNameError("reference model", name, MODELS)
-    return Path(__file__).parent / "checkpoints" / name
+        raise UnknownNameError("zoo model", name, MODELS)
+    return Path(__file__).resolve().parent / "checkpoints" / name
