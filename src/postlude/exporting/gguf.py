@@ -166,19 +166,20 @@ class GGUF(Exporter):
         """Types of the layers whose codes are kept, and paths of the float linears to be rounded."""
         kept: dict[str, str] = {}
         reasons: list[str] = []
+        widths = _widths(checkpoint)
+        anew = "q8_0" if all(width % BLOCK == 0 for width in widths.values()) else "f16"
         for path, layer in parts.layers.items():
             type, reason = type_of(layer)
             if type is not None:
                 kept[path] = type
             elif self.requantize == "none":
                 reasons.append(
-                    f"{path} {reason}. Quantize again, or round such layers anew with --set requantize=q8_0 "
-                    "(or f16, which takes any width)"
+                    f"{path} {reason}. Quantize again, or round such layers anew with --set requantize={anew}"
                 )
         rounded: set[str] = set()
         if self.requantize != "none":
             rounded = {path for path in checkpoint.language.linears() if path not in parts.layers}
-            for path, width in _widths(checkpoint).items():
+            for path, width in widths.items():
                 if path not in kept and self.requantize not in _FLOATS and width % BLOCK:
                     reasons.append(
                         f"{path} has {width} inputs, and blocks of {self.requantize} hold {BLOCK}. Use "

@@ -44,8 +44,11 @@ def refuse(target: str, reasons: list[str]) -> None:
         SettingsError: with the first reason, and how many more there are.
     """
     if reasons:
-        more = f" ({len(reasons) - 1} more like it)" if len(reasons) > 1 else ""
-        raise SettingsError(f"{target} cannot hold this checkpoint: {reasons[0]}{more}")
+        others = len(reasons) - 1
+        more = f" There {'are' if others > 1 else 'is'} {others} more like it." if others else ""
+        raise SettingsError(
+            f"{target} cannot hold this checkpoint: {reasons[0].rstrip('.')}.{more}"
+        )
 
 
 def plain(
