@@ -80,6 +80,61 @@ def test_several_runs_side_by_side(tmp_path: Path) -> None:
     assert 'href="../w4/stages/picture/page.html"' in page
 
 
+def test_what_was_asked_differently_stands_beside_what_was_measured(tmp_path: Path) -> None:
+    runs = [a_run(tmp_path / one / "chat", 44.5) for one in ("w4", "w8")]
+    for run, bits in zip(runs, (4, 8), strict=True):
+        summary = json.loads((run / "run.json").read_text())
+        summary["seed"], summary["variables"]["model"] = bits - 4, f"lm{bits}"
+        (run / "run.json").write_text(json.dumps(summary))
+        recipe = f"stages:\n small:\n  quantize: ${{model}}\n  bits: w{bits}\n  set: [a=1, b=2]\n"
+        (run / "recipe.yaml").write_text(recipe)
+    page = render(runs)
+    rows = page.split('id="asked"')[1].split("</table>")[0]
+    for name, *cells in (("model", "lm4", "lm8"), ("seed", "0", "4"), ("bits", "w4", "w8")):
+        columns = "".join(rf"<td[^>]*>{cell}</td>" for cell in cells)
+        assert re.search(rf">{name}</td>{columns}", rows)
+    assert "quantize" not in rows and "a=1" not in rows and "b.txt" not in rows  # the same in both
+    # Folders of one name are told apart by those above them.
+    assert ">w4/chat</th>" in rows and ">w8/chat</th>" in rows
+    assert page.count("--seed 4") == 1 and "--seed 0" not in page
+
+
+def test_an_inspection_says_what_it_found(tmp_path: Path) -> None:
+    run = a_run(tmp_path / "one", 44.5)
+    file = run / "stages/small/done.json"
+    record = json.loads(file.read_text())
+    layer = {"layer": 2, "absmax": 20.0, "ratio": 27.0}
+    record |= {
+        "command": ["inspect", "zoo:tiny-lm"],
+        "result": {
+            "outliers": {"method": "outliers", "samples": 32, "layers": [layer]},
+            "signature": {"massive": True, "hidden_size": 64},
+        },
+    }
+    file.write_text(json.dumps(record))
+    page = render([run])
+    assert "after block 2 the largest entry of a hidden state is 20, 27 times the median" in page
+    assert "is kept in stages/small/done.json" in page
+    assert "outliers: samples" in page and "outliers: method" not in page
+
+
+def test_measures_have_units_and_numbers_stay_whole(tmp_path: Path) -> None:
+    run = a_run(tmp_path / "one", 44.5)
+    file = run / "stages/quality/done.json"
+    record = json.loads(file.read_text())
+    record["result"] |= {
+        "kl": 7.2374e-05,
+        "loss": 3.1,
+        "seconds": 3.25,
+        "note": "more words than fit",
+    }
+    file.write_text(json.dumps(record))
+    page = render([run])
+    assert '>kl (nats per token)</th><td class="number">7.2374e-05</td>' in page
+    assert ">loss (nats per token)</th>" in page and ">seconds</th>" not in page
+    assert '<td class="number word">more words than fit</td>' in page
+
+
 def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RunDirectoryError, match="not the directory of a run"):
         render([tmp_path])

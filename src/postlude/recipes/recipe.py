@@ -32,6 +32,7 @@ class Recipe:
         stages: in order.
         variables: their values, those that were overridden included.
         text: the file.
+        seed: of every stage that has one and names none; 0 leaves the commands' own.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Recipe:
     stages: tuple[Stage, ...]
     variables: Mapping[str, Any]
     text: str
+    seed: int = 0
 
 
 def read(
@@ -121,6 +123,7 @@ class _Reader:
             stages=tuple(self._stages.values()),
             variables=variables,
             text=self._document.text,
+            seed=self._seed,
         )
 
     def _variables(self, own: Any, given: Mapping[str, str]) -> dict[str, Any]:

@@ -171,6 +171,7 @@ class _Summary:
             "name": recipe.name,
             "about": recipe.about,
             "variables": dict(recipe.variables),
+            "seed": recipe.seed,
             "stages": [stage.name for stage in recipe.stages],
             "states": states,
             "version": postlude.__version__,

@@ -1,8 +1,8 @@
 """One self-contained HTML page of the run of a recipe: every stage, what it measured, and how to run it again.
 
-Of a run that is under way, or was stopped, the page says how far it is. With several runs it sets the measures of
-stages of the same name side by side. It runs no script, loads nothing, and links to nothing but pages and outputs in
-the run's own folder; every text is escaped.
+Of a run that is under way, or was stopped, the page says how far it is. With several runs it says what was asked of
+them differently, and sets the measures of stages of the same name side by side. It runs no script, loads nothing, and
+links to nothing but pages and outputs in the run's own folder; every text is escaped.
 """
 
 from __future__ import annotations
@@ -16,9 +16,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from postlude.recipes.document import Document
 from postlude.recipes.run import Done, State, state
 from postlude.report.environment import environment
 from postlude.report.figures import Figure
+from postlude.report.findings import findings
 from postlude.report.plots import Line, bar_plot
 from postlude.report.sheet import NONE, folded, shown, style, template
 from postlude.runs.atomic import atomic_write
@@ -70,8 +72,22 @@ _DRAWN = {
     "bits_per_weight": _Measure("Bits per weight", "bits", "Codes and scales of quantized layers."),
     "bytes": _Measure("Size", "megabytes", "Of the weights on the disk.", 1e6),
 }
-_SETTINGS = ("settings", "kept", "method", "output", "seed")
+# Not measured but asked for, or said in the sentence of a stage.
+_SETTINGS = ("settings", "kept", "method", "output", "seed", "seconds")
+# Units of measures that are not drawn.
+_UNITS = {
+    "loss": "nats per token",
+    "reference_loss": "nats per token",
+    "top1_agreement": "share of tokens",
+    "weight_error": "share of the norm",
+    "reload_max_difference": "logits",
+    "reload_relative_difference": "share of the largest logit",
+    "simulated": "layers",
+}
 
+
+# Two names and a cell for each run.
+_Row = tuple[str, str, list[str]]
 
 # What is said of a stage that is not done.
 _STATES: Mapping[State, str] = {
@@ -124,6 +140,7 @@ def render(runs: Sequence[str | os.PathLike[str]], folder: Path | None = None) -
         A whole HTML document.
     """
     opened = [_Run(run) for run in runs]
+    _tell_apart(opened)
     found = environment()
     several = len(opened) > 1
     first = opened[0]
@@ -147,6 +164,7 @@ def render(runs: Sequence[str | os.PathLike[str]], folder: Path | None = None) -
         style=style("report.css"),
         introduction=introduction,
         figures=_figures(opened),
+        asked=_asked(opened) if several else [],
         comparison=_comparison(opened) if several else [],
         runs=[run.name for run in opened],
         stages=[
@@ -160,14 +178,26 @@ def render(runs: Sequence[str | os.PathLike[str]], folder: Path | None = None) -
     )
 
 
+def _tell_apart(runs: Sequence[_Run]) -> None:
+    """Runs whose folders have the same name get that of the folder above with it."""
+    if len({run.name for run in runs}) == len(runs):
+        return
+    above = Path(os.path.commonpath([run.directory.parent for run in runs]))
+    for run in runs:
+        run.name = run.directory.relative_to(above).as_posix()
+
+
 def _again(run: _Run) -> str:
     chosen = [
         f"--set {name}={shlex.quote(str(value))}"
         for name, value in run.summary["variables"].items()
     ]
-    return " ".join(
-        ["postlude run", str(run.directory / "recipe.yaml"), f"--output {run.directory}", *chosen]
+    if run.summary.get("seed"):
+        chosen.append(f"--seed {run.summary['seed']}")
+    recipe, output = (
+        shlex.quote(str(one)) for one in (run.directory / "recipe.yaml", run.directory)
     )
+    return " ".join(["postlude run", recipe, f"--output {output}", *chosen])
 
 
 def _sections(run: _Run, folder: Path | None, prefix: str) -> Iterator[dict[str, Any]]:
@@ -184,7 +214,9 @@ def _sections(run: _Run, folder: Path | None, prefix: str) -> Iterator[dict[str,
             state = run.states[stage]
             error = run.summary["error"] if state == "failed" else ""
             sentence = " ".join([_STATES[state], error]).strip()
-            yield {**heading, "sentence": sentence, "links": [], "pictures": [], "rows": []}
+            yield {
+                **heading, "sentence": sentence, "links": [], "findings": [], "pictures": [], "rows": []
+            }  # fmt: skip
             continue
         inside = run.directory / "stages" / stage
         links = []
@@ -198,6 +230,7 @@ def _sections(run: _Run, folder: Path | None, prefix: str) -> Iterator[dict[str,
             **heading,
             "sentence": f"postlude {_verb(done)}, {done.seconds:.1f} s.",
             "links": links,
+            "findings": _findings(done),
             "pictures": list(_pictures(inside, done)),
             "rows": [
                 (_words(measure), shown(value, _DIGITS))
@@ -209,6 +242,13 @@ def _sections(run: _Run, folder: Path | None, prefix: str) -> Iterator[dict[str,
 
 def _verb(done: Done) -> str:
     return " ".join(word for word in done.command[:2] if word.isalpha())
+
+
+def _findings(done: Done) -> list[str]:
+    """What an inspection found: most of it stands in lists, which the table of measures leaves out."""
+    if _verb(done) != "inspect":
+        return []
+    return findings(done.result, kept=f"stages/{done.stage}/done.json")
 
 
 def _pictures(inside: Path, done: Done) -> Iterator[dict[str, str]]:
@@ -224,7 +264,7 @@ def _measures(result: Any, prefix: str = "") -> Iterator[tuple[str, float | int 
     if not isinstance(result, Mapping):
         return
     for name, value in result.items():
-        if not prefix and name in _SETTINGS:
+        if name == "method" or (not prefix and name in _SETTINGS):
             continue
         path = f"{prefix}{name}"
         if isinstance(value, Mapping):
@@ -237,7 +277,11 @@ def _measures(result: Any, prefix: str = "") -> Iterator[tuple[str, float | int 
 
 
 def _words(path: str) -> str:
-    return path.replace("_", " ").replace(".", ": ")
+    """A measure for a person, with its unit where the number does not say it."""
+    words = path.replace("_", " ").replace(".", ": ")
+    drawn = _DRAWN.get(path)
+    unit = drawn.unit if drawn and drawn.divisor == 1.0 else _UNITS.get(path, "")
+    return f"{words} ({unit})" if unit and unit not in words else words
 
 
 def _numbers(done: Done) -> dict[str, float]:
@@ -288,7 +332,26 @@ def _values(run: _Run, name: str, measure: _Measure) -> dict[str, float]:
     return found
 
 
-def _comparison(runs: Sequence[_Run]) -> list[dict[str, Any]]:
+def _asked(runs: Sequence[_Run]) -> list[_Row]:
+    """Variables, and lines of stages as the recipe has them, that are not the same in all runs."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for number, run in enumerate(runs):
+        for place, name, value in _lines(run):
+            found.setdefault((place, name), [NONE] * len(runs))[number] = value
+    return [(place, name, cells) for (place, name), cells in found.items() if len(set(cells)) > 1]
+
+
+def _lines(run: _Run) -> Iterator[tuple[str, str, str]]:
+    for name, value in run.summary["variables"].items():
+        yield "variables", name, str(value)
+    yield "all stages", "seed", str(run.summary.get("seed", 0))
+    content = Document(run.directory / "recipe.yaml", run.recipe).content if run.recipe else {}
+    for stage, lines in content.get("stages", {}).items():
+        for key, value in lines.items():
+            yield stage, key, ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def _comparison(runs: Sequence[_Run]) -> list[_Row]:
     """Measures of stages that several runs have and that are not the same in all."""
     found: dict[tuple[str, str], list[str]] = {}
     for number, run in enumerate(runs):
@@ -297,7 +360,7 @@ def _comparison(runs: Sequence[_Run]) -> list[dict[str, Any]]:
                 cells = found.setdefault((done.stage, name), [NONE] * len(runs))
                 cells[number] = shown(value, _DIGITS)
     return [
-        {"stage": stage, "measure": _words(measure), "cells": cells}
+        (stage, _words(measure), cells)
         for (stage, measure), cells in found.items()
         if len(set(cells)) > 1
     ]

@@ -12,11 +12,12 @@ __all__ = ["findings"]
 Report = Mapping[str, Any]
 
 
-def findings(inspections: Mapping[str, Report]) -> list[str]:
+def findings(inspections: Mapping[str, Report], kept: str = "results.json") -> list[str]:
     """Sentences for the reports that are there.
 
     Args:
         inspections: reports by name, as their ``to_dict`` gives them.
+        kept: the file that holds them whole.
     """
     lines = []
     if inspections.get("outliers"):
@@ -24,7 +25,7 @@ def findings(inspections: Mapping[str, Report]) -> list[str]:
     if inspections.get("singular-defects"):
         lines += _defects(inspections["singular-defects"])
     if inspections.get("signature"):
-        lines += _signature(inspections["signature"])
+        lines += _signature(inspections["signature"], kept)
     return lines
 
 
@@ -121,14 +122,14 @@ def _path(path: Report) -> list[str]:
     return lines
 
 
-def _signature(report: Report) -> list[str]:
+def _signature(report: Report, kept: str) -> list[str]:
     if not report.get("massive", True):
         return [
             "Signature: the model has no massive hidden states, so no direction that would tell its relatives is known "
             "to be stable."
         ]
     return [
-        f"Signature: that direction, of {report['hidden_size']} numbers, is kept in results.json. Fine-tuned copies "
+        f"Signature: that direction, of {report['hidden_size']} numbers, is kept in {kept}. Fine-tuned copies "
         "of this model keep it; \u201cpostlude inspect compare\u201d measures the angle between two models."
     ]
 
