@@ -111,4 +111,4 @@ def duration(seconds: float) -> str:
     for size, unit in ((86400, "days"), (3600, "hours"), (60, "minutes")):
         if seconds >= 2 * size:
             return f"{seconds / size:.2g} {unit}"
-    return f"{max(seconds, 1):.0f} s"
+    return f"{seconds:.0f} s" if seconds >= 1 else "< 1 s"

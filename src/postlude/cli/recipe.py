@@ -175,7 +175,9 @@ def _forecast_view(plan: Forecasts) -> object:
     left = [one for one in plan.stages if not one.done]
     table.add_row(
         "in all" if all(one.seconds is not None for one in left) else "in all, of these",
-        duration(sum(one.seconds or 0 for one in left)),
+        "-"
+        if not any(one.seconds for one in left)
+        else duration(sum(one.seconds or 0 for one in left)),
         "",
         decimal(int(sum(one.bytes or 0 for one in left))),
         style="bold",
