@@ -135,6 +135,21 @@ def test_measures_have_units_and_numbers_stay_whole(tmp_path: Path) -> None:
     assert '<td class="number word">more words than fit</td>' in page
 
 
+def test_an_index_is_no_checkpoint_and_what_was_asked_for_no_measure(tmp_path: Path) -> None:
+    run = a_run(tmp_path / "one", 44.5)
+    file = run / "stages/picture/done.json"
+    record = json.loads(file.read_text())
+    record |= {
+        "command": ["attribute", "build", "lm", "data.jsonl", "--output", "index"],
+        "result": {"bytes": 123_456, "checkpoint": "lm", "examples": 7},
+    }
+    file.write_text(json.dumps(record))
+    page = render([run])
+    assert 'id="glance-bytes"' not in page
+    assert '>bytes of the index</th><td class="number">123,456</td>' in page
+    assert ">examples</th>" in page and ">checkpoint</th>" not in page
+
+
 def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RunDirectoryError, match="not the directory of a run"):
         render([tmp_path])

@@ -72,6 +72,7 @@ _DRAWN = {
     "bits_per_weight": _Measure("Bits per weight", "bits", "Codes and scales of quantized layers."),
     "bytes": _Measure("Size", "megabytes", "Of the weights on the disk.", 1e6),
 }
+_INDEX = "attribute build"
 # Not measured but asked for, or said in the sentence of a stage.
 _SETTINGS = ("settings", "kept", "method", "output", "seed", "seconds")
 # Units of measures that are not drawn.
@@ -233,8 +234,7 @@ def _sections(run: _Run, folder: Path | None, prefix: str) -> Iterator[dict[str,
             "findings": _findings(done),
             "pictures": list(_pictures(inside, done)),
             "rows": [
-                (_words(measure), shown(value, _DIGITS))
-                for measure, value in _measures(done.result)
+                (_words(measure), shown(value, _DIGITS)) for measure, value in _measures(done)
             ],
             "command": folded(shlex.join(["postlude", *done.command])),
         }
@@ -259,8 +259,16 @@ def _pictures(inside: Path, done: Done) -> Iterator[dict[str, str]]:
             yield {"source": f"data:image/png;base64,{data}", "alt": f"{done.stage}: {name}"}
 
 
-def _measures(result: Any, prefix: str = "") -> Iterator[tuple[str, float | int | str]]:
-    """Single numbers and words of a result, by path."""
+def _measures(done: Done) -> Iterator[tuple[str, float | int | str]]:
+    """Single numbers and words of its result, by path, but for words that its command line says."""
+    for name, value in _values_of(done.result):
+        # What an index takes is not the size of a checkpoint.
+        path = "bytes of the index" if name == "bytes" and _verb(done) == _INDEX else name
+        if value not in done.command:
+            yield path, value
+
+
+def _values_of(result: Any, prefix: str = "") -> Iterator[tuple[str, float | int | str]]:
     if not isinstance(result, Mapping):
         return
     for name, value in result.items():
@@ -269,7 +277,7 @@ def _measures(result: Any, prefix: str = "") -> Iterator[tuple[str, float | int 
         path = f"{prefix}{name}"
         if isinstance(value, Mapping):
             if prefix.count(".") < 1:
-                yield from _measures(value, f"{path}.")
+                yield from _values_of(value, f"{path}.")
         elif isinstance(value, bool):
             yield path, "yes" if value else "no"
         elif isinstance(value, int | float) or (isinstance(value, str) and len(value) <= 80):
@@ -287,7 +295,7 @@ def _words(path: str) -> str:
 def _numbers(done: Done) -> dict[str, float]:
     return {
         name: float(value)
-        for name, value in _measures(done.result)
+        for name, value in _measures(done)
         if isinstance(value, int | float) and math.isfinite(value)
     }
 
@@ -356,7 +364,7 @@ def _comparison(runs: Sequence[_Run]) -> list[_Row]:
     found: dict[tuple[str, str], list[str]] = {}
     for number, run in enumerate(runs):
         for done in run.stages:
-            for name, value in _measures(done.result):
+            for name, value in _measures(done):
                 cells = found.setdefault((done.stage, name), [NONE] * len(runs))
                 cells[number] = shown(value, _DIGITS)
     return [
