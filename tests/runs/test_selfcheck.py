@@ -23,9 +23,9 @@ from postlude.quantization.quarot import QuaRot
 from postlude.quantization.rtn import RTN
 from postlude.runs import selfcheck
 from postlude.runs.checkpoint import Checkpoint
+from postlude.runs.checksums import SUMS
 from postlude.runs.loading import load
 from postlude.runs.selfcheck import RELOAD, compare_reload, fresh_logits, in_float32, probe_tokens
-from postlude.runs.weights import SUMS
 from postlude.surgery import kernels
 from postlude.surgery.anatomy import anatomy_of
 from postlude.surgery.key_values import KeyValueQuantizer
