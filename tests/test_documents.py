@@ -229,7 +229,7 @@ def prepared(
 
     shutil.copytree(ROOT / "recipes", folder / "recipes")
     (folder / "short.yaml").write_text(
-        "name: Short\nstages:\n  small:\n    quantize: path/to/model\n    no-check: true\n"
+        "name: Short\nstages:\n  small:\n    quantize: path/to/model\n    check: false\n"
         "  quality:\n    evaluate: ${small}\n    text: test.txt\n"
     )
     return folder
