@@ -38,7 +38,10 @@ from prift import MODELS, State, Values, difference, show
 PARTS = ("prior", "backbone")
 NOISE = 0.4
 BITS = (4, 3, 2)
-BACKBONES = {4: ("prift-mass",), 3: ("prift-mass",)}  # bits, and the rules that are measured on them
+BACKBONES = {
+    4: ("prift-mass",),
+    3: ("prift-mass",),
+}  # bits, and the rules that are measured on them
 RULES = {"prift-prob": PriFTProb, "prift-mass": PriFTMass}
 LORA = Adapter("lora", rank=8)
 
