@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import postlude as pl
 from postlude.attribution.plan import Hardware
 from postlude.cli import app, invoke
 from postlude.cli._commands import recipe_commands
@@ -68,12 +69,18 @@ def parameters(tiny_llama_dir: Path) -> int:
     return sum(weight.numel() for weight in weights)
 
 
+def test_bytes_of_a_quantized_model(found: Forecasts, tiny_llama_dir: Path, tmp_path: Path) -> None:
+    pl.quantize(tiny_llama_dir, "rtn", out=tmp_path / "small")
+    written = (tmp_path / "small" / "model.safetensors").stat().st_size
+    forecast = next(one for one in found.stages if one.stage == "packed").bytes
+    assert forecast == pytest.approx(written, rel=0.2)
+
+
 def test_operations_bytes_and_what_is_not_known(found: Forecasts, parameters: int) -> None:
     by_name = {one.stage: one for one in found.stages}
     assert by_name["small"].seconds == 6 * parameters * 2 * 16
     assert by_name["quality"].seconds == 2 * (2 * parameters) * 100
     assert by_name["tuned"].seconds == pytest.approx(6 * parameters * 20 * 15 * 2)
-    assert by_name["packed"].bytes == parameters * 4 / 8 * (1 + 1 / 16)
     assert by_name["shown"].seconds is None and "inspect kernels" in by_name["shown"].why
     assert not any(one.done for one in found.stages)
     assert by_name["quality"].command.startswith("postlude evaluate --text")

@@ -111,8 +111,10 @@ def _quantize(stage: Stage, known: Known, ranks: int) -> Cost:
     found = model(stage.arguments[0], known)
     tokens = _calibration_tokens(stage, found)
     bits = _weight_bits(str(stage.options.get("bits", "w4")))
-    # Codes, and a sixteenth more for scales; embeddings keep their type, so this is a lower bound.
-    written = min(found.bytes, found.parameters * bits / 8 * (1 + 1 / 16))
+    # Codes, and a sixteenth more for scales; what is untied, or stored beside them, makes it more.
+    left = found.outside * found.bytes / max(found.parameters, 1)
+    inside = (found.parameters - found.outside) * bits / 8 * (1 + 1 / 16)
+    written = min(found.bytes, left + inside)
     operations, memory = 6 * found.parameters * tokens, 6 * found.parameters
     if tokens and found.kind == "diffusion" and "calibration" not in stage.options:
         operations += 2 * found.parameters * tokens * _STEPS

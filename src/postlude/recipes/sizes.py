@@ -41,6 +41,7 @@ class Model:
         context: tokens of the longest sequence, 0 where that is not known.
         patches: tokens that an image becomes, 0 for a language model.
         values: numbers of an image that a denoiser draws.
+        outside: numbers outside of the blocks, which quantizing leaves: embeddings, the head.
     """
 
     parameters: float
@@ -49,6 +50,7 @@ class Model:
     context: int = 0
     patches: int = 0
     values: int = 0
+    outside: float = 0.0
 
     def length(self, wanted: int) -> int:
         """So many tokens of a sequence, or the context where that is shorter."""
@@ -106,6 +108,7 @@ def model(text: Any, known: Known) -> Model:
     return Model(
         float(sum(_numbers(file) for file in files)),
         float(sum(file.stat().st_size for file in files)),
+        outside=float(sum(_numbers(file, outside=True) for file in files)),
         **_shape(config, denoiser=pipeline),
     )
 
@@ -173,8 +176,13 @@ def _files(text: Any, pattern: str) -> list[Path]:
     return [path]
 
 
-def _numbers(file: Path) -> int:
-    return sum(math.prod(entry["shape"]) for entry in read_header(file).values())
+def _numbers(file: Path, *, outside: bool = False) -> int:
+    """Numbers in a file, or those outside of the blocks alone, whose names have no number in them."""
+    return sum(
+        math.prod(entry["shape"])
+        for name, entry in read_header(file).items()
+        if not outside or not any(word.isdigit() for word in name.split("."))
+    )
 
 
 def _shape(config: Mapping[str, Any], *, denoiser: bool) -> dict[str, Any]:
