@@ -109,9 +109,9 @@ def test_pages_of_what_was_given_up_are_handed_back(tmp_path: Path) -> None:
 
 def test_codes_are_not_read_to_find_nan(packed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[torch.dtype] = []
-    original = weights._is_finite
+    original = weights._not_finite
     monkeypatch.setattr(
-        weights, "_is_finite", lambda part: seen.append(part.dtype) or original(part)
+        weights, "_not_finite", lambda part: seen.append(part.dtype) or original(part)
     )
     load(packed, device="cpu")
     assert seen and torch.uint8 not in seen
