@@ -29,7 +29,6 @@ $(INSTALLED): pyproject.toml constraints.txt
 
 demo: install
 	$(BIN)/postlude demo -o runs/demo --overwrite
-	@echo "Report: $(CURDIR)/runs/demo/report.html"
 
 # As many processes as there are cores, one thread each: the tensors of tests are too small for more. Compiled files
 # are kept whatever the environment says: without them every process of the tests compiles everything again.
