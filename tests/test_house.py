@@ -105,6 +105,13 @@ def test_command_line_is_light() -> None:
     assert not loaded_by("import postlude.cli") & {"torch", "transformers", "numpy", "pydantic"}
 
 
+def test_methods_are_listed_without_transformers() -> None:
+    """A wrong setting is refused, and `postlude methods` answers, before what takes seconds to import."""
+    assert "transformers" not in loaded_by(
+        "from postlude import registry; registry.find('quantize', 'gptq')"
+    )
+
+
 def test_version_is_in_the_changelog_or_unreleased() -> None:
     text = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
     assert "## Unreleased" in text or f"## {postlude.__version__}" in text

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import postlude as pl
+from postlude.cli import run
 from postlude.quantization import RTN
 
 KEYS = {
@@ -63,6 +65,16 @@ def test_text_on_stdout_and_figures_on_stderr(small_dir: Path, postlude_command:
     assert done.code == 0
     assert done.out == as_json.json["text"] + "\n"
     assert "tokens_per_second" in done.err and "kv_bytes_per_token" in done.err
+
+
+def test_text_ends_before_the_figures_begin(door: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where both streams go into one file, as in `> log 2>&1`."""
+    door.results["generate"] = {"text": "", "tokens": 3}
+    log = io.StringIO()
+    monkeypatch.setattr("sys.stdout", log)
+    monkeypatch.setattr("sys.stderr", log)
+    assert run(["generate", "ckpt", "a"]) == 0
+    assert log.getvalue().startswith("\ntokens")
 
 
 def test_a_float_model(tiny_llama_dir: Path, postlude_command: Any) -> None:

@@ -24,7 +24,6 @@ class _Generated(Result):
 
         from postlude.cli._output import plain
 
-        console.print()
         value = {name: item for name, item in plain(self.value).items() if name != "text"}
         Result(value).show(Console(file=sys.stderr, highlight=False))
 
@@ -82,6 +81,6 @@ def generate(
         seed=seed,
         stream=stream,
     )
-    if json:
-        print(file=sys.stderr)
+    # Ended here: where both go into one file, the numbers begin on a line of their own.
+    print(flush=True)
     return _Generated(result)

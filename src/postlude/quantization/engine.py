@@ -37,7 +37,6 @@ from postlude.runs.processes import Processes
 from postlude.runs.progress import Progress
 from postlude.surgery.anatomy import Block, Kind
 from postlude.surgery.batches import Calibration
-from postlude.surgery.huggingface import mark
 from postlude.surgery.key_values import KeyValueQuantizer
 from postlude.surgery.layers import QuantizedLinear
 from postlude.surgery.static_quantizers import switch_static_quantizers
@@ -156,6 +155,9 @@ def quantize(
         ),
         **settings.accounts(checkpoint),
     }
+    # Not at the top: it imports transformers, which takes seconds, and a wrong setting should be refused at once.
+    from postlude.surgery.huggingface import mark
+
     mark(model, made_by)
     checkpoint.path = None
     return checkpoint
