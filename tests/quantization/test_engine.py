@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from postlude.errors import DataError, SettingsError
-from postlude.quantization.engine import Quantizer, generator, quantize
+from postlude.quantization.engine import Quantizer, check_calibrated, generator, quantize
 from postlude.quantization.gptq import GPTQ
 from postlude.quantization.offq import OffQ
 from postlude.quantization.quarot import QuaRot
@@ -173,3 +175,12 @@ def test_every_thing_that_decides_is_written_down() -> None:
     made_by = config["made_by"]
     assert (made_by["method"], made_by["seed"]) == ("rtn", 7)
     assert (made_by["settings"]["weights"], made_by["settings"]["group"]) == (3, 32)
+
+
+def test_data_that_are_missing_are_asked_for_before_anything_is_loaded(tmp_path: Path) -> None:
+    for kind, word in (("llama", "text"), ("vit", "images"), ("unheard-of", "text")):
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": kind}))  # and no weights
+        with pytest.raises(SettingsError, match=f"gptq learns from calibration {word}: give some"):
+            check_calibrated(GPTQ(), tmp_path)
+    check_calibrated(RTN(), tmp_path)
+    check_calibrated(GPTQ(), "zoo:tiny-dit")  # samples inputs of its own

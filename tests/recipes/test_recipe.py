@@ -25,6 +25,7 @@ stages:
     samples: 4
     check: false
     set: [damping=0.1, clip=true]
+    calibration: wiki.txt
   quality:
     evaluate: ${small}
     text: wiki.txt
@@ -49,7 +50,7 @@ def recipe(tmp_path: Path, text: str, **variables: str) -> Recipe:
 def test_stages_become_command_lines(tmp_path: Path) -> None:
     small, quality, update = recipe(tmp_path, GOOD, bits="w8a8").stages
     assert small.words({}) == [
-        "quantize", "--method", "offq", "--bits", "w8a8", "--samples", "4",
+        "quantize", "--method", "offq", "--bits", "w8a8", "--calibration", "wiki.txt", "--samples", "4",
         "--set", "damping=0.1", "--set", "clip=true", "--no-check", "zoo:tiny-lm",
     ]  # fmt: skip
     outputs = {"small": "/run/small/output"}
@@ -85,7 +86,7 @@ def test_a_seed_is_given_to_every_stage_that_has_none(tmp_path: Path) -> None:
     [
         ("samples: 4", "sampels: 4", r"line 10: `quantize` has no 'sampels'. Did you mean 'samples'\?"),
         ("samples: 4", "samples: 0", r"line 10: `samples` of `quantize` is 0: .*greater than or equal to 1"),
-        ("text: wiki.txt", "text: wikki.txt", r"line 15: there is no 'wikki.txt' for `text`"),
+        ("text: wiki.txt", "text: wikki.txt", r"line 16: there is no 'wikki.txt' for `text`"),
         ("  model: zoo:tiny-lm", "  model: tiny", r"line 7: there is no 'tiny' for `checkpoint`"),
         ("  bits: w4a8", "  bits: w4b8", r"line 9: .*'w4b8' is not understood"),
         ("samples: 4", "samples: many", r"line 10: `samples` of `quantize` is 'many': .*valid integer"),
@@ -93,14 +94,15 @@ def test_a_seed_is_given_to_every_stage_that_has_none(tmp_path: Path) -> None:
         ("method: offq", "method: ofq", r"line 8: No quantize method named 'ofq'. Did you mean 'offq'"),
         ("quantize: ${model}", "quantise: ${model}", r"line 7: there is no command 'quantise'. .* 'quantize'"),
         ("quantize: ${model}", "quantize: [a, b]", r"line 7: `quantize` takes the arguments CHECKPOINT; found 2"),
-        ("evaluate: ${small}", "evaluate: ${smal}", r"line 14: \$\{smal\} is neither .* mean 'small'"),
-        ("evaluate: ${small}", "evaluate: ${update}", r"line 14: .* 'update' stands further down.*above 'quality'"),
-        ("evaluate: ${small}", "evaluate: ${quality}", r"line 14: .*cannot read its own output"),
+        ("evaluate: ${small}", "evaluate: ${smal}", r"line 15: \$\{smal\} is neither .* mean 'small'"),
+        ("evaluate: ${small}", "evaluate: ${update}", r"line 15: .* 'update' stands further down.*above 'quality'"),
+        ("evaluate: ${small}", "evaluate: ${quality}", r"line 15: .*cannot read its own output"),
         ("quantize: ${model}", "quantize: ${update}", r"line 7: .*stages 'small' and 'update' need each other"),
         ("  model: zoo:tiny-lm", "  model: ${bits}", r"line 3: the variable 'model' is '\$\{bits\}'; expected a value"),
         ("  model: zoo:tiny-lm", "  model: zoo:tiny-ml", r"line 7: No zoo model named .*mean 'tiny-lm'"),
         ("samples: 4", "group: banana", r"line 10: --group 'banana' is not understood"),
         ("[damping=0.1, clip=true]", "[dampign=0.1]", r"line 12: .*'dampign'.*mean 'damping'"),
+        ("    calibration: wiki.txt\n", "", r"line 6: offq learns from calibration text: give some"),
         ("[damping=0.1, clip=true]", "[clip=maybe]", r"line 12: clip=maybe does not fit offq"),
     ],
 )  # fmt: skip

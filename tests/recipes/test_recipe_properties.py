@@ -56,7 +56,7 @@ def recipes(draw: Any) -> dict[str, Any]:
         source = draw(MODEL | st.sampled_from(made).map("${{{}}}".format) if made else MODEL)
         verb = draw(st.sampled_from(["quantize", "tune", "evaluate", "inspect compare"]))
         if verb == "quantize":
-            stages[name] = {verb: source, **draw(QUANTIZE)}
+            stages[name] = {verb: source, "calibration": "wiki.txt", **draw(QUANTIZE)}
         elif verb == "tune":
             stages[name] = {verb: [source, "data.jsonl"], **draw(TUNE)}
         elif verb == "evaluate":

@@ -125,6 +125,10 @@ def quantize(
     parts = {"branch": branch, "rank": rank, "bytes_as": bytes_as}
     given |= {name: value for name, value in parts.items() if value is not None}
     settings = make_settings(registry.find("quantize", method), given, set_ or [])
+    if calibration is None and getattr(settings, "needs_calibration", False):
+        from postlude.quantization.engine import check_calibrated
+
+        check_calibrated(settings, checkpoint)
 
     from postlude import _front_door
     from postlude.errors import SettingsError

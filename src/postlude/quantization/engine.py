@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import os
 from collections.abc import Callable, Mapping
 
 import torch
@@ -33,9 +34,12 @@ from postlude.quantization.installing import attach_key_values, install_block
 from postlude.quantization.quantizer import FLOAT, Quantizer, generator
 from postlude.quantization.rounded import Rounded, Seen
 from postlude.runs.checkpoint import Checkpoint
+from postlude.runs.loading import resolve
+from postlude.runs.pipeline import is_denoiser
 from postlude.runs.processes import Processes
 from postlude.runs.progress import Progress
-from postlude.surgery.anatomy import Block, Kind
+from postlude.runs.weights import read_json
+from postlude.surgery.anatomy import Block, Kind, kind_of, supported_model_types
 from postlude.surgery.batches import Calibration
 from postlude.surgery.key_values import KeyValueQuantizer
 from postlude.surgery.layers import QuantizedLinear
@@ -47,6 +51,7 @@ __all__ = [
     "Rounded",
     "Seen",
     "Unit",
+    "check_calibrated",
     "check_kind",
     "compute_unit",
     "generator",
@@ -56,6 +61,7 @@ __all__ = [
 # What a method learns from, by the kind of model.
 _DATA: dict[Kind, str] = {
     "language": "text",
+    "audio": "text",
     "diffusion": "inputs of the denoiser",
     "vision": "images",
 }
@@ -113,7 +119,7 @@ def quantize(
     if not checkpoint.reads_tokens:
         settings = dataclasses.replace(settings, kv=FLOAT)
     if settings.needs_calibration and (calibration is None or not len(calibration)):
-        raise DataError(f"{name} learns from calibration {_DATA[checkpoint.kind]}: {_GIVE}")
+        raise DataError(_without_data(name, checkpoint.kind))
     dtype = model.dtype
     if dtype in (torch.float16, torch.bfloat16):
         _cast(model, torch.float32)
@@ -231,6 +237,30 @@ def check_kind(settings: Quantizer, checkpoint: Checkpoint) -> None:
         f"{registry.info_of(settings).name} quantizes {' and '.join(settings.kinds)} models, and this is a {kind} "
         f"model ({checkpoint.anatomy.family}). Methods for those: {', '.join(able)}."
     )
+
+
+def check_calibrated(settings: Quantizer, path: str | os.PathLike[str]) -> None:
+    """Refuse a method that learns from data and got none, before the model is loaded: that may take minutes.
+
+    Args:
+        settings: of the method.
+        path: of the model, or ``zoo:NAME``. A denoiser samples inputs of its own.
+
+    Raises:
+        SettingsError: no data, and a model that needs some.
+        CheckpointError: there is no such directory.
+    """
+    directory = resolve(path)
+    if not settings.needs_calibration or is_denoiser(directory):
+        return
+    config = directory / "config.json"
+    named = read_json(config).get("model_type") if config.is_file() else None
+    kind = kind_of(named) if named in supported_model_types() else "language"
+    raise SettingsError(_without_data(registry.info_of(settings).name, kind))
+
+
+def _without_data(name: str, kind: Kind) -> str:
+    return f"{name} learns from calibration {_DATA[kind]}: {_GIVE}"
 
 
 def _cast(model: nn.Module, dtype: torch.dtype) -> None:

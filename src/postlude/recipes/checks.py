@@ -142,9 +142,16 @@ def _a(kind: str) -> str:
 
 
 def _blamed(stage: Stage, message: str) -> tuple[str, ...]:
-    """The option that a message speaks of, if it names one."""
-    named = [one for one in stage.options if f"--{one}" in message or f"`{one}`" in message]
-    return (named[0],) if len(named) == 1 else ("set",) if "set" in stage.options else ()
+    """The option that a message speaks of, if it names one; what it says is missing is no line of the stage."""
+    spoken = [
+        one.name
+        for one in stage.command.options
+        if f"--{one.name}" in message or f"`{one.name}`" in message
+    ]
+    given = [name for name in spoken if name in stage.options]
+    if len(given) == 1:
+        return (given[0],)
+    return ("set",) if "set" in stage.options and not spoken else ()
 
 
 def nearest(name: object, known: list[str]) -> str:
