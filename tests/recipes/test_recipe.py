@@ -153,6 +153,12 @@ def test_every_stage_with_a_mistake_is_named_at_once(tmp_path: Path) -> None:
     assert len(str(caught.value).splitlines()) == 2
 
 
+def test_a_key_of_the_recipe_hides_no_mistake_of_a_stage(tmp_path: Path) -> None:
+    text = GOOD.replace("name: four", "nam: four").replace("samples: 4", "sampels: 4")
+    with pytest.raises(DataError, match=r"line 1: A recipe has no 'nam'.*\n.*'sampels'"):
+        recipe(tmp_path, text)
+
+
 def test_every_mistake_of_a_stage_is_named_at_once(tmp_path: Path) -> None:
     text = GOOD.replace("samples: 4", "sampels: 4\n    length: none").replace("offq", "ofq")
     with pytest.raises(DataError) as caught:

@@ -128,6 +128,7 @@ class _Reader:
 
     def _variables(self, own: Any, given: Mapping[str, str]) -> dict[str, Any]:
         """Their values; stops at mistakes, since stages are made of them."""
+        before = len(self._mistakes)
         if not isinstance(own, dict):
             self._note(("variables",), "expected `variables:` to be a mapping of names to values.")
             self._stop()
@@ -153,7 +154,7 @@ class _Reader:
                 else f"the variables {names} have no values: give them ({how}).",
             )
         values = {**own, **{name: self._given(name, value) for name, value in given.items()}}
-        if self._mistakes:
+        if len(self._mistakes) > before:
             self._stop()
         return values
 
