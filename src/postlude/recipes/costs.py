@@ -54,6 +54,8 @@ _CALIBRATED, _CALIBRATED_LENGTH = 128, 512
 _TUNED_LENGTH, _BATCH = 2048, 8
 _STEPS, _IMAGES, _JUDGED, _RUNS, _IMAGES_OF_A_RUN = 20, 64, 1500, 5, 16
 _FP32 = 4
+# Parameters below which no shape is assumed.
+_SMALLEST = 1e6
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,7 +154,7 @@ def _learns(method: str) -> bool:
 
 def _gptq(parameters: float) -> tuple[float, float]:
     """Operations of the rounding itself, and bytes of second moments, in a model of the shape of a Llama."""
-    if parameters < 1e6:
+    if parameters < _SMALLEST:
         return 0.0, 0.0
     layers = assumed_shape(parameters).layers
     operations = sum(
@@ -239,6 +241,9 @@ def _export(stage: Stage, known: Known, ranks: int) -> Cost:
 def _build(stage: Stage, known: Known, ranks: int) -> Cost:
     found = model(stage.arguments[0], known)
     examples = data(stage.arguments[1], known, _length(stage, found))
+    if found.parameters < _SMALLEST:
+        why = "no forecast of an index of a model of less than a million parameters"
+        return Cost(None, output=examples, without=why)
     try:
         planned = plan(
             assumed_shape(found.parameters),

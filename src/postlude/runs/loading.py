@@ -127,7 +127,7 @@ def resolve(path: str | os.PathLike[str]) -> Path:
     if directory.is_file():
         raise CheckpointError(
             f"{directory} is a file; expected a checkpoint directory with config.json and "
-            f"safetensors weights. Give the directory: {directory.parent}"
+            f"safetensors weights. Give the directory: {directory.resolve().parent}"
         )
     if not directory.is_dir():
         raise CheckpointError(
