@@ -207,6 +207,7 @@ def test_bad_input_is_refused_before_anything_is_written(
         build(plain, ["ab", "a"], METHOD, out)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="there is no SIGKILL and no fork")
 @pytest.mark.timeout(300)
 def test_killed_builds_and_two_processes_make_the_same_bits(

@@ -67,6 +67,7 @@ def check(records: list[dict[str, Any]], old: dict[str, str] | None) -> None:
             assert record["left"] == [], record
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_killed_at_some_step(work: Path) -> None:
     """Another every time."""

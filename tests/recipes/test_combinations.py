@@ -78,6 +78,7 @@ def test_heal_compression(tiny_llama_dir: Path, texts: dict[str, str], tmp_path:
     assert found["after"]["kl"] != found["before"]["kl"]
 
 
+@pytest.mark.slow
 def test_quantized_prior(tiny_llama_dir: Path, texts: dict[str, str], tmp_path: Path) -> None:
     found = results(
         "quantized-prior",
@@ -90,6 +91,7 @@ def test_quantized_prior(tiny_llama_dir: Path, texts: dict[str, str], tmp_path: 
     assert len(forgotten) == 4
 
 
+@pytest.mark.slow
 def test_data_free_chat(tiny_llama_dir: Path, texts: dict[str, str], tmp_path: Path) -> None:
     found = results(
         "data-free-chat",

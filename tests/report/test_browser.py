@@ -245,6 +245,7 @@ def test_lines_of_one_style_are_noticed(window: Browser, tmp_path: Path) -> None
     assert len(styles) == len(set(styles)) == 3
 
 
+@pytest.mark.slow
 def test_open_really_opens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With the browser that the environment names, which is asked for the page and nothing else."""
     run = finished_run(tmp_path / "a run")

@@ -47,6 +47,7 @@ def made(directory: Path, method: Any, text: str) -> Any:
 # A fresh process
 
 
+@pytest.mark.slow
 def test_the_command_reads_a_rotated_checkpoint_again(
     tiny_llama_dir: Path, tmp_path: Path, some_text: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
