@@ -118,6 +118,8 @@ def quantize(
                 discard(run_beside(place), place)
 
         if out is not None:
+            # The first is done before the others have read its last units, which saving takes away.
+            all_processes.wait()
             all_processes.first(lambda: save(out), lambda: None)
             small.path = Path(os.path.realpath(out))
     return small
