@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any
@@ -79,6 +78,7 @@ def run(
     """Run a recipe: a list of stages, each one command, whose outputs feed later stages."""
     from postlude import _front_door
     from postlude.errors import SettingsError
+    from postlude.recipes.commands import shell_line
     from postlude.runs.progress import Progress
 
     # Every command of it is read, with the libraries behind them: seconds.
@@ -110,7 +110,7 @@ def run(
         "stages": [
             {
                 "stage": one.stage,
-                "command": shlex.join(["postlude", *one.command]),
+                "command": shell_line(one.command),
                 "seconds": one.seconds,
                 "reused": one.reused,
                 "result": one.result,

@@ -12,14 +12,12 @@ from postlude import registry
 from postlude.errors import PostludeError, did_you_mean, nearest_names
 from postlude.recipes.commands import Parameter
 from postlude.recipes.stage import ASSUMED, REFERENCE, Stage
-from postlude.zoo import MADE, checkpoint_path
+from postlude.runs.loading import ZOO, resolve
 
 __all__ = ["Problem", "nearest", "problems"]
 
 Problem = tuple[tuple[str, ...], str]
 """The key within a stage, and what is wrong with it."""
-
-_ZOO = "zoo:"
 
 
 def problems(stage: Stage, before: Mapping[str, Stage]) -> Iterator[Problem]:
@@ -29,10 +27,7 @@ def problems(stage: Stage, before: Mapping[str, Stage]) -> Iterator[Problem]:
         stage: its variables filled in.
         before: stages that it may read, by name.
     """
-    yield from _count(stage)
-    wrong = list(_options(stage))
-    yield from wrong
-    command = stage.command
+    command, wrong = stage.command, [*_count(stage), *_options(stage)]
     given: list[tuple[str, Parameter, Any]] = [
         (one.name, one, stage.options.get(one.name)) for one in command.options
     ]
@@ -44,7 +39,7 @@ def problems(stage: Stage, before: Mapping[str, Stage]) -> Iterator[Problem]:
         for word in value if isinstance(value, list) else [] if value is None else [value]:
             found = [*_word(parameter, str(word)), *_kind(stage, parameter, str(word), before)]
             wrong += [((key,), message) for message in found]
-            yield from (((key,), message) for message in found)
+    yield from wrong
     if command.check is not None and not wrong:
         output = [command.output, command.output_for(stage.options)] if command.output else []
         try:
@@ -112,11 +107,11 @@ def _word(parameter: Parameter, word: str) -> Iterator[str]:
     try:
         if parameter.names:
             registry.find(parameter.names, word)
-        if parameter.takes and word.startswith(_ZOO) and word.removeprefix(_ZOO) not in MADE:
-            checkpoint_path(word.removeprefix(_ZOO))
+        if parameter.takes and word.startswith(ZOO):
+            resolve(word)
     except PostludeError as error:
         yield str(error)
-    elsewhere = word.startswith((_ZOO, ASSUMED))
+    elsewhere = word.startswith((ZOO, ASSUMED))
     if parameter.takes and not elsewhere and not Path(word).exists():
         yield f"there is no {word!r} for `{parameter.name}`."
 

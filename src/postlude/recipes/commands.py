@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any
 
 import pydantic
 
-__all__ = ["Command", "Parameter"]
+__all__ = ["Command", "Parameter", "shell_line"]
 
 # A YAML scalar that stands for a word of a command line; `bits: 4` is as good as `bits: "4"`.
 _Word = pydantic.StrictStr | pydantic.StrictInt | pydantic.StrictFloat
@@ -122,3 +123,8 @@ class Command:
             if parameter.name in options:
                 words += parameter.words(options[parameter.name])
         return [*words, *(str(one) for one in arguments)]
+
+
+def shell_line(words: Sequence[str]) -> str:
+    """The words of a command as a shell takes them, the program's name in front."""
+    return shlex.join(["postlude", *words])

@@ -39,7 +39,6 @@ from pathlib import Path
 
 from postlude import registry
 from postlude.attribution.plan import Hardware, assumed_shape, plan
-from postlude.errors import PostludeError
 from postlude.numerics.weighted_likelihood import COLUMNS
 from postlude.quantization.blocks import CHUNKS
 from postlude.recipes.sizes import Data, Known, Model, Steps, Unknown, data, model, text_tokens
@@ -244,15 +243,12 @@ def _build(stage: Stage, known: Known, ranks: int) -> Cost:
     if found.parameters < _SMALLEST:
         why = "no forecast of an index of a model of less than a million parameters"
         return Cost(None, output=examples, without=why)
-    try:
-        planned = plan(
-            assumed_shape(found.parameters),
-            Hardware("counted", 1.0, 1.0, 1.0, 1.0, 1.0),
-            examples=round(examples.examples),
-            tokens=max(1.0, examples.mean),
-        )
-    except PostludeError as error:
-        return Cost(None, output=examples, without=str(error))
+    planned = plan(
+        assumed_shape(found.parameters),
+        Hardware("counted", 1.0, 1.0, 1.0, 1.0, 1.0),
+        examples=max(1, round(examples.examples)),
+        tokens=max(1.0, examples.mean),
+    )
     parts = ("gradients", "projection", "outer", "factorisation")
     operations = sum(planned.flops[part] for part in parts)
     # What is selected by asking it are examples of these.

@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import shlex
 from pathlib import Path
 from typing import Any
 
 from postlude.attribution.plan import HARDWARE, Hardware, this_machine
 from postlude.errors import SettingsError, UnknownNameError
+from postlude.recipes.commands import shell_line
 from postlude.recipes.costs import cost
 from postlude.recipes.recipe import Recipe
 from postlude.recipes.run import command_line, pending
@@ -89,7 +89,7 @@ def forecast(
     stages = []
     for stage in recipe.stages:
         folder = directory / "stages" / stage.name
-        words = shlex.join(["postlude", *command_line(stage, folder, outputs)])
+        words = shell_line(command_line(stage, folder, outputs))
         one = Forecast(stage.name, words, stage.name not in waiting)
         try:
             found = cost(stage, known, ranks)

@@ -20,7 +20,6 @@ import functools
 import hashlib
 import json
 import os
-import shlex
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -29,6 +28,7 @@ from typing import Any, Literal
 
 import postlude
 from postlude.errors import PostludeError, RankError, RunDirectoryError, StageError
+from postlude.recipes.commands import shell_line
 from postlude.recipes.recipe import Recipe
 from postlude.recipes.stage import Stage
 from postlude.runs.atomic import atomic_write
@@ -138,7 +138,7 @@ def _run(
         record = processes.agree(functools.partial(_kept, folder, names[stage.name]))
         if record is None:
             words = command_line(stage, folder, outputs)
-            notify(f"{title}: postlude {shlex.join(words)}")
+            notify(f"{title}: {shell_line(words)}")
             summary.note(stage.name, "running")
             try:
                 found = _run_stage(stage, folder, names[stage.name], words, execute, processes)

@@ -16,6 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from postlude.recipes.commands import shell_line
 from postlude.recipes.document import Document
 from postlude.recipes.run import Done, State, state
 from postlude.report.environment import environment
@@ -236,7 +237,7 @@ def _sections(run: _Run, folder: Path | None, prefix: str) -> Iterator[dict[str,
             "rows": [
                 (_words(measure), shown(value, _DIGITS)) for measure, value in _measures(done)
             ],
-            "command": folded(shlex.join(["postlude", *done.command])),
+            "command": folded(shell_line(done.command)),
         }
 
 

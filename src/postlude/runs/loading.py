@@ -28,9 +28,10 @@ from postlude.surgery.anatomy import Anatomy, Kind, anatomy_of, kind_of
 from postlude.surgery.layers import check_scales, quantized_linears
 from postlude.zoo import MADE, checkpoint_path
 
-__all__ = ["dtype_of", "load", "resolve"]
+__all__ = ["ZOO", "dtype_of", "load", "resolve"]
 
-_ZOO = "zoo:"
+ZOO = "zoo:"
+"""What begins the name of a model that comes with Postlude."""
 # The name of Postlude's own format; its module imports transformers, so it is not asked for it here.
 _METHOD = "postlude"
 _TOKENIZER_FILES = (
@@ -121,8 +122,8 @@ def resolve(path: str | os.PathLike[str]) -> Path:
         UnknownNameError: the zoo has no model of that name.
     """
     name = os.fspath(path)
-    if name.startswith(_ZOO):
-        return _zoo(name.removeprefix(_ZOO))
+    if name.startswith(ZOO):
+        return _zoo(name.removeprefix(ZOO))
     directory = Path(name)
     if directory.is_file():
         raise CheckpointError(
